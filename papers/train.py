@@ -1,0 +1,608 @@
+"""One trainer for every experiment: ``python -m papers.train experiment.yaml --data-dir DIR --out DIR [--resume]``.
+
+An experiment is a YAML file checked by :class:`Experiment`. Training is plain PyTorch; Detent is attached by three
+lines. A run that was cut off continues bit for bit, also in the middle of an epoch. While training, only the held-out
+part of the train split is looked at; the test split is read once, after the last epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+import typer
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import detent as dt
+from detent.data import Batches, ImageSet, digits, load_images, split_holdout
+from detent.report.record import Record, summarise
+from papers import models
+
+__all__ = ["Experiment", "Trainer", "evaluate", "evaluate_lives", "load_experiment", "load_recipe"]
+
+LOG_EVERY = 50
+RecipeSpec = str | dict[str, Any] | list[Any] | None
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors: a misspelt option must not run with its default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Strict):
+    """Which images, and what is done to them."""
+
+    name: str = Field(description='"digits", a folder (under --data-dir or the current one), or a hub name')
+    label: str | None = None
+    grey: bool | None = None
+    holdout: int = Field(default=0, ge=0, description="images of the train split kept for looking at while training")
+    holdout_seed: int = Field(default=0, ge=0)
+    crop: int = Field(default=0, ge=0, description="pixels of padding before a random crop")
+    padding: Literal["reflect", "zero"] = "reflect"
+    flip: bool = False
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    cache: str | None = Field(default=None, description="folder for decoded splits")
+
+
+class OptimizerConfig(Strict):
+    """A name in torch.optim or any "package.module.Class"; ``args`` go to it, ``lr`` among them."""
+
+    name: str = "SGD"
+    args: dict[str, Any] = {}
+
+
+class ScheduleConfig(Strict):
+    """Learning rate by step; warm-up and milestones are counted in epochs of this run."""
+
+    kind: Literal["cosine", "step", "constant"] = "cosine"
+    warmup: float = Field(default=0.0, ge=0)
+    milestones: list[float] = []
+    gamma: float = Field(default=0.1, gt=0)
+    final: float = Field(default=0.0, ge=0, le=1, description="cosine ends at this share of the learning rate")
+
+
+class EvaluateConfig(Strict):
+    """What is measured at the end (test split) and between epochs (held-out part)."""
+
+    bits: list[int] = [8, 6, 4, 3, 2]
+    recipes: dict[str, RecipeSpec] = Field(default={}, description="further compressed lives by name")
+    calibrate: int = Field(default=2000, ge=0, description="train images for BatchNorm re-estimation, 0 for none")
+    batch_size: int = Field(default=500, ge=1)
+    every: int = Field(default=1, ge=0, description="epochs between looks at the held-out part, 0 for none")
+    every_bits: list[int] = Field(default=[], description="widths looked at on the held-out part")
+
+
+class ExtraConfig(Strict):
+    """For tiny runs."""
+
+    max_steps: int | None = Field(default=None, ge=1, description="length of the run, schedules included")
+    train_subset: int | None = Field(default=None, ge=1, description="use the first images of the train part only")
+
+
+class Experiment(Strict):
+    """A whole experiment."""
+
+    name: str
+    question: str
+    notes: str = ""
+    model: str = Field(description='a factory in papers.models or "package.module:factory"')
+    model_args: dict[str, Any] = {}
+    init: str | None = Field(default=None, description="a .safetensors checkpoint to start from")
+    data: DataConfig
+    recipe: RecipeSpec = Field(default=None, description="preset name, .yaml path or inline; null is plain training")
+    evaluate_recipe: RecipeSpec = Field(default=None, description="for plain training: what dt.compress takes")
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    batch_size: int = Field(default=128, ge=1)
+    epochs: int = Field(ge=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    device: str = Field(default="auto", description='"auto" takes the GPU if there is one')
+    threads: int | None = Field(default=None, ge=1)
+    seeds: list[int] = Field(default=[0], min_length=1)
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint_minutes: float = Field(default=5.0, gt=0)
+    extra: ExtraConfig = ExtraConfig()
+
+
+# what a resumed run may change: nothing here touches a weight
+FREE_TO_CHANGE = {"name", "question", "notes", "evaluate", "evaluate_recipe", "checkpoint_minutes", "threads", "seeds"}
+
+
+def load_experiment(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Experiment:
+    """Reads an experiment; ``overrides`` are ``key=value`` with dotted keys and YAML values.
+
+    Raises:
+        ValueError: for an unknown key, a value out of range or an override without "=".
+    """
+    raw: Any = yaml.safe_load(Path(path).read_text())
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: need a YAML mapping at the top")
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        if not sign:
+            raise ValueError(f"--set {override!r}: need key=value")
+        *parents, last = key.split(".")
+        node = raw
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"--set {override!r}: {parent!r} holds a value, not a mapping")
+        node[last] = yaml.safe_load(value)
+    return Experiment.model_validate(raw)
+
+
+def load_recipe(spec: RecipeSpec, folder: Path | None = None) -> dt.Recipe | None:
+    """A recipe from a preset name, a ``.yaml`` path (relative to ``folder``) or inline YAML data."""
+    if spec is None:
+        return None
+    if not isinstance(spec, str):
+        return dt.Recipe.from_yaml(yaml.safe_dump(spec, sort_keys=False))
+    if spec.endswith((".yaml", ".yml")):
+        file = Path(spec) if folder is None or Path(spec).exists() else folder / spec
+        return dt.Recipe.from_yaml(file.read_text())
+    return dt.Recipe.preset(spec)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Top-1 accuracy in % and mean cross-entropy in nats, in float32 and eval mode; the mode is put back."""
+    was_training = model.training
+    model.eval()
+    correct, loss, num = 0, 0.0, 0
+    for x, y in batches:
+        logits = model(x).float()
+        correct += int((logits.argmax(1) == y).sum())
+        loss += float(F.cross_entropy(logits, y, reduction="sum"))
+        num += len(y)
+    model.train(was_training)
+    if num == 0:
+        raise ValueError("evaluate(batches=...): need one batch at least")
+    return {"accuracy": 100 * correct / num, "loss": loss / num}
+
+
+def evaluate_lives(
+    model: nn.Module,
+    run: dt.Run | None,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    bits: Sequence[int] = (),
+    recipes: Mapping[str, dt.Recipe] | None = None,
+    calibration: Iterable[tuple[Tensor, Tensor]] | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measures the full life and every compressed life asked for, data-free and with BatchNorm re-estimated.
+
+    Args:
+        model: the model ``run`` is attached to.
+        run: from ``dt.attach`` or ``dt.compress``; None measures the full life only.
+        batches: what is measured on; iterated once a life.
+        bits: widths besides the run's own recipe, whose life is always measured.
+        recipes: further compressed lives by name.
+        calibration: batches of *training* images for BatchNorm re-estimation; None, or a model without BatchNorm,
+            for data-free lives only.
+        note: called with one line a life.
+
+    Returns:
+        ``{"full": {accuracy, loss}, "compressed": {life: {"data_free": ..., "batchnorm": ..., "weights": ...}}}`` where
+        life is ``"recipe"``, ``"4"`` (a width) or a name, and weights are means over tensors of ``run.measure``.
+    """
+    full = evaluate(model, batches)
+    note(f"full {full['accuracy']:.2f} %")
+    if run is None:
+        return {"full": full, "compressed": {}}
+    lives: dict[str, dict[str, Any]] = {"recipe": {}}
+    lives |= {str(b): {"bits": b} for b in bits}
+    lives |= {name: {"recipe": recipe} for name, recipe in (recipes or {}).items()}
+    has_batchnorm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    compressed: dict[str, dict[str, Any]] = {}
+    for name, life in lives.items():
+        with run.compressed(batchnorm=False, **life):
+            result = {"data_free": evaluate(model, batches)}
+        if calibration is not None and has_batchnorm:
+            run.recalibrate(calibration, **life)
+            with run.compressed(**life):
+                result["batchnorm"] = evaluate(model, batches)
+        result["weights"] = _summary(run.measure(**life))
+        compressed[name] = result
+        again = f", BatchNorm re-estimated {result['batchnorm']['accuracy']:.2f} %" if "batchnorm" in result else ""
+        note(f"{name}: data-free {result['data_free']['accuracy']:.2f} %{again}")
+    return {"full": full, "compressed": compressed}
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Bits a weight over all claimed weights; error, Wasserstein gap and click distance as means over tensors."""
+    weights = sum(row["weights"] for row in rows)
+    out = {"bits_per_weight": sum(row["bits_per_weight"] * row["weights"] for row in rows) / weights}
+    for key in ("error", "wasserstein", "distance"):
+        out[key] = sum(float(row[key]) for row in rows) / len(rows)
+    return out
+
+
+def learning_rate(schedule: ScheduleConfig, step: int, total: int, per_epoch: int) -> float:
+    """The factor on the base learning rate at a step, 0 <= step < total."""
+    warmup = round(schedule.warmup * per_epoch)
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule.kind == "step":
+        return schedule.gamma ** sum(step >= round(m * per_epoch) for m in schedule.milestones)
+    if schedule.kind == "constant":
+        return 1.0
+    progress = (step - warmup) / max(total - warmup, 1)
+    return schedule.final + (1 - schedule.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _import(name: str, home: Any) -> Any:
+    """An attribute of ``home``, or "package.module:name" / "package.module.name" from anywhere."""
+    if ":" in name or "." in name:
+        module, _, attribute = name.partition(":") if ":" in name else name.rpartition(".")
+        home, name = importlib.import_module(module), attribute
+    found = getattr(home, name, None)
+    if not callable(found):
+        raise ValueError(f"{name!r}: nothing callable of that name in {home.__name__}")
+    return found
+
+
+def _locate(path: str, data_dir: Path | None) -> str:
+    """``path`` under the data folder if it is there, else as given (the current folder, or a hub name)."""
+    return str(data_dir / path) if data_dir is not None and (data_dir / path).exists() else path
+
+
+class Trainer:
+    """One seed of one experiment: builds everything, trains with exact resume, evaluates at the end.
+
+    Args:
+        experiment: what to do.
+        seed: of initialisation, order and augmentation.
+        out: folder of this seed: ``last.pt``, ``log.txt``, ``model.safetensors``, ``result.json``.
+        data_dir: folder that relative data and checkpoint paths are looked up in first.
+        folder: folder of the experiment file, for recipe paths.
+        console: where progress goes.
+
+    Raises:
+        ValueError: for a model, optimizer, data set or recipe that does not fit.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        seed: int,
+        out: Path,
+        data_dir: Path | None = None,
+        folder: Path | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self.experiment, self.seed, self.out, self.data_dir, self.folder = experiment, seed, out, data_dir, folder
+        self.console = console or Console(quiet=True)
+        out.mkdir(parents=True, exist_ok=True)
+        if experiment.threads is not None:
+            torch.set_num_threads(experiment.threads)
+        gpu = torch.cuda.is_available() if experiment.device == "auto" else experiment.device != "cpu"
+        self.device = torch.device(("cuda" if gpu else "cpu") if experiment.device == "auto" else experiment.device)
+
+        train = self._images("train")
+        self.train_set, self.held_out = split_holdout(train, experiment.data.holdout, experiment.data.holdout_seed)
+        if experiment.extra.train_subset is not None:
+            self.train_set = self.train_set.subset(
+                torch.arange(min(experiment.extra.train_subset, len(self.train_set)))
+            )
+        data = experiment.data
+        self.batches = Batches(
+            self.train_set.images,
+            self.train_set.labels,
+            experiment.batch_size,
+            True,
+            data.mean,
+            data.std,
+            crop=data.crop,
+            padding=data.padding,
+            flip=data.flip,
+            seed=seed,
+            drop_last=True,
+            channels_last=experiment.channels_last,
+        )
+        self.total = len(self.batches) * experiment.epochs
+        if experiment.extra.max_steps is not None:
+            self.total = min(self.total, experiment.extra.max_steps)
+
+        torch.manual_seed(seed)
+        self.model: nn.Module = _import(experiment.model, models)(**experiment.model_args)
+        if experiment.init is not None:
+            models.load_checkpoint(self.model, _locate(experiment.init, data_dir))
+        self.model.to(self.device).train()
+        if experiment.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.optimizer: torch.optim.Optimizer = _import(experiment.optimizer.name, torch.optim)(
+            self.model.parameters(), **experiment.optimizer.args
+        )
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        recipe = load_recipe(experiment.recipe, folder)
+        self.run: dt.Run | None = None
+        if recipe is not None:
+            self.run = dt.attach(self.model, self.optimizer, recipe, total_steps=self.total)
+        self.forward: Any = torch.compile(self.model) if experiment.compile else self.model
+        self.step = 0
+        self.seconds = 0.0
+        self.history: list[dict[str, Any]] = []
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, images of this epoch
+
+    def _images(self, split: Literal["train", "test"]) -> ImageSet:
+        data = self.experiment.data
+        if data.name == "digits":
+            return digits(split, data.holdout_seed, self.device)
+        cache = None if data.cache is None else Path(data.cache) / f"{Path(data.name).name}-{split}.safetensors"
+        path = _locate(data.name, self.data_dir)
+        return load_images(path, split, data.label, data.grey, self.device, cache=cache)
+
+    def _plain_batches(self, images: ImageSet) -> Batches:
+        data, size = self.experiment.data, self.experiment.evaluate.batch_size
+        return Batches(
+            images.images, images.labels, size, False, data.mean, data.std, channels_last=self.experiment.channels_last
+        )
+
+    def log(self, text: str) -> None:
+        """One line to ``log.txt`` and the console."""
+        with (self.out / "log.txt").open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self.console.print(f"[dim]seed {self.seed}[/] {text}", highlight=False)
+
+    def save(self) -> None:
+        """Writes ``last.pt`` (readable with ``weights_only=True``); the old file stays until the new one is whole."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            },
+            "step": self.step,
+            "epoch": self.step // len(self.batches),
+            "batch": self.step % len(self.batches),
+            "seconds": self.seconds,
+            "sums": self.sums,
+            "history": self.history,
+            "experiment": self.experiment.model_dump_json(),
+            "seed": self.seed,
+        }
+        passing = self.out / "last.pt.tmp"
+        torch.save(state, passing)
+        passing.replace(self.out / "last.pt")
+
+    def resume(self) -> bool:
+        """Continues from ``last.pt``; False if there is none.
+
+        Raises:
+            ValueError: if the file is of another experiment or seed.
+        """
+        file = self.out / "last.pt"
+        if not file.exists():
+            return False
+        state = torch.load(file, map_location=self.device, weights_only=True)
+        was, now = json.loads(state["experiment"]), json.loads(self.experiment.model_dump_json())
+        differs = sorted(k for k in was.keys() | now.keys() if k not in FREE_TO_CHANGE and was.get(k) != now.get(k))
+        if differs or state["seed"] != self.seed:
+            raise ValueError(f"{file} is of another experiment: {differs or 'seed'} differ; choose another --out")
+        # the model first: the engine checks its latent state, in the optimizer's file, against the weights
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"]["cpu"].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state_all([s.cpu() for s in state["rng"]["cuda"]])
+        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+        self.sums = state["sums"].to(self.device)
+        self.log(f"resumed at step {self.step} of {self.total}")
+        return True
+
+    def train(self, stop_at: int | None = None) -> None:
+        """Trains to the end, or to step ``stop_at`` (a cut-off run, for tests); saves there."""
+        end = self.total if stop_at is None else min(stop_at, self.total)
+        per_epoch = len(self.batches)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
+            task = progress.add_task(f"seed {self.seed}", total=self.total, completed=self.step)
+            saved = mark = time.monotonic()
+            mark_step = self.step
+            while self.step < end:
+                epoch, batch = divmod(self.step, per_epoch)
+                self.batches.set_epoch(epoch, skip=batch)
+                for x, y in self.batches:
+                    start = time.perf_counter()
+                    loss = self._step(x, y)
+                    self.step += 1
+                    self.seconds += time.perf_counter() - start
+                    progress.update(task, completed=self.step)
+                    if self.step % LOG_EVERY == 0 or self.step == self.total:
+                        speed = (self.step - mark_step) / (time.monotonic() - mark)
+                        self._report(float(loss), speed)
+                        mark, mark_step = time.monotonic(), self.step
+                    if self.step % per_epoch == 0 or self.step == self.total:
+                        self._end_of_epoch()
+                        self.save()
+                        saved = mark = time.monotonic()
+                    elif time.monotonic() - saved > 60 * self.experiment.checkpoint_minutes:
+                        self.save()
+                        saved = time.monotonic()
+                    if self.step >= end:
+                        break
+        self.save()
+
+    def _step(self, x: Tensor, y: Tensor) -> Tensor:
+        factor = learning_rate(self.experiment.schedule, self.step, self.total, len(self.batches))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        half = self.experiment.precision == "bf16"
+        context = torch.autocast(self.device.type, torch.bfloat16) if half else contextlib.nullcontext()
+        with context:
+            logits = self.forward(x)
+            loss = F.cross_entropy(logits.float(), y, label_smoothing=self.experiment.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            self.sums[0] += loss.detach() * len(y)
+            self.sums[1] += (logits.detach().argmax(1) == y).sum()
+            self.sums[2] += len(y)
+        return loss.detach()
+
+    def _report(self, loss: float, speed: float) -> None:
+        minutes = (self.total - self.step) / speed / 60
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.log(
+            f"epoch {(self.step - 1) // len(self.batches) + 1} step {self.step}/{self.total} loss {loss:.4f} "
+            f"lr {rate:.3g} {speed:.2f} steps/s eta {minutes:.1f} min"
+        )
+        if not math.isfinite(loss):
+            raise RuntimeError(f"{self.experiment.name}, seed {self.seed}: the loss is {loss} at step {self.step}")
+
+    def _end_of_epoch(self) -> None:
+        loss, correct, num = self.sums.tolist()
+        self.sums.zero_()
+        epoch = (self.step - 1) // len(self.batches) + 1
+        row: dict[str, Any] = {"epoch": epoch, "step": self.step, "loss": loss / num, "accuracy": 100 * correct / num}
+        settings = self.experiment.evaluate
+        last = self.step == self.total
+        if len(self.held_out) and settings.every and (epoch % settings.every == 0 or last):
+            batches = self._plain_batches(self.held_out)
+            row["held_out"] = evaluate_lives(self.model, self.run, batches, bits=settings.every_bits)
+        self.history.append(row)
+        text = f"epoch {epoch} done: loss {row['loss']:.4f} accuracy {row['accuracy']:.2f} %"
+        if "held_out" in row:
+            text += f", held out: full {row['held_out']['full']['accuracy']:.2f} %"
+            for name, life in row["held_out"]["compressed"].items():
+                text += f", {name} {life['data_free']['accuracy']:.2f} %"
+        self.log(text)
+
+    def result(self) -> dict[str, Any]:
+        """Evaluates the last weights on the test split, writes ``model.safetensors`` and ``result.json``.
+
+        Raises:
+            RuntimeError: before the last step, since test data must not steer a run.
+        """
+        if self.step < self.total:
+            raise RuntimeError(f"result() at step {self.step} of {self.total}: the test split is read at the end only")
+        settings = self.experiment.evaluate
+        run = self.run
+        if run is None:
+            recipe = load_recipe(self.experiment.evaluate_recipe, self.folder)
+            run = None if recipe is None else dt.compress(self.model, recipe)
+        named = {name: load_recipe(spec, self.folder) for name, spec in settings.recipes.items()}
+        calibration = None
+        if settings.calibrate:
+            generator = torch.Generator().manual_seed(self.seed)
+            some = torch.randperm(len(self.train_set), generator=generator)[: settings.calibrate]
+            calibration = self._plain_batches(self.train_set.subset(some))
+        test = evaluate_lives(
+            self.model,
+            run,
+            self._plain_batches(self._images("test")),
+            bits=settings.bits if run else (),
+            recipes={name: recipe for name, recipe in named.items() if recipe is not None},
+            calibration=calibration,
+            note=lambda text: self.log(f"test, {text}"),
+        )
+        weights = {name: tensor.detach().contiguous() for name, tensor in self.model.state_dict().items()}
+        passing = self.out / "model.safetensors.tmp"
+        save_file(weights, passing)
+        passing.replace(self.out / "model.safetensors")
+        out = {
+            "seed": self.seed,
+            "steps": self.step,
+            "train_seconds": self.seconds,
+            "test": test,
+            "history": self.history,
+        }
+        passing = self.out / "result.json.tmp"
+        passing.write_text(json.dumps(out, indent=1))
+        passing.replace(self.out / "result.json")
+        return out
+
+
+def _numbers(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _numbers(value, (*path, str(key)))
+    elif isinstance(tree, int | float):
+        yield path, float(tree)
+
+
+def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean, deviation and values over seeds of every test number, keyed like "compressed.4.data_free.accuracy"."""
+    gathered: dict[str, list[float]] = {}
+    for result in results:
+        for path, value in _numbers(result["test"]):
+            gathered.setdefault(".".join(path), []).append(value)
+    return {key: summarise(values) for key, values in gathered.items()}
+
+
+def main(
+    experiment: Annotated[Path, typer.Argument(help="experiment file (YAML)", exists=True, dir_okay=False)],
+    data_dir: Annotated[
+        Path | None, typer.Option(help="where data and checkpoints lie", envvar="DETENT_SHARED")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="output folder, runs/NAME if absent")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue from what --out holds")] = False,
+    epochs: Annotated[int | None, typer.Option(min=1, help="instead of the file's")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="this seed only, instead of the file's")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="e.g. data.crop=2")] = None,
+) -> None:
+    """Trains an experiment, seed by seed, and writes record.json."""
+    changes = list(overrides or [])
+    changes += [f"epochs={epochs}"] if epochs is not None else []
+    changes += [f"seeds=[{seed}]"] if seed is not None else []
+    plan = load_experiment(experiment, changes)
+    folder = out or Path("runs") / plan.name
+    console = Console()
+    record = Record(
+        name=plan.name, question=plan.question, seeds=plan.seeds, config=plan.model_dump(), notes=plan.notes
+    )
+    with record:
+        results = [
+            _one_seed(plan, number, folder / f"seed{number}", data_dir, experiment.parent, resume, console)
+            for number in plan.seeds
+        ]
+    record.write(folder / "record.json", {"seeds": results, "summary": summary(results)})
+    console.print(f"record: {folder / 'record.json'}")
+
+
+def _one_seed(
+    plan: Experiment, seed: int, out: Path, data_dir: Path | None, folder: Path, resume: bool, console: Console
+) -> dict[str, Any]:
+    if resume and (out / "result.json").exists():
+        return json.loads((out / "result.json").read_text())
+    if not resume and (out / "last.pt").exists():
+        raise ValueError(f"{out} holds a run already: add --resume or choose another --out")
+    trainer = Trainer(plan, seed, out, data_dir, folder, console)
+    if resume:
+        trainer.resume()
+    if trainer.run is not None:
+        trainer.log(f"plan:\n{trainer.run.plan}")
+    trainer.train()
+    return trainer.result()
+
+
+if __name__ == "__main__":
+    typer.run(main)

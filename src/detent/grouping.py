@@ -1,0 +1,246 @@
+"""Granularity: which weights of a tensor share one set of fitted numbers.
+
+A target never sees a module. It sees a tensor and a `Layout` that says which axis is the output channel
+(0 for convolution, linear and embedding; 1 for transposed convolution) and, under sharding, which rows of
+the whole tensor are held here. A `Granularity` turns that into groups: reduce within a group, and spread
+one number a group back over the tensor.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["Channel", "Granularity", "Group", "Layout", "PerTensor", "granularity_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a target may know about a weight besides its values.
+
+    Args:
+        shape: shape of the whole (unsharded) tensor.
+        channel_dim: axis of the output channels, 0 or 1.
+        conv_groups: groups of a transposed convolution, whose axis 1 holds `out_channels / groups`; 1 otherwise.
+        rows: (first, past-last) rows of axis 0 held by this process, or `None` for all of them.
+
+    Example:
+        >>> Layout(shape=(8, 4, 3, 3)).channels
+        8
+        >>> Layout(shape=(8, 4, 3, 3), channel_dim=1, conv_groups=2).channels
+        8
+    """
+
+    shape: tuple[int, ...]
+    channel_dim: int = 0
+    conv_groups: int = 1
+    rows: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.channel_dim == 0 or (self.channel_dim == 1 and len(self.shape) >= 2), self
+        assert self.conv_groups == 1 or self.channel_dim == 1, self
+
+    @property
+    def numel(self) -> int:
+        """Number of weights in the whole tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def channels(self) -> int:
+        """Number of output channels of the whole tensor (1 for a scalar)."""
+        if not self.shape:
+            return 1
+        return self.shape[self.channel_dim] * self.conv_groups
+
+    def local(self, first: int, past: int) -> Layout:
+        """The same layout, seen by a process that holds rows `first` to `past - 1` of axis 0."""
+        return replace(self, rows=(first, past))
+
+    def whole(self) -> Layout:
+        """The same layout without sharding."""
+        return replace(self, rows=None)
+
+    def by_channel(self, w: Tensor) -> Tensor:
+        """View a whole tensor as a matrix (channels, weights of a channel), in a fixed order."""
+        assert self.rows is None, "a matrix of channels needs the whole tensor"
+        if self.channel_dim == 0 or w.dim() < 2:
+            return w.reshape(self.channels, -1)
+        split = w.reshape(self.conv_groups, self.shape[0] // self.conv_groups, self.shape[1], -1)
+        return split.permute(0, 2, 1, 3).reshape(self.channels, -1)
+
+    def from_channels(self, matrix: Tensor) -> Tensor:
+        """Inverse of `by_channel`."""
+        if self.channel_dim == 0 or len(self.shape) < 2:
+            return matrix.reshape(self.shape)
+        split = matrix.reshape(self.conv_groups, self.shape[1], self.shape[0] // self.conv_groups, -1)
+        return split.permute(0, 2, 1, 3).reshape(self.shape)
+
+
+class Granularity(abc.ABC):
+    """How a tensor is cut into groups; final subclasses are frozen and hold no tensors.
+
+    Example:
+        >>> layout = Layout(shape=(2, 3))
+        >>> w = torch.tensor([[1.0, -5.0, 2.0], [0.5, 0.25, -0.125]])
+        >>> Channel().amax(w.abs(), layout)
+        tensor([5.0000, 0.5000])
+    """
+
+    @abc.abstractmethod
+    def count(self, layout: Layout) -> int:
+        """Number of groups in the whole tensor."""
+
+    @abc.abstractmethod
+    def amax(self, x: Tensor, layout: Layout) -> Tensor:
+        """Largest value of each group of a whole tensor, shape (count,)."""
+
+    @abc.abstractmethod
+    def amin(self, x: Tensor, layout: Layout) -> Tensor:
+        """Smallest value of each group of a whole tensor, shape (count,)."""
+
+    @abc.abstractmethod
+    def sum(self, x: Tensor, layout: Layout) -> Tensor:
+        """Sum of each group of a whole tensor, accumulated in float64, shape (count,)."""
+
+    @abc.abstractmethod
+    def expand(self, values: Tensor, layout: Layout) -> Tensor:
+        """One number a group, shape (count,), as a tensor that broadcasts against the rows held here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerTensor(Granularity):
+    """One group: the whole tensor.
+
+    Example:
+        >>> PerTensor().count(Layout(shape=(8, 4)))
+        1
+    """
+
+    def count(self, layout: Layout) -> int:
+        return 1
+
+    def amax(self, x: Tensor, layout: Layout) -> Tensor:
+        return x.amax().reshape(1)
+
+    def amin(self, x: Tensor, layout: Layout) -> Tensor:
+        return x.amin().reshape(1)
+
+    def sum(self, x: Tensor, layout: Layout) -> Tensor:
+        return x.sum(dtype=torch.float64).reshape(1)
+
+    def expand(self, values: Tensor, layout: Layout) -> Tensor:
+        return values.reshape(())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channel(Granularity):
+    """One group an output channel (a row of an embedding, a filter of a convolution).
+
+    Example:
+        >>> Channel().count(Layout(shape=(8, 4, 3, 3)))
+        8
+    """
+
+    def count(self, layout: Layout) -> int:
+        return layout.channels
+
+    def amax(self, x: Tensor, layout: Layout) -> Tensor:
+        return layout.by_channel(x).amax(dim=1)
+
+    def amin(self, x: Tensor, layout: Layout) -> Tensor:
+        return layout.by_channel(x).amin(dim=1)
+
+    def sum(self, x: Tensor, layout: Layout) -> Tensor:
+        return layout.by_channel(x).sum(dim=1, dtype=torch.float64)
+
+    def expand(self, values: Tensor, layout: Layout) -> Tensor:
+        dims = len(layout.shape)
+        if layout.channel_dim == 0:
+            values = values if layout.rows is None else values[slice(*layout.rows)]
+            return values.reshape((-1,) + (1,) * max(dims - 1, 0)) if dims else values.reshape(())
+        tail = (1,) * (dims - 2)
+        if layout.conv_groups == 1:
+            return values.reshape((1, -1, *tail))
+        per_row = values.reshape(layout.conv_groups, layout.shape[1])
+        rows = per_row.repeat_interleave(layout.shape[0] // layout.conv_groups, dim=0)
+        rows = rows if layout.rows is None else rows[slice(*layout.rows)]
+        return rows.reshape((*rows.shape, *tail))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group(Granularity):
+    """Runs of `size` weights along the inputs of each output channel; the last run of a channel may be shorter.
+
+    Args:
+        size: weights a group, >= 1.
+
+    Raises:
+        ValueError: a size below 1.
+
+    Example:
+        >>> Group(size=4).count(Layout(shape=(2, 10)))   # runs of 4, 4, 2 in each of two rows
+        6
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"Group(size={self.size}): a group holds at least 1 weight")
+
+    def _runs(self, layout: Layout) -> tuple[int, int]:
+        fan_in = max(layout.numel // max(layout.channels, 1), 1)
+        return fan_in, -(-fan_in // self.size)
+
+    def _cut(self, x: Tensor, layout: Layout, fill: float) -> Tensor:
+        fan_in, runs = self._runs(layout)
+        matrix = layout.by_channel(x)
+        missing = runs * self.size - fan_in
+        if missing:
+            matrix = torch.nn.functional.pad(matrix, (0, missing), value=fill)
+        return matrix.reshape(layout.channels * runs, self.size)
+
+    def count(self, layout: Layout) -> int:
+        return layout.channels * self._runs(layout)[1]
+
+    def amax(self, x: Tensor, layout: Layout) -> Tensor:
+        return self._cut(x, layout, -math.inf).amax(dim=1)
+
+    def amin(self, x: Tensor, layout: Layout) -> Tensor:
+        return self._cut(x, layout, math.inf).amin(dim=1)
+
+    def sum(self, x: Tensor, layout: Layout) -> Tensor:
+        return self._cut(x, layout, 0.0).sum(dim=1, dtype=torch.float64)
+
+    def expand(self, values: Tensor, layout: Layout) -> Tensor:
+        fan_in, runs = self._runs(layout)
+        matrix = values.reshape(layout.channels, runs).repeat_interleave(self.size, dim=1)[:, :fan_in]
+        whole = layout.whole().from_channels(matrix)
+        return whole if layout.rows is None else whole[slice(*layout.rows)]
+
+
+GranularityLike: TypeAlias = Literal["tensor", "channel"] | PerTensor | Channel | Group
+
+_NAMED: dict[str, Granularity] = {"tensor": PerTensor(), "channel": Channel()}
+
+
+def granularity_of(value: GranularityLike, field: str = "granularity") -> Granularity:
+    """`"tensor"`, `"channel"` or a `Granularity` object, as an object.
+
+    Raises:
+        ValueError: any other value.
+
+    Example:
+        >>> granularity_of("channel")
+        Channel()
+    """
+    if isinstance(value, Granularity):
+        return value
+    if value not in _NAMED:
+        raise ValueError(f'{field}={value!r}: must be "tensor", "channel" or Group(size=...)')
+    return _NAMED[value]

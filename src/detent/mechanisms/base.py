@@ -1,0 +1,139 @@
+"""What a mechanism is: whatever happens around `optimizer.step()`, one claimed weight at a time."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from detent.schedules import Moment
+from detent.targets import Params, Target
+
+__all__ = ["Clock", "Mechanism", "Slot"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """Where training is: `step` ticks done so far, of `total_steps` (or `None` if unknown).
+
+    Example:
+        >>> Clock(step=0, total_steps=1000).step
+        0
+    """
+
+    step: int
+    total_steps: int | None
+
+
+@dataclass(kw_only=True)
+class Slot:
+    """One claimed weight as a mechanism sees it. Tensors are what this process holds (a shard under FSDP2).
+
+    Args:
+        name: canonical parameter name.
+        weight: the values, written in place.
+        grad: the gradient, written in place; `None` if the parameter got none.
+        target: where the weight may end.
+        params: fitted params of `target` (for the shard held here).
+        pull: what the mechanism pulls towards; `target` unless the mechanism has `toward`.
+        pull_params: fitted params of `pull`.
+        project: nearest point of `target`, right also under sharding.
+        pull_project: nearest point of `pull`, right also under sharding.
+        pull_free: mask of weights `pull` leaves free, right also under sharding, or `None`.
+        frozen: the fit is over: params do not change any more.
+        plain: the optimizer's step is linear in the gradient (SGD), so a scaled gradient is a scaled step.
+        decay: gives what decoupled weight decay takes off in this step, as a fraction of the weight.
+        grad_scale: factor the gradients still carry (a fused step under GradScaler), or `None`.
+        state: the mechanism's memory for this weight, saved and resumed by the engine.
+        scratch: passing tensors between the two halves of one step, never saved.
+    """
+
+    name: str
+    weight: Tensor
+    grad: Tensor | None
+    target: Target
+    params: Params
+    pull: Target
+    pull_params: Params
+    project: Callable[[Tensor], Tensor]
+    pull_project: Callable[[Tensor], Tensor]
+    pull_free: Callable[[Tensor], Tensor | None]
+    frozen: bool
+    plain: bool
+    decay: Callable[[], float]
+    grad_scale: Tensor | None
+    state: dict[str, Tensor]
+    scratch: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Mechanism(abc.ABC):
+    """How training pulls weights to their target: three moments around the optimizer's step.
+
+    Final subclasses are frozen keyword-only dataclasses; what they remember lives in `Slot.state`.
+
+    Class attributes:
+        keeps_full_life: the weights the forward pass sees stay full precision, so one checkpoint has two useful lives.
+        memory: names of the tensors kept between steps (empty: resuming needs nothing but the weights).
+
+    Example:
+        >>> from detent import PSG, STE
+        >>> PSG().keeps_full_life, STE().keeps_full_life
+        (True, False)
+    """
+
+    keeps_full_life: ClassVar[bool]
+    memory: ClassVar[tuple[str, ...]] = ()
+    # Lets a recipe file be checked field by field although fields may hold abstract types.
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}
+
+    @property
+    def pull(self) -> Target | None:
+        """Another target to pull towards during training, or `None` for the rule's own."""
+        return None
+
+    @property
+    def fit_every(self) -> int:
+        """Default steps between fits; the rule's `fit_every` overrides it."""
+        return 1
+
+    @property
+    def fit_until(self) -> Moment | None:
+        """Default moment after which the fit is frozen (`None`: never); the rule's `fit_until` overrides it."""
+        return None
+
+    @property
+    def fit_at_end(self) -> bool:
+        """Fit in the last step of a period instead of the first."""
+        return False
+
+    @property
+    def norm_limit(self) -> float | None:
+        """Largest total gradient norm after `before_step`, or `None`; the engine clips to it."""
+        return None
+
+    def check(self, target: Target) -> str | None:
+        """Why this mechanism means nothing on this target, in one sentence, or `None` if it does."""
+        return None
+
+    @abc.abstractmethod
+    def active(self, clock: Clock) -> bool:
+        """Whether this step is touched at all; an inactive step is bitwise the base optimizer's."""
+
+    def open(self, slot: Slot, clock: Clock) -> None:
+        """Called once when training starts, before the first forward pass."""
+
+    def before_step(self, slot: Slot, clock: Clock) -> None:
+        """First moment: the gradient is there, the optimizer has not run."""
+
+    def after_step(self, slot: Slot, clock: Clock) -> None:
+        """Last moment: the optimizer has run."""
+
+    def undo(self, slot: Slot, clock: Clock) -> None:
+        """The optimizer's step raised: put the weight back as the forward pass last saw it."""
+
+    def hidden(self, slot: Slot) -> Tensor:
+        """The weights that are fitted and projected: the latent if there is one, else the weights themselves."""
+        return slot.state.get("latent", slot.weight)

@@ -1,0 +1,304 @@
+"""Mechanisms that act on the gradient, or on the step taken from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from detent.mechanisms.base import Clock, Mechanism, Slot
+from detent.mechanisms.projection import clip_to_range
+from detent.schedules import Linear, Moment, Number, Schedule, step_at, value_at
+from detent.targets import Params, Target, Uniform, Zero
+
+__all__ = ["PSG"]
+
+_EPS = Linear(first=0.05, last=0.0, begin=0.0, end=0.8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PSG(Mechanism):
+    """Position-based scaled gradient: weights far from their target take large steps, weights near it stay.
+
+    Each gradient entry (or each entry of the step the optimizer took) is multiplied by
+
+        s(w) = (1 - strength) + strength * gain * (min(d, c / 2) + eps * c) / r,    d = |w - project(w)|
+
+    where c is the cell width and r the typical distance c / 4, so `strength` and `gain` mean the same for every
+    layer, bit-width and granularity. Where the set has no cells, r is the group's mean |w| and c = 4 r. Weights
+    that the target leaves free (survivors of a sparse target) keep s = 1. s is never negative, so no gradient
+    changes its sign. Weight decay stays outside s. The forward pass always sees the full-precision weights.
+
+    Args:
+        strength: 0 is the base optimizer, bitwise; 1 is pure PSG. Number in [0, 1] or a schedule.
+        gain: mean factor on the learning rate, > 0. Clicking goes with (learning rate * gain)^2.
+        eps: smallest distance, as a fraction of the cell, >= 0. Number or schedule; ending at 0 lets clusters close.
+        clip: keep the weights inside the range of a bounded target, after each step from `clip_start` on.
+        clip_start: moment (step or fraction of training) clipping starts.
+        start: moment PSG starts; before it the base optimizer runs untouched.
+        form: "gradient" scales the gradient (the paper), "update" scales the step the optimizer took, "auto" is
+            "gradient" under SGD and "update" under every other optimizer: a normalising optimizer divides a scaled
+            gradient's scale out again.
+        clip_norm: largest total norm of the gradients *after* scaling (in the gradient form), or `None`. A clip in
+            the training loop acts before scaling.
+        toward: pull towards this target instead of the rule's own, e.g. `Zero()` for the sparse training of a `TopK`.
+        units: "cell" as above; "weight" is the published s = (1 - strength) + strength * gain * (d + eps), with gain
+            the paper's lambda_s and eps in the unit of a weight.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    Example:
+        >>> import torch, detent as dt
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> recipe = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.PSG())])
+        >>> run = dt.attach(model, optimizer, recipe, total_steps=10)
+        >>> for _ in range(10):
+        ...     optimizer.zero_grad()
+        ...     model(torch.randn(16, 8)).square().mean().backward()
+        ...     _ = optimizer.step()
+        >>> run.clock
+        10
+
+    Reference: Kim, Yoo, Kwak, "Position-based Scaled Gradient for Model Quantization and Pruning", NeurIPS 2020,
+    arXiv 2005.11035. The scale-free form is ours (docs/decisions.md).
+    """
+
+    strength: Number = 1.0
+    gain: float = 12.0
+    eps: Number = field(default=_EPS)
+    clip: bool = True
+    clip_start: Moment = 0.1
+    start: Moment = 0.0
+    form: Literal["auto", "gradient", "update"] = "auto"
+    clip_norm: float | None = None
+    toward: Target | None = None
+    units: Literal["cell", "weight"] = "cell"
+
+    keeps_full_life: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.strength, Schedule) and not 0.0 <= self.strength <= 1.0:
+            raise ValueError(f"PSG(strength={self.strength}): must lie in [0, 1]")
+        if not (self.gain > 0 and math.isfinite(self.gain)):
+            raise ValueError(f"PSG(gain={self.gain}): must be a finite number > 0")
+        if not isinstance(self.eps, Schedule) and not (self.eps >= 0 and math.isfinite(self.eps)):
+            raise ValueError(f"PSG(eps={self.eps}): must be a finite number >= 0")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"PSG(clip_norm={self.clip_norm}): must be > 0 or None")
+        if self.form not in ("auto", "gradient", "update"):
+            raise ValueError(f'PSG(form={self.form!r}): must be "auto", "gradient" or "update"')
+        if self.units not in ("cell", "weight"):
+            raise ValueError(f'PSG(units={self.units!r}): must be "cell" or "weight"')
+
+    @classmethod
+    def paper(cls, lambda_s: float = 150.0, eps: float = 0.0) -> PSG:
+        """The published form: `s = lambda_s (|w - project(w)| + eps)`, absolute units, no clipping.
+
+        Use it with `Uniform(range="ema")` and `Rule(fit_every=1, fit_until=1.0)`, or the "psg-paper-w4" preset.
+
+        Args:
+            lambda_s: strength in 1 / (unit of a weight), > 0; 150 is published for 4 bits.
+            eps: 0 in the released code, > 0 in the paper; in the unit of a weight.
+
+        Example:
+            >>> PSG.paper(lambda_s=150).gain
+            150
+        """
+        return cls(gain=lambda_s, eps=eps, clip=False, form="gradient", units="weight")
+
+    @property
+    def pull(self) -> Target | None:
+        return self.toward
+
+    @property
+    def fit_every(self) -> int:
+        return 100
+
+    @property
+    def fit_until(self) -> Moment | None:
+        return 0.3
+
+    @property
+    def norm_limit(self) -> float | None:
+        return self.clip_norm
+
+    def active(self, clock: Clock) -> bool:
+        started = clock.step >= step_at(self.start, clock.total_steps, "PSG.start")
+        return started and value_at(self.strength, clock.step, clock.total_steps) > 0
+
+    def before_step(self, slot: Slot, clock: Clock) -> None:
+        if slot.grad is None:
+            return
+        if self._scales_gradient(slot):
+            slot.grad.mul_(self._scale_of(slot, clock))
+        else:
+            slot.scratch["before"] = slot.weight.clone()
+
+    def after_step(self, slot: Slot, clock: Clock) -> None:
+        before = slot.scratch.pop("before", None)
+        if before is not None:
+            after = slot.weight.clone()
+            slot.weight.copy_(before)
+            scale = self._scale_of(slot, clock)
+            # before + s (step + decay) - decay: only what the optimizer made of the gradient is scaled.
+            decay = before * slot.decay()
+            slot.weight.add_(after.sub_(before).add_(decay).mul_(scale)).sub_(decay)
+        if self.clip and clock.step >= step_at(self.clip_start, clock.total_steps, "PSG.clip_start"):
+            clip_to_range(slot.weight, slot.pull, slot.pull_params)
+
+    def undo(self, slot: Slot, clock: Clock) -> None:
+        before = slot.scratch.pop("before", None)
+        if before is not None:
+            slot.weight.copy_(before)
+
+    def _scales_gradient(self, slot: Slot) -> bool:
+        return self.form == "gradient" or (self.form == "auto" and slot.plain)
+
+    def _scale_of(self, slot: Slot, clock: Clock) -> Tensor:
+        w = slot.weight
+        distance = slot.pull_project(w).sub_(w).abs_()
+        scale = self._scale(distance, slot.pull, slot.pull_params, clock)
+        free = slot.pull_free(w)
+        return scale if free is None else scale.masked_fill_(free, 1.0)
+
+    def _scale(self, distance: Tensor, target: Target, params: Params, clock: Clock) -> Tensor:
+        """s as a function of the distance, written over the distance."""
+        slope, offset, cap = self._line(target, params, clock)
+        if cap is not None:
+            distance = torch.clamp(distance, max=cap.to(distance.dtype))
+        slope = slope.to(distance.dtype) if isinstance(slope, Tensor) else slope
+        return distance.mul_(slope).add_(offset)
+
+    def _line(self, target: Target, params: Params, clock: Clock) -> tuple[Tensor | float, float, Tensor | None]:
+        """s = slope * min(d, cap) + offset."""
+        strength = value_at(self.strength, clock.step, clock.total_steps)
+        eps = value_at(self.eps, clock.step, clock.total_steps)
+        if self.units == "weight":
+            return strength * self.gain, (1 - strength) + strength * self.gain * eps, None
+        typical = target.typical(params)
+        # c / r is 4 on a grid by definition of r, and where there are no cells by definition of c.
+        return strength * self.gain / typical, (1 - strength) + strength * self.gain * 4 * eps, 2 * typical
+
+    def scale(self, w: Tensor, target: Target, params: Params, step: int = 0, total_steps: int | None = None) -> Tensor:
+        """s(w), the factor on each gradient entry.
+
+        Args:
+            w: weights.
+            target: what they are pulled to.
+            params: its fitted params.
+            step: step number, for schedules.
+            total_steps: length of training, for schedules.
+
+        Example:
+            >>> import torch
+            >>> w = torch.tensor([0.0, 0.25, 1.0])
+            >>> grid = Uniform(bits=2, range="minmax")
+            >>> PSG(gain=1.0, eps=0.0).scale(w, grid, grid.fit(w))
+            tensor([0., 1., 0.])
+        """
+        distance = target.project(w, params).sub_(w).abs_()
+        scale = self._scale(distance, target, params, Clock(step=step, total_steps=total_steps))
+        free = target.free(w, params)
+        return scale if free is None else scale.masked_fill_(free, 1.0)
+
+    def warp(self, w: Tensor, target: Target, params: Params, step: int = 0, total_steps: int | None = None) -> Tensor:
+        """The warped space f(w) in which plain gradient descent is PSG: `f'(w) = s(w)^(-1/2)`, f(0) = 0.
+
+        Inside a cell `f(q + d) - f(q) = 2 / b (sqrt(a + b d) - sqrt(a))` with s = a + b d; cells join continuously;
+        beyond the capped distance f goes on as a straight line. f is strictly increasing. With eps = 0 and
+        strength 1, a = 0: f is still continuous and invertible, but its slope at a target is infinite, a weight
+        exactly on its target never moves, and steps agree with f-space only away from targets.
+
+        Args:
+            w: weights.
+            target: `Uniform` or `Zero`.
+            params: its fitted params.
+            step: step number, for schedules.
+            total_steps: length of training, for schedules.
+
+        Raises:
+            ValueError: a target without evenly spaced levels.
+
+        Example:
+            >>> import torch
+            >>> w = torch.tensor([-1.0, 0.1, 0.4], dtype=torch.float64)
+            >>> grid, psg = Uniform(bits=3, range="minmax"), PSG(eps=0.05)
+            >>> params = grid.fit(w)
+            >>> torch.allclose(psg.unwarp(psg.warp(w, grid, params), grid, params), w)
+            True
+
+        Reference: arXiv 2005.11035, Theorem 1.
+        """
+        inner, cell, cap, span = self._warp_parts(w, target, params, step, total_steps)
+        nearest = target.project(w, params)
+        offset = w - nearest
+        cells = nearest / cell if cell is not None else torch.zeros_like(w)
+        return cells * span + torch.sign(offset) * inner(offset.abs(), False)
+
+    def unwarp(
+        self, y: Tensor, target: Target, params: Params, step: int = 0, total_steps: int | None = None
+    ) -> Tensor:
+        """The inverse of `warp`.
+
+        Args:
+            y: points of the warped space.
+            target: `Uniform` or `Zero`.
+            params: its fitted params.
+            step: step number, for schedules.
+            total_steps: length of training, for schedules.
+
+        Raises:
+            ValueError: a target without evenly spaced levels.
+
+        Example:
+            >>> import torch
+            >>> zero, psg = Zero(), PSG(eps=0.05)
+            >>> params = zero.fit(torch.tensor([1.0, -1.0]))
+            >>> bool(psg.unwarp(torch.tensor(0.0), zero, params) == 0)
+            True
+        """
+        inner, cell, cap, span = self._warp_parts(y, target, params, step, total_steps)
+        if cell is None:
+            return torch.sign(y) * inner(y.abs(), True)
+        limits = target.limits(params)
+        assert limits is not None
+        most = torch.round(limits.to(y.dtype) / cell)
+        cells = torch.maximum(torch.minimum(torch.round(y / span), most), -most)
+        offset = y - cells * span
+        return cells * cell + torch.sign(offset) * inner(offset.abs(), True)
+
+    def _warp_parts(self, like: Tensor, target: Target, params: Params, step: int, total_steps: int | None):
+        """(the warp of a distance or its inverse, cell width, cap, warped width of a cell)."""
+        if not isinstance(target, (Uniform, Zero)):
+            raise ValueError(
+                f"the warp is known for evenly spaced levels (Uniform) and for Zero, not for {type(target).__name__}"
+            )
+        slope, offset, cap = self._line(target, params, Clock(step=step, total_steps=total_steps))
+        b = torch.as_tensor(slope, dtype=like.dtype)
+        cap = torch.full((), math.inf, dtype=like.dtype) if cap is None else cap.to(like.dtype)
+        cell = target.cell(params)
+        cell = None if cell is None else cell.to(like.dtype)
+        a = offset
+
+        def inner(x: Tensor, inverse: bool) -> Tensor:
+            def bent(d: Tensor) -> Tensor:
+                # 2 / b (sqrt(a + b d) - sqrt(a)), written so that b -> 0 gives d / sqrt(a).
+                return 2 * d / (torch.sqrt(a + b * d) + math.sqrt(a)) if a > 0 else 2 * torch.sqrt(d / b)
+
+            infinite = torch.isinf(cap)
+            edge = torch.where(infinite, torch.zeros_like(cap), cap)
+            top, steepness = bent(edge), torch.sqrt(a + b * edge)
+            if not inverse:
+                within = bent(torch.minimum(x, cap))
+                return torch.where(infinite | (x <= cap), within, top + (x - cap) / steepness)
+            y = torch.where(infinite, x, torch.minimum(x, top))
+            within = y * math.sqrt(a) + b * y * y / 4
+            return torch.where(infinite | (x <= top), within, edge + (x - top) * steepness)
+
+        span = torch.zeros((), dtype=like.dtype) if cell is None else 2 * inner(cell / 2, False)
+        return inner, cell, cap, span

@@ -1,0 +1,514 @@
+"""Recipes: which weights go where, and how. A `Recipe` is data; resolved against a model it is a `Plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pydantic
+import torch
+import yaml
+from torch import nn
+
+from detent.grouping import Granularity, Layout
+from detent.mechanisms import PSG, Mechanism
+from detent.schedules import Moment, Schedule, step_at
+from detent.targets import Target, TopK, Uniform, Zero
+
+__all__ = ["Claim", "Plan", "Recipe", "Rule", "canonical_name", "from_spec", "to_spec"]
+
+_WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What becomes of the parameters whose name matches.
+
+    Args:
+        match: regular expression searched in the canonical parameter name, or "@first" / "@last" for the first /
+            last weight of the model that a rule may claim.
+        target: where the weights may end; not with `keep`.
+        mechanism: how training pulls them there; `None` only for `detent.compress`.
+        keep: leave the parameters in full precision.
+        include: regular expression of names to claim although they are biases or normalisation weights.
+        pinned: `run.compressed(bits=...)` leaves this rule's target as it is.
+        fit_every: steps between fits of the target, >= 1; `None` for the mechanism's default.
+        fit_until: moment after which the fit is frozen; `None` for the mechanism's default.
+
+    Raises:
+        ValueError: an invalid regular expression, or a rule with both or neither of `target` and `keep`.
+
+    Example:
+        >>> Rule(match=r"^fc\\.", keep=True).keep
+        True
+    """
+
+    match: str
+    target: Target | None = None
+    mechanism: Mechanism | None = None
+    keep: bool = False
+    include: str | None = None
+    pinned: bool = False
+    fit_every: int | None = None
+    fit_until: Moment | None = None
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}
+
+    def __post_init__(self) -> None:
+        for name in ("match", "include"):
+            pattern = getattr(self, name)
+            if pattern is not None and not pattern.startswith("@"):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(f"Rule({name}={pattern!r}): not a regular expression: {error}") from None
+        if self.match.startswith("@") and self.match not in ("@first", "@last"):
+            raise ValueError(f'Rule(match={self.match!r}): the only names with @ are "@first" and "@last"')
+        if self.keep == (self.target is not None):
+            raise ValueError(f"Rule(match={self.match!r}): give either target= or keep=True")
+        if self.mechanism is not None and self.target is None:
+            raise ValueError(f"Rule(match={self.match!r}): a mechanism needs a target")
+        if self.fit_every is not None and self.fit_every < 1:
+            raise ValueError(f"Rule(fit_every={self.fit_every}): must be >= 1 step")
+        if self.fit_until is not None:
+            step_at(self.fit_until, 1, "Rule.fit_until")
+        if self.mechanism is not None and self.target is not None:
+            for target in (self.target, self.mechanism.pull):
+                reason = None if target is None else self.mechanism.check(target)
+                if reason:
+                    raise ValueError(f"Rule(match={self.match!r}): {reason}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One parameter of a model and what was decided for it.
+
+    Args:
+        name: canonical name (wrapper segments removed).
+        aliases: other names of the same (tied) parameter.
+        layout: shape, output channel axis.
+        dtype: dtype of the parameter.
+        rule: index of the rule that claimed it, or `None` if it stays full precision.
+        reason: why it stays full precision (empty when claimed).
+
+    Example:
+        >>> Claim(name="fc.bias", layout=Layout(shape=(4,)), dtype=torch.float32, rule=None, reason="bias").claimed
+        False
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    layout: Layout
+    dtype: torch.dtype
+    rule: int | None
+    reason: str = ""
+
+    @property
+    def claimed(self) -> bool:
+        """Whether a rule with a target took this parameter."""
+        return self.rule is not None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An ordered list of rules; for each parameter the first rule that matches wins.
+
+    Rules pass over biases and normalisation weights (and every other 0-D or 1-D parameter) unless `include=` names
+    them. A rule that ends up with nothing, because nothing matches or earlier rules took it all, is an error.
+
+    Args:
+        rules: at least one `Rule`.
+
+    Raises:
+        ValueError: no rules.
+
+    Example:
+        >>> recipe = Recipe([Rule(match=r"^0", target=Uniform(bits=4), mechanism=PSG())])
+        >>> print(recipe.resolve(nn.Sequential(nn.Linear(4, 3))))
+        parameter  shape   becomes          pulled by  note
+        0.weight   (3, 4)  Uniform(bits=4)  PSG()
+        0.bias     (3,)    full precision              passed over: bias; name it in include= to claim it
+        12 of 15 weights claimed (80.0 %)
+    """
+
+    rules: Sequence[Rule]
+
+    def __post_init__(self) -> None:
+        rules = tuple(self.rules)
+        if not rules:
+            raise ValueError("Recipe(rules=[]): give at least one Rule")
+        for rule in rules:
+            if not isinstance(rule, Rule):
+                raise ValueError(f"Recipe(rules=...): every entry must be a Rule, not {type(rule).__name__}")
+        object.__setattr__(self, "rules", rules)
+
+    @staticmethod
+    def preset(name: str) -> Recipe:
+        """A ready recipe by name; `print(Recipe.preset(name).to_yaml())` shows what it stands for.
+
+        Names: psg-w8, psg-w6, psg-w4, psg-w3, psg-w2 (PSG onto a b-bit grid, first and last weight at 8 bits),
+        psg-prune90 (PSG towards zero, then the 10 % largest of the whole model), psg-paper-w4, -w3, -w2 (the
+        published form: running min-max range, lambda_s = 150, linear biases too, first and last at 8 bits when b <= 3).
+
+        Raises:
+            ValueError: an unknown name, with the nearest known one.
+
+        Example:
+            >>> len(Recipe.preset("psg-w4").rules)
+            3
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"Recipe.preset({name!r}): unknown{_nearest(name, _PRESETS)}; known: {', '.join(_PRESETS)}")
+        return _PRESETS[name]()
+
+    @staticmethod
+    def from_yaml(source: str | Path) -> Recipe:
+        """A recipe from YAML text, or from a file if `source` is a path to one.
+
+        Raises:
+            ValueError: anything that is not a recipe; an unknown key is refused with the nearest valid name.
+
+        Example:
+            >>> text = "rules:\\n- {match: weight, target: {kind: Uniform, bits: 4}, mechanism: {kind: PSG}}"
+            >>> Recipe.from_yaml(text).rules[0].target
+            Uniform(bits=4, granularity='tensor', range='mse', param_dtype='float32')
+        """
+        if isinstance(source, Path) or ("\n" not in source and source.endswith((".yaml", ".yml"))):
+            source = Path(source).read_text(encoding="utf-8")
+        try:
+            data = yaml.safe_load(source)
+        except yaml.YAMLError as error:
+            raise ValueError(f"recipe: not YAML: {error}") from None
+        if not isinstance(data, dict) or set(data) != {"rules"} or not isinstance(data["rules"], list):
+            raise ValueError("recipe: must be a mapping with the one key 'rules', a list of rules")
+        return Recipe([_build(Rule, entry, f"rules[{i}]") for i, entry in enumerate(data["rules"])])
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that `from_yaml` reads back to an equal recipe.
+
+        Example:
+            >>> recipe = Recipe.preset("psg-w4")
+            >>> Recipe.from_yaml(recipe.to_yaml()) == recipe
+            True
+        """
+        rules = [{k: v for k, v in to_spec(rule).items() if k != "kind"} for rule in self.rules]
+        return yaml.safe_dump({"rules": rules}, sort_keys=False, width=120)
+
+    def resolve(self, model: nn.Module) -> Plan:
+        """Decide for every parameter of a model; touches no weights, works on the meta device.
+
+        Raises:
+            ValueError: a rule that claims nothing, or a target that refuses a parameter.
+
+        Example:
+            >>> Recipe([Rule(match="wieght", keep=True)]).resolve(nn.Linear(2, 2))
+            Traceback (most recent call last):
+            ...
+            ValueError: rule 0 (match='wieght') matches no parameter of this model; the nearest name is 'weight'
+        """
+        found = list(_parameters(model))
+        eligible = [p.name for p in found if not p.passed_over]
+        special = {"@first": eligible[0], "@last": eligible[-1]} if eligible else {}
+        claims, taken = [], [0] * len(self.rules)
+        matched = [0] * len(self.rules)
+        for p in found:
+            claims.append(self._decide(p, special, matched, taken))
+        names = [name for p in found for name in (p.name, *p.aliases)]
+        for i, rule in enumerate(self.rules):
+            if taken[i]:
+                continue
+            if matched[i]:
+                why = f"only matches parameters that are passed over or claimed by earlier rules ({matched[i]} matched)"
+            else:
+                near = difflib.get_close_matches(rule.match.strip("^$").replace("\\", ""), names, 1, 0.0)
+                why = "matches no parameter of this model" + (f"; the nearest name is {near[0]!r}" if near else "")
+            raise ValueError(f"rule {i} (match={rule.match!r}) {why}")
+        return Plan(recipe=self, claims=tuple(claims))
+
+    def _decide(self, p: _Found, special: Mapping[str, str], matched: list[int], taken: list[int]) -> Claim:
+        decided: tuple[int | None, str] | None = None
+        passed = ""
+        for i, rule in enumerate(self.rules):
+            if rule.match.startswith("@"):
+                hit = p.name == special.get(rule.match)
+            else:
+                hit = any(re.search(rule.match, name) for name in (p.name, *p.aliases))
+            if not hit:
+                continue
+            matched[i] += 1
+            if decided is not None:
+                continue
+            if rule.keep:
+                taken[i] += 1
+                decided = (None, f"kept by rule {i} (match={rule.match!r})")
+                continue
+            named = rule.include is not None and re.search(rule.include, p.name)
+            if p.passed_over and not named:
+                passed = passed or f"passed over: {p.passed_over}; name it in include= to claim it"
+                continue
+            assert rule.target is not None
+            reason = rule.target.accepts(p.layout.shape, p.dtype, p.layout)
+            if reason:
+                raise ValueError(f"{p.name!r} claimed by rule {i} (match={rule.match!r}): {reason}")
+            taken[i] += 1
+            decided = (i, "")
+        rule_index, reason = decided or (None, passed or "no rule matches")
+        return Claim(
+            name=p.name, aliases=p.aliases, layout=p.layout, dtype=p.dtype, rule=rule_index, reason=reason
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A recipe resolved against a model: what every parameter becomes, and why some stay full precision.
+
+    Args:
+        recipe: the recipe.
+        claims: one entry a parameter, in the model's order.
+
+    Example:
+        >>> plan = Recipe.preset("psg-w4").resolve(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)))
+        >>> [claim.name for claim in plan.claimed]
+        ['0.weight', '1.weight', '2.weight']
+    """
+
+    recipe: Recipe
+    claims: tuple[Claim, ...]
+
+    @property
+    def claimed(self) -> tuple[Claim, ...]:
+        """The claims that have a target."""
+        return tuple(claim for claim in self.claims if claim.claimed)
+
+    def rule_of(self, claim: Claim) -> Rule:
+        """The rule that claimed a parameter."""
+        assert claim.rule is not None
+        return self.recipe.rules[claim.rule]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The plan as plain data, one entry a parameter."""
+        rows = []
+        for claim in self.claims:
+            rule = self.rule_of(claim) if claim.claimed else None
+            tied = f"tied: {', '.join(claim.aliases)}" if claim.aliases else ""
+            rows.append(
+                {
+                    "parameter": claim.name,
+                    "shape": claim.layout.shape,
+                    "becomes": short(rule.target) if rule else "full precision",
+                    "mechanism": short(rule.mechanism) if rule and rule.mechanism else "",
+                    "note": "; ".join(part for part in (claim.reason, tied) if part),
+                }
+            )
+        return rows
+
+    def __str__(self) -> str:
+        head = ("parameter", "shape", "becomes", "pulled by", "note")
+        table = [head, *(tuple(str(value) for value in row.values()) for row in self.rows())]
+        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
+        total = sum(claim.layout.numel for claim in self.claims)
+        mine = sum(claim.layout.numel for claim in self.claimed)
+        lines.append(f"{mine} of {total} weights claimed ({100 * mine / max(total, 1):.1f} %)")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    name: str
+    aliases: tuple[str, ...]
+    layout: Layout
+    dtype: torch.dtype
+    passed_over: str
+
+
+def canonical_name(name: str) -> str:
+    """A parameter name without the segments that wrappers (DDP, compile, checkpoint, FSDP) insert.
+
+    Example:
+        >>> canonical_name("module._orig_mod.fc.weight")
+        'fc.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _parameters(model: nn.Module) -> Iterator[_Found]:
+    """Every distinct parameter once, under its first name, with its tied aliases."""
+    names: dict[int, list[str]] = {}
+    owners: dict[int, tuple[nn.Module, nn.Parameter]] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                full = canonical_name(f"{module_name}.{own}" if module_name else own)
+                seen = names.setdefault(id(parameter), [])
+                if full not in seen:
+                    seen.append(full)
+                owners.setdefault(id(parameter), (module, parameter))
+    for key, (module, parameter) in owners.items():
+        first, *others = names[key]
+        transposed = bool(getattr(module, "transposed", False)) and parameter.dim() >= 3
+        yield _Found(
+            name=first,
+            aliases=tuple(others),
+            dtype=parameter.dtype,
+            layout=Layout(
+                shape=tuple(parameter.shape),
+                channel_dim=1 if transposed else 0,
+                conv_groups=int(module.groups) if transposed else 1,  # type: ignore[arg-type]
+            ),
+            passed_over=_passed_over(first, parameter, module),
+        )
+
+
+def _passed_over(name: str, parameter: nn.Parameter, module: nn.Module) -> str:
+    if name.rsplit(".", 1)[-1].startswith("bias"):
+        return "bias"
+    if isinstance(module, _NORMS):
+        return "normalisation weight"
+    if parameter.dim() < 2:
+        return f"{parameter.dim()}-D parameter (bias, gain or normalisation weight)"
+    return ""
+
+
+# --- Specs: objects as plain data and back -----------------------------------------------------------------------
+
+_BASES: tuple[type, ...] = (Target, Mechanism, Schedule, Granularity)
+
+
+def _kinds() -> dict[str, type]:
+    """Every final class a spec may name; third-party subclasses register by being defined."""
+    found: dict[str, type] = {}
+    todo = list(_BASES)
+    while todo:
+        cls = todo.pop()
+        todo.extend(cls.__subclasses__())
+        if dataclasses.is_dataclass(cls) and not getattr(cls, "__abstractmethods__", None):
+            found[cls.__name__] = cls
+    return found
+
+
+def short(obj: object) -> str:
+    """A dataclass as it would be written by hand: only the fields that differ from their defaults.
+
+    Example:
+        >>> short(Uniform(bits=4))
+        'Uniform(bits=4)'
+    """
+    parts = []
+    for f in dataclasses.fields(obj):  # type: ignore[arg-type]
+        value = getattr(obj, f.name)
+        if f.default is dataclasses.MISSING or value != f.default:
+            parts.append(f"{f.name}={short(value) if dataclasses.is_dataclass(value) else repr(value)}")
+    return f"{type(obj).__name__}({', '.join(parts)})"
+
+
+def to_spec(obj: Any) -> Any:
+    """An object of a recipe as plain data: `{"kind": class name, field: value, ...}`, defaults left out.
+
+    Example:
+        >>> to_spec(Uniform(bits=4))
+        {'kind': 'Uniform', 'bits': 4}
+    """
+    if not dataclasses.is_dataclass(obj) or isinstance(obj, type):
+        return obj
+    spec: dict[str, Any] = {"kind": type(obj).__name__}
+    for f in dataclasses.fields(obj):
+        value = getattr(obj, f.name)
+        if f.default is dataclasses.MISSING or value != f.default:
+            spec[f.name] = to_spec(value)
+    return spec
+
+
+def from_spec(spec: Any, where: str = "spec") -> Any:
+    """The inverse of `to_spec`, checked.
+
+    Raises:
+        ValueError: an unknown kind or key (with the nearest valid name), or a value of the wrong type or range.
+
+    Example:
+        >>> from_spec({"kind": "Uniform", "bits": 4}).bits
+        4
+        >>> from_spec({"kind": "Uniform", "bit": 4})
+        Traceback (most recent call last):
+        ...
+        ValueError: spec: Uniform has no field 'bit'; did you mean 'bits'?
+    """
+    if not isinstance(spec, dict):
+        return spec
+    kinds = _kinds()
+    kind = spec.get("kind")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"{where}: unknown kind {kind!r}{_nearest(str(kind), kinds)}; known: {', '.join(sorted(kinds))}")
+    return _build(kinds[kind], {k: v for k, v in spec.items() if k != "kind"}, where)
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: must be a mapping, not {type(values).__name__}")
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{where}: {cls.__name__} has no field {key!r}{_nearest(str(key), known)}")
+    built = {key: from_spec(value, f"{where}.{key}") for key, value in values.items()}
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(built)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field_name = ".".join(str(part) for part in first["loc"][:1])
+        message = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{where}: {cls.__name__}.{field_name}: {message}" if field_name else f"{where}: {message}") from None
+
+
+def _nearest(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+# --- Presets ------------------------------------------------------------------------------------------------------
+
+
+def _psg_preset(bits: int) -> Callable[[], Recipe]:
+    def make() -> Recipe:
+        ends = [
+            Rule(match=where, target=Uniform(bits=8), mechanism=PSG(), pinned=True) for where in ("@first", "@last")
+        ]
+        return Recipe([*ends, Rule(match=r"weight$", target=Uniform(bits=bits), mechanism=PSG())])
+
+    return make
+
+
+def _paper_preset(bits: int) -> Callable[[], Recipe]:
+    def make() -> Recipe:
+        def rule(match: str, width: int, pinned: bool) -> Rule:
+            return Rule(
+                match=match,
+                target=Uniform(bits=width, range="ema"),
+                mechanism=PSG.paper(lambda_s=150),
+                include=r"(fc|linear|classifier|head)\.?.*bias$",
+                pinned=pinned,
+                fit_every=1,
+                fit_until=1.0,
+            )
+
+        ends = [rule(where, 8, True) for where in ("@first", "@last")] if bits <= 3 else []
+        return Recipe([*ends, rule(r"(weight|bias)$", bits, False)])
+
+    return make
+
+
+def _prune_preset() -> Recipe:
+    target, mechanism = TopK(keep=0.1, scope="model"), PSG(toward=Zero())
+    return Recipe([Rule(match=r"weight$", target=target, mechanism=mechanism)])
+
+
+_PRESETS: dict[str, Callable[[], Recipe]] = {
+    **{f"psg-w{bits}": _psg_preset(bits) for bits in (8, 6, 4, 3, 2)},
+    "psg-prune90": _prune_preset,
+    **{f"psg-paper-w{bits}": _paper_preset(bits) for bits in (8, 6, 4, 3, 2)},
+}

@@ -1,0 +1,1 @@
+"""Reports: what was measured (:mod:`detent.report.record`) and how it is shown."""

@@ -1,0 +1,189 @@
+"""Schedules: a step number in, a strength out.
+
+Every strength in Detent (`PSG(strength=...)`, `eps`, a mirror map's beta) takes a plain number or a
+`Schedule`. Moments (`start=`, `fit_until=`, the ends of a ramp) are a step number when given as an `int`
+and a fraction of the whole training when given as a `float` in [0, 1].
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+__all__ = ["Cosine", "Cubic", "Exponential", "Linear", "Moment", "Number", "Schedule", "step_at", "value_at"]
+
+Moment: TypeAlias = int | float
+
+
+def step_at(moment: Moment, total_steps: int | None, field: str) -> int:
+    """Turn a moment into a step number.
+
+    An `int` is already a step; a `float` f in [0, 1] means step `round(f * total_steps)`.
+
+    Args:
+        moment: step number (>= 0) or fraction of training in [0, 1].
+        total_steps: optimizer steps in the whole training, or `None` if unknown.
+        field: name used in the error.
+
+    Raises:
+        ValueError: a negative step, a fraction outside [0, 1], or a fraction without `total_steps`.
+
+    Example:
+        >>> step_at(0.25, 1000, "start"), step_at(7, None, "start")
+        (250, 7)
+    """
+    if isinstance(moment, int):
+        if moment < 0:
+            raise ValueError(f"{field}={moment}: a step number must be >= 0")
+        return moment
+    if not 0.0 <= moment <= 1.0:
+        raise ValueError(f"{field}={moment}: a fraction of training must lie in [0, 1]; give an int for a step number")
+    if total_steps is None:
+        if moment == 0.0:
+            return 0
+        raise ValueError(f"{field}={moment} is a fraction of training: pass total_steps= to attach, or give an int step")
+    return round(moment * total_steps)
+
+
+class Schedule(abc.ABC):
+    """A pure function from the step number to a strength.
+
+    Example:
+        >>> ramp = Linear(first=0.0, last=1.0, begin=0, end=10)
+        >>> [ramp(step, None) for step in (0, 5, 10, 99)]
+        [0.0, 0.5, 1.0, 1.0]
+    """
+
+    @abc.abstractmethod
+    def __call__(self, step: int, total_steps: int | None) -> float:
+        """The value at `step` (0 is the first optimizer step)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ramp(Schedule):
+    """A change from `first` to `last` between two moments, constant outside them."""
+
+    first: float
+    last: float
+    begin: Moment = 0.0
+    end: Moment = 1.0
+
+    def __post_init__(self) -> None:
+        for field in ("first", "last"):
+            if not math.isfinite(getattr(self, field)):
+                raise ValueError(f"{type(self).__name__}({field}={getattr(self, field)}): must be a finite number")
+
+    def __call__(self, step: int, total_steps: int | None) -> float:
+        name = type(self).__name__
+        begin = step_at(self.begin, total_steps, f"{name}.begin")
+        end = step_at(self.end, total_steps, f"{name}.end")
+        if step >= end:
+            return self.last
+        if step <= begin:
+            return self.first
+        return self._between((step - begin) / (end - begin))
+
+    @abc.abstractmethod
+    def _between(self, t: float) -> float:
+        """The value at progress t in (0, 1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(_Ramp):
+    """Straight line: `first + (last - first) t`.
+
+    Args:
+        first: value up to `begin`.
+        last: value from `end` on.
+        begin: moment the change starts (int step or fraction of training).
+        end: moment the change is over.
+
+    Example:
+        >>> Linear(first=0.05, last=0.0, end=0.8)(400, 1000)
+        0.025
+    """
+
+    def _between(self, t: float) -> float:
+        return self.first + (self.last - self.first) * t
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(_Ramp):
+    """Half a cosine: `last + (first - last) (1 + cos(pi t)) / 2`.
+
+    Args:
+        first: value up to `begin`.
+        last: value from `end` on.
+        begin: moment the change starts.
+        end: moment the change is over.
+
+    Example:
+        >>> round(Cosine(first=1.0, last=0.0)(250, 1000), 4)
+        0.8536
+    """
+
+    def _between(self, t: float) -> float:
+        return self.last + (self.first - self.last) * 0.5 * (1.0 + math.cos(math.pi * t))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cubic(_Ramp):
+    """Fast first, slow last: `last + (first - last) (1 - t)^3`, the usual ramp of a sparsity.
+
+    Reference: Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878, eq. 1.
+
+    Args:
+        first: value up to `begin`.
+        last: value from `end` on.
+        begin: moment the change starts.
+        end: moment the change is over.
+
+    Example:
+        >>> Cubic(first=0.0, last=0.9)(500, 1000)
+        0.7875
+    """
+
+    def _between(self, t: float) -> float:
+        return self.last + (self.first - self.last) * (1.0 - t) ** 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exponential(_Ramp):
+    """Constant factor a step: `first (last / first)^t`; both ends must be positive.
+
+    Args:
+        first: value up to `begin`, > 0.
+        last: value from `end` on, > 0.
+        begin: moment the change starts.
+        end: moment the change is over.
+
+    Raises:
+        ValueError: an end that is not positive.
+
+    Example:
+        >>> round(Exponential(first=1.0, last=1e4)(500, 1000), 6)
+        100.0
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.first <= 0 or self.last <= 0:
+            raise ValueError(f"Exponential(first={self.first}, last={self.last}): both must be > 0")
+
+    def _between(self, t: float) -> float:
+        return self.first * (self.last / self.first) ** t
+
+
+Number: TypeAlias = float | Linear | Cosine | Cubic | Exponential
+
+
+def value_at(value: float | Schedule, step: int, total_steps: int | None) -> float:
+    """The number itself, or the schedule's value at `step`.
+
+    Example:
+        >>> value_at(0.3, 5, None), value_at(Linear(first=0, last=1, end=10), 5, None)
+        (0.3, 0.5)
+    """
+    return value(step, total_steps) if isinstance(value, Schedule) else float(value)

@@ -1,0 +1,71 @@
+"""The few places that know a parameter may be a shard (FSDP2's DTensor) of a whole tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["as_sharded", "from_whole", "local", "reshard", "rows_of", "whole"]
+
+
+def _is_sharded(x: Tensor) -> bool:
+    return hasattr(x, "placements") and hasattr(x, "device_mesh")
+
+
+def local(x: Tensor) -> Tensor:
+    """What this process holds, as a plain tensor sharing the memory, cut off from autograd."""
+    x = x.detach()
+    return x._local_tensor if _is_sharded(x) else x  # type: ignore[attr-defined]
+
+
+def whole(x: Tensor) -> Tensor:
+    """The whole tensor on every process; a collective if x is sharded, so every rank must call it."""
+    x = x.detach()
+    return x.full_tensor() if _is_sharded(x) else x  # type: ignore[attr-defined]
+
+
+def rows_of(x: Tensor, name: str) -> tuple[int, int] | None:
+    """Rows of axis 0 held here, or `None` if x is not sharded.
+
+    Raises:
+        ValueError: sharded in a way other than by rows.
+    """
+    if not _is_sharded(x):
+        return None
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    placements: Any = x.placements  # type: ignore[attr-defined]
+    if all(isinstance(p, Replicate) for p in placements):
+        return None
+    shards = [p for p in placements if not isinstance(p, Replicate)]
+    if len(shards) != 1 or not isinstance(shards[0], Shard) or shards[0].dim != 0:
+        raise ValueError(f"{name!r} is sharded as {placements}: only FSDP2's sharding of axis 0 is supported")
+    shape, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, placements)  # type: ignore[attr-defined]
+    return (offset[0], offset[0] + shape[0]) if shape[0] else (0, 0)
+
+
+def from_whole(full: Tensor, like: Tensor, name: str) -> Tensor:
+    """The part of a whole tensor that this process holds of `like`."""
+    rows = rows_of(like, name)
+    return full if rows is None else full[slice(*rows)]
+
+
+def as_sharded(part: Tensor, like: Tensor) -> Tensor:
+    """A local part as a tensor sharded like `like`, so that distributed checkpoints can reshard it."""
+    if not _is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()  # type: ignore[attr-defined]
+    )
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop the gathered copies FSDP2 keeps of parameters, which a write to the shards would not reach."""
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()  # type: ignore[operator]

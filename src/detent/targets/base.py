@@ -1,0 +1,229 @@
+"""What a target is: a set of allowed weights, its nearest point, and its price in bits."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from detent.grouping import Layout
+
+__all__ = ["Codes", "Params", "Scope", "Stream", "Target", "check_finite", "compute_dtype"]
+
+Scope = Literal["element", "tensor", "model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """The data-dependent numbers of a target for one tensor, as `fit` found them.
+
+    Args:
+        tensors: named numbers (scale, threshold, codebook), for the whole tensor even under sharding.
+        layout: the layout they were fitted for.
+
+    Example:
+        >>> Params(tensors={"scale": torch.tensor([0.5])}, layout=Layout(shape=(2, 2)))["scale"]
+        tensor([0.5000])
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    layout: Layout
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def local(self, first: int, past: int) -> Params:
+        """The same numbers, for a process that holds rows `first` to `past - 1`."""
+        return replace(self, layout=self.layout.local(first, past))
+
+    def to(self, device: torch.device) -> Params:
+        """The same numbers on another device."""
+        return replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """One run of codes.
+
+    Args:
+        name: what it holds ("codes", "mask", "values").
+        values: 1-D tensor; integers in [0, 2**width), or raw floats.
+        width: bits a value on disk: 1 to 16 for integers; 16, 32 or 64 for raw floats.
+
+    Example:
+        >>> Stream(name="codes", values=torch.tensor([0, 3, 1]), width=2).nbytes
+        1
+    """
+
+    name: str
+    values: Tensor
+    width: int
+
+    def __post_init__(self) -> None:
+        assert self.values.dim() == 1, self.values.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk, bit-packed at true width."""
+        return -(-self.values.numel() * self.width // 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codes:
+    """Everything needed, besides the params, to rebuild one projected tensor.
+
+    Example:
+        >>> Codes(streams=(Stream(name="codes", values=torch.tensor([1, 0, 2]), width=2),)).nbytes
+        1
+    """
+
+    streams: tuple[Stream, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk of all streams."""
+        return sum(stream.nbytes for stream in self.streams)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return next(stream.values for stream in self.streams if stream.name == name)
+
+
+class Target(abc.ABC):
+    """A set of allowed weights: where a tensor may end.
+
+    Final subclasses are frozen keyword-only dataclasses without tensors. With `params = fit(w)` held:
+
+    * `project(project(w)) == project(w)` bitwise, and never returns -0.0;
+    * `decode(encode(w)) == project(w)` bitwise;
+    * `relax(w, beta)` tends to `project(w)` as beta grows;
+    * `bits_on_disk(params)` is what the codes and params take on disk.
+
+    Class attributes:
+        is_exact: `project` is the nearest point of the set (given the params), not a heuristic.
+        scope: what `project` of one weight depends on: only itself and the params ("element"), or the
+            whole tensor ("tensor"). "model" means that `fit` looks at all tensors of the rule at once.
+        has_bits: the target has a bit-width that `at_bits` can change.
+        stored: names of the params that `decode` needs; only these go into a file.
+
+    Example:
+        >>> from detent import Uniform
+        >>> w = torch.tensor([[0.9, -0.2], [0.35, 0.0]])
+        >>> grid = Uniform(bits=3, range="minmax")
+        >>> grid.project(w, grid.fit(w))
+        tensor([[ 0.9000, -0.3000],
+                [ 0.3000,  0.0000]])
+    """
+
+    is_exact: ClassVar[bool]
+    has_bits: ClassVar[bool] = False
+    stored: ClassVar[tuple[str, ...]]
+    # Lets a recipe file be checked field by field although fields may hold abstract types.
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}
+
+    @property
+    @abc.abstractmethod
+    def scope(self) -> Scope:
+        """What the projection of one weight depends on."""
+
+    def accepts(self, shape: Sequence[int], dtype: torch.dtype, layout: Layout) -> str | None:
+        """Why a tensor of this shape and dtype cannot take this target, or `None` if it can."""
+        if not dtype.is_floating_point:
+            return f"{type(self).__name__} needs real floating-point weights, this one is {dtype}"
+        if math.prod(shape) == 0:
+            return f"{type(self).__name__} needs at least one weight, this one has shape {tuple(shape)}"
+        return None
+
+    @abc.abstractmethod
+    def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
+        """Find the params of a whole tensor.
+
+        Args:
+            w: the whole tensor, any floating dtype and strides.
+            layout: its layout; by default output channels on axis 0.
+            previous: the last params of the same tensor, for running estimates.
+
+        Raises:
+            ValueError: NaN or infinite weights.
+        """
+
+    def fit_model(
+        self, weights: Sequence[Tensor], layouts: Sequence[Layout], previous: Sequence[Params | None]
+    ) -> list[Params]:
+        """Find the params of all tensors of a rule at once; by default one by one."""
+        return [self.fit(w, layout, old) for w, layout, old in zip(weights, layouts, previous, strict=True)]
+
+    @abc.abstractmethod
+    def project(self, w: Tensor, params: Params) -> Tensor:
+        """The nearest point of the set, as a new tensor of the same shape and dtype."""
+
+    def relax(self, w: Tensor, params: Params, beta: float) -> Tensor:
+        """A smooth stand-in that sharpens with beta: `(w + beta project(w)) / (1 + beta)`.
+
+        Args:
+            w: weights.
+            params: fitted params.
+            beta: sharpness, >= 0; `inf` gives `project(w)`.
+
+        Reference: Yin et al., "BinaryRelax", arXiv 1801.06313, eq. 2.4.
+        """
+        if beta < 0:
+            raise ValueError(f"beta={beta}: must be >= 0")
+        q = self.project(w, params)
+        return q if math.isinf(beta) else torch.lerp(w, q, beta / (1.0 + beta))
+
+    @abc.abstractmethod
+    def encode(self, w: Tensor, params: Params) -> Codes:
+        """Codes of `project(w)` for a whole tensor."""
+
+    @abc.abstractmethod
+    def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
+        """The projected tensor, bitwise, from its codes."""
+
+    @abc.abstractmethod
+    def bits_on_disk(self, params: Params) -> int:
+        """Bits on disk of the codes (each stream padded to whole bytes) and the params."""
+
+    @abc.abstractmethod
+    def typical(self, params: Params) -> Tensor:
+        """A typical distance from w to project(w), > 0, that broadcasts against w: the unit PSG measures in."""
+
+    def cell(self, params: Params) -> Tensor | None:
+        """Width of the cells of a grid, broadcasting against w; `None` where the set has no cells."""
+        return None
+
+    def limits(self, params: Params) -> Tensor | None:
+        """Largest allowed |w| of a bounded set, broadcasting against w; `None` if the set is unbounded."""
+        return None
+
+    def free(self, w: Tensor, params: Params) -> Tensor | None:
+        """Mask of weights that may take any real value where they are (survivors of a sparse set), or `None`."""
+        return None
+
+    def at_bits(self, w: Tensor, params: Params, bits: int) -> tuple[Target, Params]:
+        """The same kind of target at another width, for weights trained towards this one.
+
+        Raises:
+            ValueError: the target has no bit-width.
+        """
+        raise ValueError(f"bits={bits}: {type(self).__name__} has no bit-width to change")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which targets compute: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_finite(w: Tensor) -> None:
+    """Raise if a weight is NaN or infinite.
+
+    Raises:
+        ValueError: with the number of bad weights.
+    """
+    bad = int((~torch.isfinite(w)).sum())
+    if bad:
+        raise ValueError(f"{bad} of {w.numel()} weights are NaN or infinite, so nothing can be fitted to them")

@@ -1,0 +1,269 @@
+"""The trainer: exact resume, no look at test data, records that say what was run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from detent.report.record import Record, environment, summarise, write_record
+from papers import models
+from papers.train import (
+    Experiment,
+    ScheduleConfig,
+    Trainer,
+    evaluate,
+    evaluate_lives,
+    learning_rate,
+    load_experiment,
+    main,
+)
+
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "papers" / "experiments"
+
+
+def dropout_net() -> nn.Module:
+    """Draws from torch's global generator in the forward pass, so that resume must restore it."""
+    return nn.Sequential(models.SmallConvNet(width=4), nn.Dropout(0.2))
+
+
+def tiny(**changes: Any) -> Experiment:
+    base: dict[str, Any] = {
+        "name": "tiny",
+        "question": "Does it run?",
+        "model": f"{__name__}:dropout_net",
+        "data": {"name": "digits", "holdout": 100, "crop": 1, "flip": True, "mean": [0.3], "std": [0.37]},
+        "optimizer": {"name": "SGD", "args": {"lr": 0.05, "momentum": 0.9}},
+        "schedule": {"kind": "cosine", "warmup": 0.5},
+        "batch_size": 32,
+        "epochs": 3,
+        "evaluate": {"bits": [4, 2], "calibrate": 64},
+        "extra": {"train_subset": 160},
+    }
+    return Experiment.model_validate(base | changes)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+RESUMED = {
+    "plain": {},
+    "adamw": {"optimizer": {"name": "torch.optim.AdamW", "args": {"lr": 0.003}}},
+    "psg": {"recipe": "psg-w4"},
+    "ste": {
+        "recipe": {
+            "rules": [{"match": r"\.weight$", "target": {"kind": "Uniform", "bits": 3}, "mechanism": {"kind": "STE"}}]
+        }
+    },
+    "channels_last": {"channels_last": True},
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_run_cut_off_in_the_middle_of_an_epoch_is_the_unbroken_run(tmp_path: Path, case: str) -> None:
+    experiment = tiny(**RESUMED[case])
+    unbroken = Trainer(experiment, 1, tmp_path / "a")
+    unbroken.train()
+    for stop in (3, 8, 10):  # in the first epoch, in the second, between epochs
+        cut = Trainer(experiment, 1, tmp_path / "b")
+        assert cut.resume() == (stop > 3)
+        cut.train(stop_at=stop)
+    torch.rand(7)  # the next process starts with another generator
+    last = Trainer(experiment, 1, tmp_path / "b")
+    assert last.resume()
+    assert last.step == 10
+    last.train()
+    assert last.step == unbroken.step == 15
+    assert same(last.model.state_dict(), unbroken.model.state_dict())
+    assert same(last.optimizer.state_dict(), unbroken.optimizer.state_dict())
+    assert same(last.history, unbroken.history)
+
+
+def test_another_seed_is_another_run(tmp_path: Path) -> None:
+    trainers = [Trainer(tiny(), seed, tmp_path / str(seed)) for seed in (0, 1)]
+    for trainer in trainers:
+        trainer.train()
+    assert not same(trainers[0].model.state_dict(), trainers[1].model.state_dict())
+    assert all(torch.equal(t.held_out.images, trainers[0].held_out.images) for t in trainers)
+
+
+def test_resume_refuses_another_experiment_and_seed(tmp_path: Path) -> None:
+    Trainer(tiny(), 1, tmp_path).train(stop_at=1)
+    with pytest.raises(ValueError, match=r"\['batch_size'\]"):
+        Trainer(tiny(batch_size=16), 1, tmp_path).resume()
+    with pytest.raises(ValueError, match="seed"):
+        Trainer(tiny(), 2, tmp_path).resume()
+    assert Trainer(tiny(notes="only words"), 1, tmp_path).resume()
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(tiny(), 1, tmp_path)
+    trainer.train(stop_at=2)
+
+    def cut(state: object, file: Path) -> None:
+        Path(file).write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    again = Trainer(tiny(), 1, tmp_path)
+    assert again.resume()
+    assert again.step == 2
+
+
+def test_test_images_are_read_after_the_last_step_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    read = Trainer._images
+    monkeypatch.setattr(Trainer, "_images", lambda self, split: (asked.append(split), read(self, split))[1])
+    trainer = Trainer(tiny(), 1, tmp_path)
+    trainer.train(stop_at=14)
+    with pytest.raises(RuntimeError, match="step 14 of 15"):
+        trainer.result()
+    trainer.train()
+    assert asked == ["train"]
+    trainer.result()
+    assert asked == ["train", "test"]
+    rows = {bytes(x) for x in trainer.train_set.images.flatten(1).numpy()}
+    assert not rows & {bytes(x) for x in trainer.held_out.images.flatten(1).numpy()}
+
+
+def test_a_diverging_run_stops_in_words(tmp_path: Path) -> None:
+    experiment = tiny(optimizer={"name": "SGD", "args": {"lr": 1e30}})
+    with pytest.raises(RuntimeError, match=r"loss is (nan|inf)"):
+        Trainer(experiment, 0, tmp_path).train()
+
+
+def test_training_learns_and_both_lives_are_measured(tmp_path: Path) -> None:
+    experiment = tiny(
+        model="SmallConvNet", recipe="psg-w8", epochs=8, extra={}, data={"name": "digits", "holdout": 100}
+    )
+    trainer = Trainer(experiment, 0, tmp_path)
+    trainer.train()
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    result = trainer.result()
+    assert same(before, dict(trainer.model.state_dict())), "measuring changes nothing"
+    assert result["test"]["full"]["accuracy"] > 85
+    lives = result["test"]["compressed"]
+    assert set(lives) == {"recipe", "4", "2"}
+    assert lives["recipe"]["data_free"]["accuracy"] > 85
+    assert lives["recipe"]["weights"]["error"] < lives["4"]["weights"]["error"] < lives["2"]["weights"]["error"]
+    assert lives["2"]["data_free"]["loss"] != lives["2"]["batchnorm"]["loss"]
+    assert {"full", "compressed"} == set(trainer.history[0]["held_out"])
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_plain_run_is_rounded_after_training(tmp_path: Path) -> None:
+    trainer = Trainer(tiny(evaluate_recipe="psg-w4", epochs=1), 0, tmp_path)
+    trainer.train()
+    assert set(trainer.result()["test"]["compressed"]) == {"recipe", "4", "2"}
+    bare = Trainer(tiny(epochs=1), 0, tmp_path / "bare")
+    bare.train()
+    assert bare.result()["test"]["compressed"] == {}
+
+
+def test_evaluate_counts_by_hand() -> None:
+    class Shifted(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert not self.training
+            return x
+
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+    model = Shifted().train()
+    got = evaluate(model, [(logits[:2], torch.tensor([0, 0])), (logits[2:], torch.tensor([0]))])
+    assert model.training
+    assert got["accuracy"] == pytest.approx(200 / 3)
+    losses = [math.log(1 + math.exp(-2)), math.log(1 + math.exp(1)), math.log(1 + math.exp(-3))]
+    assert got["loss"] == pytest.approx(sum(losses) / 3)
+    with pytest.raises(ValueError, match="batch"):
+        evaluate(model, [])
+    assert evaluate_lives(model, None, [(logits, torch.tensor([0, 1, 0]))])["full"]["accuracy"] == 100
+
+
+def test_learning_rate_by_hand() -> None:
+    step = ScheduleConfig(kind="step", milestones=[2, 3], gamma=0.1)
+    assert [learning_rate(step, s, 40, 10) for s in (0, 19, 20, 29, 30)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    cosine = ScheduleConfig(kind="cosine", warmup=0.4, final=0.2)
+    assert [learning_rate(cosine, s, 24, 10) for s in (0, 1, 2, 3, 4)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert learning_rate(cosine, 14, 24, 10) == pytest.approx(0.6)
+    assert 0.2 < learning_rate(cosine, 23, 24, 10) < 0.21
+    assert learning_rate(ScheduleConfig(kind="constant"), 39, 40, 10) == 1
+
+
+def test_experiment_files_are_valid_and_misspelt_keys_are_not(tmp_path: Path) -> None:
+    files = sorted(EXPERIMENTS.glob("*.yaml"))
+    assert files
+    for file in files:
+        load_experiment(file)
+    changed = load_experiment(files[0], ["optimizer.args.lr=0.5", "recipe=null", "evaluate.bits=[4]"])
+    assert changed.optimizer.args["lr"] == 0.5
+    assert (changed.recipe, changed.evaluate.bits) == (None, [4])
+    with pytest.raises(ValueError, match=r"evaluate\.bit\b"):
+        load_experiment(files[0], ["evaluate.bit=[4]"])
+    with pytest.raises(ValueError, match="key=value"):
+        load_experiment(files[0], ["epochs"])
+    with pytest.raises(ValueError, match="ResNet99"):
+        Trainer(tiny(model="ResNet99"), 0, tmp_path)
+
+
+def test_the_command_trains_resumes_and_records(tmp_path: Path) -> None:
+    file = tmp_path / "e.yaml"
+    experiment = tiny(model="SmallConvNet", seeds=[3, 4], epochs=1).model_dump()
+    file.write_text(yaml.safe_dump(experiment))
+    out = tmp_path / "out"
+    main(file, out=out)
+    record = json.loads((out / "record.json").read_text())
+    assert record["seeds"] == [3, 4]
+    assert record["config"]["extra"]["train_subset"] == 160
+    accuracies = [r["test"]["full"]["accuracy"] for r in record["results"]["seeds"]]
+    assert record["results"]["summary"]["full.accuracy"] == summarise(accuracies)
+    assert record["cost"]["seconds"] > 0
+    assert "test, full" in (out / "seed3" / "log.txt").read_text()
+    with pytest.raises(ValueError, match="--resume"):
+        main(file, out=out)
+    main(file, out=out, resume=True)
+    assert json.loads((out / "record.json").read_text())["results"] == record["results"]
+    main(file, out=tmp_path / "one", seed=9, epochs=2, overrides=["batch_size=64"])
+    one = json.loads((tmp_path / "one" / "record.json").read_text())
+    assert (one["seeds"], one["config"]["epochs"], one["config"]["batch_size"]) == ([9], 2, 64)
+
+
+def test_records(tmp_path: Path) -> None:
+    with Record(name="n", question="q?", command="c", seeds=[1], config={"a": (1, None)}) as record:
+        torch.rand(10)
+    record.write(tmp_path / "deep" / "r.json", {"x": math.inf, "y": 0.5})
+    text = (tmp_path / "deep" / "r.json").read_text()
+    got = json.loads(text)
+    assert got["results"] == {"x": "inf", "y": 0.5}
+    assert got["config"] == {"a": [1, None]}
+    assert got["cost"]["peak_memory_bytes"]["process"] > 10_000_000
+    assert text == json.dumps(got, indent=1, sort_keys=True) + "\n"
+    with pytest.raises(ValueError, match=r"results\.x is a Tensor"):
+        record.write(tmp_path / "deep" / "r.json", {"x": torch.ones(1)})
+    assert (tmp_path / "deep" / "r.json").read_text() == text, "a refused record leaves the old file"
+    assert [f.name for f in (tmp_path / "deep").iterdir()] == ["r.json"]
+    with pytest.raises(ValueError, match="need one value"):
+        summarise([])
+    assert summarise([2.0])["std"] is None
+
+
+def test_environment_states_commit_and_versions(tmp_path: Path) -> None:
+    here = environment()
+    assert here["versions"]["torch"] == torch.__version__
+    assert here["hardware"]["cores"] >= 1
+    outside = environment(tmp_path)
+    assert (outside["commit"], outside["dirty"]) == (None, None)
+    write_record(tmp_path / "r.json", name="n", question="q", command="c", seeds=[], config={}, results={})
