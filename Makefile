@@ -40,7 +40,7 @@ demo: $(VENV)/.demo
 
 # One test process a core, one torch thread a process (tests/conftest.py).
 test: lint
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check $(CODE)
