@@ -363,7 +363,7 @@ class Trainer:
         """One line to ``log.txt`` and the console."""
         with (self.out / "log.txt").open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self.console.print(f"[dim]seed {self.seed}[/] {text}", highlight=False)
+        self.console.print(f"[dim]seed {self.seed}[/] {text}", highlight=False, soft_wrap=True)
 
     def save(self) -> None:
         """Writes ``last.pt`` (readable with ``weights_only=True``); the old file stays until the new one is whole."""
@@ -425,27 +425,31 @@ class Trainer:
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(f"seed {self.seed}", total=self.total, completed=self.step)
             saved = mark = time.monotonic()
-            mark_step = self.step
+            mark_step, tick = self.step, time.perf_counter()
             while self.step < end:
                 epoch, batch = divmod(self.step, per_epoch)
                 self.batches.set_epoch(epoch, skip=batch)
                 for x, y in self.batches:
-                    start = time.perf_counter()
                     loss = self._step(x, y)
                     self.step += 1
-                    self.seconds += time.perf_counter() - start
                     progress.update(task, completed=self.step)
                     if self.step % LOG_EVERY == 0 or self.step == self.total:
+                        value = float(loss)  # waits for the device, so that the time is that of the work
                         speed = (self.step - mark_step) / (time.monotonic() - mark)
-                        self._report(float(loss), speed)
+                        self._report(value, speed)
                         mark, mark_step = time.monotonic(), self.step
-                    if self.step % per_epoch == 0 or self.step == self.total:
+                    ends = self.step % per_epoch == 0 or self.step == self.total
+                    if ends and self.device.type == "cuda":
+                        torch.cuda.synchronize()
+                    self.seconds += time.perf_counter() - tick
+                    if ends:
                         self._end_of_epoch()
-                        self.save()
-                        saved = mark = time.monotonic()
-                    elif time.monotonic() - saved > 60 * self.experiment.checkpoint_minutes:
+                    if ends or time.monotonic() - saved > 60 * self.experiment.checkpoint_minutes:
                         self.save()
                         saved = time.monotonic()
+                    tick = time.perf_counter()
+                    if ends:
+                        mark, mark_step = time.monotonic(), self.step
                     if self.step >= end:
                         break
         self.save()

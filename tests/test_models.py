@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +13,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from detent.data import Batches, load_images
+from detent.data import Batches, ImageSet, load_images
 from papers import models
 from papers.train import evaluate
 
-CIFAR100 = {"mean": [129.3 / 255, 124.1 / 255, 112.4 / 255], "std": [68.2 / 255, 65.4 / 255, 70.4 / 255]}
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-RAW = {"mean": [0.0], "std": [1 / 255]}
+CIFAR100: dict[str, Any] = {
+    "mean": [129.3 / 255, 124.1 / 255, 112.4 / 255],
+    "std": [68.2 / 255, 65.4 / 255, 70.4 / 255],
+}
+IMAGENET: dict[str, Any] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+RAW: dict[str, Any] = {"mean": [0.0], "std": [1 / 255]}
 # accuracies measured independently, stated in shared/data/README.md
 CHECKPOINTS = [
     ("cifar100_resnet32_sgd150", models.resnet32, "cifar100", CIFAR100, 69.96),
@@ -25,6 +30,12 @@ CHECKPOINTS = [
     ("cifar10_resnet20", models.resnet20, "cifar10", IMAGENET, 91.73),
     ("cifar10_resnet8_mlperftiny", models.MLPerfTinyResNet8, "cifar10", RAW, 87.19),
 ]
+
+
+@functools.cache
+def _test_split(folder: Path) -> ImageSet:
+    """Decoded once for the two networks that share it."""
+    return load_images(folder, "test")
 
 
 def weights(model: nn.Module) -> int:
@@ -80,7 +91,9 @@ def test_strided_convolutions_of_mlperf_pad_right_and_bottom() -> None:
     model = models.MLPerfTinyResNet8()
     x = torch.rand(1, 16, 6, 6)
     wide = F.pad(x, (0, 1, 0, 1))
-    layer: nn.Conv2d = model.get_submodule("conv2d_3")  # type: ignore[assignment]
+    layer = model.get_submodule("conv2d_3")
+    assert isinstance(layer, nn.Conv2d)
+    assert layer.bias is not None
     patches = torch.stack([wide[0, :, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3] for i in range(3) for j in range(3)])
     expected = torch.einsum("pcij,ocij->op", patches, layer.weight) + layer.bias[:, None]
     assert torch.allclose(model._conv(x, "_3", same=False).view(32, 9), expected, atol=1e-5)
@@ -113,13 +126,13 @@ def test_names_and_shapes_are_those_of_the_checkpoint(shared: Path, file: str, f
 @pytest.mark.slow
 @pytest.mark.parametrize(("file", "factory", "folder", "scale", "accuracy"), CHECKPOINTS)
 def test_stated_accuracy(
-    shared: Path, file: str, factory: type[nn.Module], folder: str, scale: dict[str, list[float]], accuracy: float
+    shared: Path, file: str, factory: type[nn.Module], folder: str, scale: dict[str, Any], accuracy: float
 ) -> None:
     model = factory()
     models.load_checkpoint(model, shared / "checkpoints" / f"{file}.safetensors")
-    test = load_images(shared / "data" / folder, "test")
+    test = _test_split(shared / "data" / folder)
     torch.set_num_threads(2)
     batches = Batches(test.images, test.labels, 500, channels_last=True, **scale)
-    got = evaluate(model.to(memory_format=torch.channels_last), batches)  # type: ignore[call-overload]
+    got = evaluate(model.to(memory_format=torch.channels_last), batches)  # pyright: ignore[reportCallIssue]
     # one image is 0.01: the number of right answers is the stated one
     assert round(got["accuracy"] * 100) == round(accuracy * 100)

@@ -30,7 +30,7 @@ _TARGETS = {"schedules", "grouping"}
 _MECHANISMS = _TARGETS | {"targets"}
 _RECIPE = _MECHANISMS | {"mechanisms", "sharding"}
 _LIVES = _RECIPE | {"recipe"}
-_ENGINE = _LIVES | {"lives"}
+_ENGINE = _LIVES | {"lives", "optimizers"}
 _PACK = _ENGINE | {"engine"}
 _CORE = _PACK | {"pack"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mechanisms": _MECHANISMS,
     "recipe": _RECIPE,
     "lives": _LIVES,
+    "optimizers": {"sharding"},
     "engine": _ENGINE,
     "pack": _PACK,
     "": _CORE,
@@ -50,7 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": _CORE | {""},
     "testing": _CORE | {""},
     "integrations": _CORE | {""},
-    "cli": _CORE | {"", "export", "report", "report.record", "data"},
+    "demo": _CORE | {"", "data", "report", "report.record"},
+    "cli": _CORE | {"", "export", "report", "report.record", "data", "demo"},
 }
 HEAVY = {"pyarrow", "sklearn", "matplotlib", "PIL", "huggingface_hub", "plotly", "typer"}
 MAX_LINES = 800
@@ -296,6 +298,39 @@ def test_the_console_script_exists() -> None:
     (entry,) = re.findall(r'^detent = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), flags=re.M)
     module, _, name = entry.partition(":")
     assert callable(getattr(importlib.import_module(module), name))
+
+
+# ------------------------------------------------------------------------------------------- (h) dependencies
+
+_DISTRIBUTION = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow"}
+
+
+def undeclared(package: Path, pyproject: str) -> list[str]:
+    """Packages that files of ours import, lazily or not, and pyproject.toml names neither as core nor in an extra."""
+    lists = re.findall(r"^\w+ = \[(.*?)\]$", pyproject, flags=re.M | re.S)
+    declared = {name.lower() for text in lists for name in re.findall(r'"([\w-]+)>=', text)}
+    found: set[str] = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {package.name}
+            found |= {top for top in tops if _DISTRIBUTION.get(top, top).lower() not in declared}
+    return sorted(found)
+
+
+def test_every_dependency_is_declared() -> None:
+    assert undeclared(SRC, (ROOT / "pyproject.toml").read_text(encoding="utf-8")) == []
+
+
+def test_an_undeclared_dependency_is_found(tmp_path: Path) -> None:
+    package = tmp_path / "detent"
+    package.mkdir()
+    (package / "a.py").write_text("import os\nimport yaml\nfrom . import b\nfrom detent import c\n")
+    (package / "b.py").write_text("def late():\n    import scipy.stats\n    from PIL import Image\n")
+    text = '[project]\nkeywords = ["scipy"]\ndependencies = [\n    "PyYAML>=6",\n]\n'
+    assert undeclared(package, text) == ["PIL", "scipy"]
 
 
 # --------------------------------------------------------------------------------- (g) no registry, no download URL

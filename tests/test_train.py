@@ -59,15 +59,12 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
-RESUMED = {
+STE = {"match": r"\.weight$", "target": {"kind": "Uniform", "bits": 3}, "mechanism": {"kind": "STE"}}
+RESUMED: dict[str, dict[str, Any]] = {
     "plain": {},
     "adamw": {"optimizer": {"name": "torch.optim.AdamW", "args": {"lr": 0.003}}},
     "psg": {"recipe": "psg-w4"},
-    "ste": {
-        "recipe": {
-            "rules": [{"match": r"\.weight$", "target": {"kind": "Uniform", "bits": 3}, "mechanism": {"kind": "STE"}}]
-        }
-    },
+    "ste": {"recipe": {"rules": [STE]}},
     "channels_last": {"channels_last": True},
 }
 

@@ -98,7 +98,10 @@ def experiment(rival: str, epochs: int, seeds: list[int], threads: int | None, m
             "seeds": seeds,
             "evaluate": {
                 "bits": [bits for bits in (8, 6, 4, 3, 2) if bits != own] if own else [],
-                "recipes": {**(rounding if rival == "sgd" else {}), **(sparse if rival in ("sgd", "psg-prune90") else {})},
+                "recipes": {
+                    **(rounding if rival == "sgd" else {}),
+                    **(sparse if rival in ("sgd", "psg-prune90") else {}),
+                },
                 "calibrate": 4000,
                 "every": 0,
             },
@@ -113,7 +116,9 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help=f"one of {', '.join(RIVALS)}; may be repeated")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="may be repeated")] = None,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
-    milestones: Annotated[bool, typer.Option(help="rate / 10 at 40/68 of the run, as published; else cosine to 0")] = False,
+    milestones: Annotated[
+        bool, typer.Option(help="rate / 10 at 40/68 of the run, as published; else cosine to 0")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume")] = False,
 ) -> None:
     """Trains the rivals one after another and writes a record for each."""
@@ -123,7 +128,9 @@ def main(
             raise typer.BadParameter(f"--only {rival}: must be one of {', '.join(RIVALS)}")
         plan = experiment(rival, epochs, seed or [1], threads, milestones)
         folder = out / rival
-        record = Record(name=plan.name, question=plan.question, seeds=plan.seeds, config=plan.model_dump(), notes=plan.notes)
+        record = Record(
+            name=plan.name, question=plan.question, seeds=plan.seeds, config=plan.model_dump(), notes=plan.notes
+        )
         with record:
             results = [
                 _one_seed(plan, number, folder / f"seed{number}", data_dir, folder, resume, console)

@@ -13,6 +13,9 @@ from detent.mechanisms import STE as STE
 from detent.mechanisms import Clip as Clip
 from detent.mechanisms import HardProjection as HardProjection
 from detent.mechanisms import Mechanism as Mechanism
+from detent.pack import FormatError as FormatError
+from detent.pack import load as load
+from detent.pack import save as save
 from detent.recipe import Plan as Plan
 from detent.recipe import Recipe as Recipe
 from detent.recipe import Rule as Rule

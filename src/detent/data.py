@@ -121,9 +121,10 @@ def load_images(
         ImportError: if pyarrow, Pillow or huggingface_hub is needed and missing.
 
     Example:
-        >>> load_images("no/such/folder/at-all", "train")  # doctest: +IGNORE_EXCEPTION_DETAIL
+        >>> import tempfile
+        >>> load_images(tempfile.mkdtemp(), "train")
         Traceback (most recent call last):
-        Exception: not a folder, and not a data set of the hub
+        ValueError: split='train': no file *train*.parquet in ...; there are no Parquet files
     """
     files = _split_files(path, split)
     if cache is not None and Path(cache).suffix != ".safetensors":

@@ -5,18 +5,17 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from detent import sharding
-from detent.lives import Encoded, Statistics, distance_row, reestimate, swapped_buffers
-from detent.mechanisms import Clock, Mechanism, Slot
-from detent.recipe import Claim, Plan, Recipe, Rule, canonical_name
-from detent.schedules import step_at
+from detent import lives, optimizers, sharding
+from detent.lives import Encoded, Entry, Statistics, distance_row, fit_pull, fit_target, named_parameters
+from detent.mechanisms import Clock, Slot
+from detent.recipe import Plan, Recipe
 from detent.targets import Params, Target
 
 __all__ = ["Run", "attach", "compress"]
@@ -24,57 +23,8 @@ __all__ = ["Run", "attach", "compress"]
 _STATE_KEY = "detent"
 _STATE_VERSION = 1
 
-
-@dataclass(kw_only=True)
-class _Entry:
-    """One claimed parameter: what the plan said, and what the engine knows of it now."""
-
-    claim: Claim
-    rule: Rule
-    param: Tensor
-    params: Params | None = None
-    pull_params: Params | None = None
-    state: dict[str, Tensor] = field(default_factory=dict)
-    version: int = -1
-
-    @property
-    def name(self) -> str:
-        return self.claim.name
-
-    @property
-    def mechanism(self) -> Mechanism:
-        assert self.rule.mechanism is not None
-        return self.rule.mechanism
-
-    @property
-    def target(self) -> Target:
-        assert self.rule.target is not None
-        return self.rule.target
-
-    @property
-    def pull(self) -> Target:
-        """The target that training pulls to."""
-        other = self.rule.mechanism.pull if self.rule.mechanism else None
-        return other or self.target
-
-    def hidden_whole(self) -> Tensor:
-        """The whole tensor that is fitted and projected (a collective under sharding)."""
-        latent = self.state.get("latent")
-        return sharding.whole(self.param if latent is None else sharding.as_sharded(latent, self.param))
-
-    def localised(self, params: Params) -> Params:
-        rows = sharding.rows_of(self.param, self.name)
-        return params if rows is None else params.local(*rows)
-
-    def map_whole(self, act: Callable[[Tensor, Params], Any], target: Target, params: Params, w: Tensor) -> Any:
-        """Apply a function of whole tensors to what is held here, gathering only where the target needs it."""
-        rows = sharding.rows_of(self.param, self.name)
-        if rows is None:
-            return act(w, params)
-        if target.scope == "element":
-            return act(w, params.local(*rows))
-        result = act(sharding.whole(sharding.as_sharded(w, self.param)), params)
-        return None if result is None else result[slice(*rows)].clone()
+# Two runs on one optimizer would each scale its steps and overwrite each other's state.
+_ATTACHED: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @dataclass(kw_only=True)
@@ -82,15 +32,21 @@ class _Driver:
     """One attached optimizer: its entries, its clock, and where it is inside a step."""
 
     optimizer: Any
-    entries: list[_Entry]
+    entries: list[Entry]
     step: int = 0
-    slots: list[tuple[_Entry, Slot]] = field(default_factory=list)
+    slots: list[tuple[Entry, Slot]] = field(default_factory=list)
     skip: bool = False
+    clean: list[Entry] = field(default_factory=list)
     pending: bool = False
+    nested: int = 0
     checked_copies: bool = False
     handles: list[Any] = field(default_factory=list)
     spent: dict[str, tuple[Any, int]] = field(default_factory=dict)
-    decoupled: bool | None = None
+    probed: dict[int, bool] = field(default_factory=dict)
+
+    @property
+    def params(self) -> list[Tensor]:
+        return [entry.param for entry in self.entries]
 
 
 def attach(
@@ -141,14 +97,16 @@ def attach(
         raise ValueError(f"attach(total_steps={total_steps}): must be >= 1, or None if unknown")
     if nonfinite not in ("raise", "ignore"):
         raise ValueError(f'attach(nonfinite={nonfinite!r}): must be "raise" or "ignore"')
-    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-    if not optimizers:
+    given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    if not given:
         raise ValueError("attach(optimizer=[]): give at least one optimizer, or use detent.compress")
+    sharding.refuse_flattened(model)
+    sharding.reshard(model)
     plan = recipe.resolve(model)
     for i, rule in enumerate(recipe.rules):
         if rule.target is not None and rule.mechanism is None:
             raise ValueError(f"rule {i} (match={rule.match!r}) has no mechanism; only detent.compress needs none")
-    run = Run(model, plan, [_unwrap(o) for o in optimizers], total_steps, nonfinite)
+    run = Run(model, plan, [optimizers.unwrap(each) for each in given], total_steps, nonfinite)
     run._start(hooks)
     return run
 
@@ -177,7 +135,7 @@ def compress(model: nn.Module, recipe: Recipe) -> Run:
         True
     """
     run = Run(model, recipe.resolve(model), [], None, "raise")
-    run._fit_fresh(run._entries)
+    fit_target(run._entries)
     return run
 
 
@@ -196,7 +154,7 @@ class Run:
     """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, optimizers: list[Any], total_steps: int | None, nonfinite: str
+        self, model: nn.Module, plan: Plan, attached: list[Any], total_steps: int | None, nonfinite: str
     ) -> None:
         self.model = model
         self.plan = plan
@@ -206,40 +164,41 @@ class Run:
         self._closed = False
         self._awaiting_state = False
         self._statistics: dict[str, Statistics] = {}
-        self._fitted_at: dict[int, int] = {}
-        named = _named_parameters(model)
+        named = named_parameters(model)
         self._entries = [
-            _Entry(claim=claim, rule=plan.rule_of(claim), param=named[claim.name]) for claim in plan.claimed
+            Entry(claim=claim, rule=plan.rule_of(claim), param=named[claim.name]) for claim in plan.claimed
         ]
-        self._drivers = [_Driver(optimizer=o, entries=[]) for o in optimizers]
-        if optimizers:
+        self._drivers = [_Driver(optimizer=each, entries=[]) for each in attached]
+        if attached:
             self._assign()
 
     # --- attaching ------------------------------------------------------------------------------------------------
 
     def _assign(self) -> None:
         """Give every entry to the one optimizer that holds its parameter."""
-        owners: dict[int, list[_Driver]] = {}
+        owners: dict[int, list[tuple[_Driver, int]]] = {}
         for driver in self._drivers:
             driver.entries = []
-            for group in driver.optimizer.param_groups:
+            for index, group in enumerate(driver.optimizer.param_groups):
                 for param in group["params"]:
-                    owners.setdefault(id(param), []).append(driver)
+                    owners.setdefault(id(param), []).append((driver, index))
         for entry in self._entries:
+            name = entry.name
             if not entry.param.requires_grad:
-                raise ValueError(f"{entry.name!r} is frozen (requires_grad=False), so nothing can pull it; keep it")
+                raise ValueError(f"{name!r} is frozen (requires_grad=False), so nothing can pull it; keep it")
             found = owners.get(id(entry.param), [])
             if len(found) != 1:
                 where = "no attached optimizer" if not found else f"{len(found)} places of the attached optimizers"
-                raise ValueError(f"{entry.name!r} is claimed by the recipe but sits in {where}; it must sit in exactly one")
-            found[0].entries.append(entry)
+                raise ValueError(f"{name!r} is claimed by the recipe but sits in {where}; it must sit in exactly one")
+            driver, entry.group = found[0]
+            driver.entries.append(entry)
 
     def _start(self, hooks: bool) -> None:
-        for driver in self._drivers:
-            _refuse_second_copies(driver.optimizer)
-            if hooks:
-                self._register(driver)
         try:
+            for driver in self._drivers:
+                optimizers.refuse_unfollowable(driver.optimizer)
+                if hooks:
+                    self._register(driver)
             self._check_schedules()
             if not any(entry.param.is_meta for entry in self._entries):
                 self._open()
@@ -250,19 +209,15 @@ class Run:
     def _check_schedules(self) -> None:
         """Find a fraction of training that cannot be resolved now, not at step 3,000."""
         for entry in self._entries:
-            self._cadence(entry)
-            entry.mechanism.active(Clock(step=0, total_steps=self._total_steps))
-            slot_free = _moments(entry.mechanism)
-            for name, moment in slot_free.items():
-                step_at(moment, self._total_steps, f"{type(entry.mechanism).__name__}.{name}")
+            entry.check_moments(self._total_steps)
 
     def _open(self) -> None:
         """First fit, and the first look of latent mechanisms at their weights."""
         for entry in self._entries:
             if not bool(sharding.whole(entry.param).any()):
                 raise ValueError(
-                    f"{entry.name!r} is all zero, so {type(entry.target).__name__} has nothing to fit and the mechanism "
-                    "nothing to pull; initialise it, or keep it in full precision"
+                    f"{entry.name!r} is all zero, so {type(entry.target).__name__} has nothing to fit and the "
+                    "mechanism nothing to pull; initialise it, or keep it in full precision"
                 )
         for driver in self._drivers:
             self._fit_due(driver, first=True)
@@ -279,13 +234,16 @@ class Run:
                 f"{type(optimizer).__name__} has no step hooks: attach with hooks=False and call run.before_step() and "
                 "run.after_step() around its step"
             )
+        if optimizer in _ATTACHED:
+            raise ValueError(f"this {type(optimizer).__name__} has a run attached already; call its run.detach() first")
+        _ATTACHED.add(optimizer)
         reason = "Detent keeps a Python clock and cannot be traced; compile the step without fullgraph=True"
 
-        @_outside_graphs(reason)
+        @optimizers.outside_graphs(reason)
         def before(opt: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self._before(driver, args, kwargs)
 
-        @_outside_graphs(reason)
+        @optimizers.outside_graphs(reason)
         def after(opt: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._after(driver)
 
@@ -336,22 +294,29 @@ class Run:
         if optimizer is None and len(self._drivers) == 1:
             return self._drivers[0]
         for driver in self._drivers:
-            if optimizer is not None and driver.optimizer is _unwrap(optimizer):
+            if optimizer is not None and driver.optimizer is optimizers.unwrap(optimizer):
                 return driver
-        raise ValueError(f"optimizer={type(optimizer).__name__}: name one of the {len(self._drivers)} attached optimizers")
+        count = len(self._drivers)
+        raise ValueError(f"optimizer={type(optimizer).__name__}: name one of the {count} attached optimizers")
 
     def _before(self, driver: _Driver, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._closed:
             return None
         if self._inside:
             raise RuntimeError("optimizer.step() inside run.compressed(): leave the compressed life before training on")
-        replay = _replay_closure(args, kwargs)
-        driver.skip = self._is_dummy(driver) or _overflowed(driver.optimizer)
+        if driver.pending and optimizers.is_nested_step(driver.optimizer):
+            driver.nested += 1
+            return None
+        retried = self._repair(driver)
+        seen: list[tuple[Entry, int, bool]] = []
+        replay = optimizers.replay_closure(args, kwargs, lambda: any(entry.mark() != (v, g) for entry, v, g in seen))
+        driver.skip = optimizers.moves_nothing(driver.optimizer, driver.params)
         if driver.skip:
+            # A step at rate 0 still writes (w += 0): only what nobody else had written before it stays ours.
+            driver.clean = [entry for entry in driver.entries if entry.is_ours]
             return replay
         self._follow(driver)
-        retried = driver.pending
-        self._settle(driver)
+        self._refuse_foreign_writes(driver)
         if self._awaiting_state:
             raise RuntimeError(
                 "the optimizer's state was loaded without Detent's part, and this recipe keeps state "
@@ -360,85 +325,72 @@ class Run:
             )
         clock = self._clock(driver)
         active = [entry for entry in driver.entries if entry.mechanism.active(clock)]
-        self._check_gradients(driver, active)
+        if self._nonfinite == "raise" and active:
+            grads = {e.name: e.param.grad for e in active if e.param.grad is not None}
+            optimizers.check_finite_gradients(grads, [e.param for e in active], driver.step)
         with torch.no_grad():
             self._fit_due(driver)
             driver.slots = [(entry, self._slot(driver, entry)) for entry in active]
             driver.pending = True
-            spent = driver.spent if retried else {}
+            driver.spent = driver.spent if retried else {}
             for entry, slot in driver.slots:
-                if slot.grad is not None and _same_gradient(spent.get(entry.name), slot.grad):
-                    continue  # the step before this one raised, and this gradient was already scaled for it
-                entry.mechanism.before_step(slot, clock)
+                self._first_moment(driver, entry, slot, clock)
             self._clip_norm(driver)
-            driver.spent = {
-                entry.name: (weakref.ref(slot.grad), slot.grad._version)
-                for entry, slot in driver.slots
-                if slot.grad is not None
-            }
+        seen += [(entry, *entry.mark()) for entry in driver.entries]
         return replay
+
+    def _first_moment(self, driver: _Driver, entry: Entry, slot: Slot, clock: Clock) -> None:
+        """The mechanism's first moment; a gradient that a step which raised had already changed is not shown again."""
+        grad = entry.param.grad
+        if grad is None or slot.grad is None:
+            entry.mechanism.before_step(slot, clock)
+            return
+        reference, version = driver.spent.get(entry.name, (lambda: None, -1))
+        spent = reference() is grad and version == slot.grad._version
+        untouched = slot.grad._version
+        entry.mechanism.before_step(replace(slot, grad=None) if spent else slot, clock)
+        if spent or slot.grad._version != untouched:
+            driver.spent[entry.name] = (weakref.ref(grad), slot.grad._version)
 
     def _after(self, driver: _Driver) -> None:
         if self._closed:
             return
+        if driver.nested:
+            driver.nested -= 1
+            return
         if driver.skip:
             driver.skip = False
+            for entry in driver.clean:
+                entry.adopt()
+            driver.clean = []
             return
         if not driver.pending:
             raise RuntimeError("run.after_step() without run.before_step(): call both around one optimizer step")
+        if not driver.checked_copies:
+            # Before any mechanism moves a weight away from its copy.
+            optimizers.refuse_copies_in_state(driver.optimizer, ((e.name, e.param) for e in driver.entries))
+            driver.checked_copies = True
         clock = self._clock(driver)
         with torch.no_grad():
             for entry, slot in driver.slots:
                 entry.mechanism.after_step(slot, clock)
-        if not driver.checked_copies:
-            _refuse_copies_in_state(driver)
-            driver.checked_copies = True
-        driver.slots = []
-        driver.pending = False
+        driver.slots, driver.pending, driver.spent = [], False, {}
         driver.step += 1
         self._statistics.clear()
         self._adopt(driver)
 
-    def _is_dummy(self, driver: _Driver) -> bool:
-        """A step that only makes an optimizer create its state (checkpoint code), or a warm-up step at rate 0."""
-        groups = driver.optimizer.param_groups
-        if all(float(group.get("lr", 1.0)) == 0.0 for group in groups):
-            return True
-        if driver.optimizer.state:
-            return False
-        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        return all(not bool(sharding.local(grad).any()) for grad in grads)
-
-    def _check_gradients(self, driver: _Driver, active: list[_Entry]) -> None:
-        if self._nonfinite == "ignore":
-            return
-        grads = {e.name: sharding.local(e.param.grad) for e in active if e.param.grad is not None}
-        for name, grad in grads.items():
-            if grad.layout != torch.strided:
-                raise RuntimeError(f"{name!r} has a sparse gradient, which no mechanism can scale; use sparse=False")
-        if not grads:
-            return
-        total = torch.stack([n.float() for n in torch._foreach_norm(list(grads.values()))]).sum()
-        if bool(torch.isfinite(total)):
-            return
-        for name, grad in grads.items():
-            if not bool(torch.isfinite(grad).all()):
-                raise RuntimeError(
-                    f"the gradient of {name!r} is not finite at step {driver.step}; no weight was changed by this step"
-                )
-
     def _clip_norm(self, driver: _Driver) -> None:
-        limits = {e.mechanism.norm_limit for e, _ in driver.slots} - {None}
+        limits = sorted({e.mechanism.norm_limit for e, _ in driver.slots if e.mechanism.norm_limit is not None})
         if not limits:
             return
         if len(limits) > 1:
-            raise ValueError(f"clip_norm: the rules of one optimizer give different limits {sorted(limits)}; give one")  # type: ignore[type-var]
-        scale = getattr(driver.optimizer, "grad_scale", None)
-        limit = limits.pop() * (1.0 if scale is None else float(scale))  # type: ignore[operator]
-        params = [p for group in driver.optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(params, limit)
+            raise ValueError(f"clip_norm: the rules of one optimizer give different limits {limits}; give one")
+        optimizers.clip_total_norm(driver.optimizer, limits[0])
+        for entry, slot in driver.slots:
+            if entry.name in driver.spent and slot.grad is not None:
+                driver.spent[entry.name] = (driver.spent[entry.name][0], slot.grad._version)
 
-    def _slot(self, driver: _Driver, entry: _Entry) -> Slot:
+    def _slot(self, driver: _Driver, entry: Entry) -> Slot:
         assert entry.params is not None and entry.pull_params is not None
         target, params, pull, pull_params = entry.target, entry.params, entry.pull, entry.pull_params
         grad = entry.param.grad
@@ -455,36 +407,18 @@ class Run:
             pull_free=lambda w: entry.map_whole(pull.free, pull, pull_params, w),
             frozen=self._frozen(driver, entry),
             plain=isinstance(driver.optimizer, torch.optim.SGD),
-            decay=lambda: self._decay(driver, entry),
+            decay=lambda: optimizers.decoupled_decay(driver.optimizer, entry.group, entry.param.dim(), driver.probed),
             grad_scale=getattr(driver.optimizer, "grad_scale", None),
             state=entry.state,
         )
-
-    def _decay(self, driver: _Driver, entry: _Entry) -> float:
-        for group in driver.optimizer.param_groups:
-            if any(p is entry.param for p in group["params"]):
-                decay = float(group.get("weight_decay", 0.0) or 0.0)
-                if not decay:
-                    return 0.0
-                if driver.decoupled is None:
-                    driver.decoupled = _decay_is_decoupled(driver.optimizer, group, entry.param.dim())
-                return float(group["lr"]) * decay if driver.decoupled else 0.0
-        raise AssertionError(entry.name)
 
     def _clock(self, driver: _Driver) -> Clock:
         return Clock(step=driver.step, total_steps=self._total_steps)
 
     # --- fitting --------------------------------------------------------------------------------------------------
 
-    def _cadence(self, entry: _Entry) -> tuple[int, int | None]:
-        """(steps between fits, step from which the fit is frozen)."""
-        rule, mechanism = entry.rule, entry.mechanism
-        every = mechanism.fit_every if rule.fit_every is None else rule.fit_every
-        until = mechanism.fit_until if rule.fit_until is None else rule.fit_until
-        return every, None if until is None else step_at(until, self._total_steps, f"fit_until of {rule.match!r}")
-
-    def _frozen(self, driver: _Driver, entry: _Entry) -> bool:
-        until = self._cadence(entry)[1]
+    def _frozen(self, driver: _Driver, entry: Entry) -> bool:
+        until = entry.cadence(self._total_steps)[1]
         return until is not None and driver.step >= until
 
     def _fit_due(self, driver: _Driver, first: bool = False) -> None:
@@ -493,7 +427,7 @@ class Run:
             mine = [entry for entry in driver.entries if entry.claim.rule == index]
             if not mine:
                 continue
-            every, until = self._cadence(mine[0])
+            every, until = mine[0].cadence(self._total_steps)
             phase = every - 1 if mine[0].mechanism.fit_at_end and not first else 0
             missing = any(entry.pull_params is None for entry in mine)
             due = driver.step % every == phase and (until is None or driver.step < until)
@@ -506,52 +440,43 @@ class Run:
                         f"rule {index} (match={rule.match!r}) is fitted over the whole model, which an optimizer that "
                         "steps inside backward cannot offer; use scope='tensor'"
                     )
-            if not missing and self._fitted_at.get(id(mine[0])) == driver.step:
+            if not missing and mine[0].fitted_at == driver.step:
                 continue
-            self._fit(mine)
+            fit_pull(mine)
             for entry in mine:
-                self._fitted_at[id(entry)] = driver.step
-
-    def _fit(self, entries: list[_Entry]) -> None:
-        """Fit what training pulls to; the rule's own target too where it is the same."""
-        fitted = _fit_together(entries[0].pull, entries, [entry.pull_params for entry in entries])
-        for entry, params in zip(entries, fitted, strict=True):
-            entry.pull_params = params
-            if entry.pull is entry.target:
-                entry.params = params
-        if entries[0].pull is not entries[0].target:
-            self._fit_fresh(entries)
-
-    def _fit_fresh(self, entries: list[_Entry]) -> None:
-        """Fit the rules' own targets to the weights as they are."""
-        by_rule: dict[int | None, list[_Entry]] = {}
-        for entry in entries:
-            by_rule.setdefault(entry.claim.rule, []).append(entry)
-        for mine in by_rule.values():
-            for entry, params in zip(mine, _fit_together(mine[0].target, mine, [None] * len(mine)), strict=True):
-                entry.params = params
+                entry.fitted_at = driver.step
 
     # --- keeping up with the outside ------------------------------------------------------------------------------
 
     def _adopt(self, driver: _Driver | None = None) -> None:
         for entry in self._entries if driver is None else driver.entries:
-            entry.version = sharding.local(entry.param)._version
+            entry.adopt()
 
-    def _settle(self, driver: _Driver) -> None:
-        """Repair a step that raised half-way, then make sure nobody else wrote the claimed weights."""
-        if driver.pending:
-            with torch.no_grad():
-                for entry, slot in driver.slots:
-                    entry.mechanism.undo(slot, self._clock(driver))
-            driver.pending = False
-            driver.slots = []
-            self._adopt(driver)
+    def _repair(self, driver: _Driver) -> bool:
+        """Put the weights back as the forward pass saw them if the step before raised half-way; whether it had."""
+        driver.nested = 0
+        if not driver.pending:
+            return False
+        with torch.no_grad():
+            for entry, slot in driver.slots:
+                entry.mechanism.undo(slot, self._clock(driver))
+        driver.pending, driver.slots = False, []
+        self._adopt(driver)
+        return True
+
+    def _refuse_foreign_writes(self, driver: _Driver) -> None:
         for entry in driver.entries:
-            if entry.version not in (-1, sharding.local(entry.param)._version):
+            if not entry.is_ours:
                 raise RuntimeError(
-                    f"{entry.name!r} was written by someone else since the last step (a load_state_dict after attach?); "
-                    "call run.rebind(adopt=True) to go on from the new values"
+                    f"{entry.name!r} was written by someone else since the last step (a load_state_dict after "
+                    "attach?); call run.rebind(adopt=True) to go on from the new values"
                 )
+
+    def _settle(self) -> None:
+        """Between steps: repair what raised, and make sure nobody else wrote the claimed weights."""
+        for driver in self._drivers:
+            self._repair(driver)
+            self._refuse_foreign_writes(driver)
 
     def _follow(self, driver: _Driver) -> None:
         """Find parameters again that were replaced after attach (FSDP2, accelerate, model.to)."""
@@ -583,28 +508,29 @@ class Run:
             >>> run.rebind(adopt=True)
         """
         self.model = self.model if model is None else model
-        named = _named_parameters(self.model)
+        sharding.reshard(self.model)
+        named = named_parameters(self.model)
         for entry in self._entries:
             param = named.get(entry.name)
             if param is None:
-                raise ValueError(f"{entry.name!r} is claimed by the recipe but is not a parameter of the model any more")
+                raise ValueError(f"{entry.name!r} is claimed by the recipe but is no parameter of the model any more")
             if tuple(param.shape) != entry.claim.layout.shape:
                 raise ValueError(f"{entry.name!r} has shape {tuple(param.shape)} now, not {entry.claim.layout.shape}")
-            entry.param = param
+            entry.follow(param)
         if self._drivers:
             self._assign()
         if adopt:
             self._awaiting_state = False
-            for entry in self._entries:
-                entry.state.clear()
-                entry.params = None if not self._drivers else entry.params
-                entry.pull_params = None
             for driver in self._drivers:
-                driver.pending, driver.slots = False, []
-        if any(entry.pull_params is None for entry in self._entries) and self._drivers:
+                driver.pending, driver.slots, driver.spent = False, [], {}
+                for entry in driver.entries:
+                    entry.state.clear()
+                    if not self._frozen(driver, entry):
+                        entry.pull_params = None
+        if not self._drivers:
+            fit_target(self._entries)
+        elif adopt or any(entry.pull_params is None for entry in self._entries):
             self._open()
-        elif not self._drivers:
-            self._fit_fresh(self._entries)
         self._adopt()
 
     # --- state ----------------------------------------------------------------------------------------------------
@@ -622,11 +548,11 @@ class Run:
             >>> recipe = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.STE())])
             >>> run = dt.attach(model, optimizer, recipe)
             >>> sorted(run.state_dict()["weights"]["weight"])
-            ['params', 'pull', 'state']
+            ['held', 'params', 'pull', 'state']
         """
         weights: dict[str, Any] = {}
         for driver in self._drivers:
-            weights |= self._driver_state(driver)["weights"]
+            weights |= self._driver_state(driver, complete=True)["weights"]
         return {"version": _STATE_VERSION, "steps": [driver.step for driver in self._drivers], "weights": weights}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -646,14 +572,9 @@ class Run:
             part = {entry.name: state_dict["weights"].get(entry.name) for entry in driver.entries}
             self._load_driver(driver, {"version": state_dict.get("version"), "step": step, "weights": part})
 
-    def _driver_state(self, driver: _Driver) -> dict[str, Any]:
-        weights = {}
-        for entry in driver.entries:
-            weights[entry.name] = {
-                "params": dict(entry.params.tensors) if entry.params else {},
-                "pull": dict(entry.pull_params.tensors) if entry.pull_params else {},
-                "state": {name: sharding.as_sharded(t, entry.param) for name, t in entry.state.items()},
-            }
+    def _driver_state(self, driver: _Driver, complete: bool = False) -> dict[str, Any]:
+        self._repair(driver)
+        weights = {entry.name: entry.saved(complete) for entry in driver.entries}
         return {"version": _STATE_VERSION, "step": driver.step, "weights": weights}
 
     def _load_riding(self, driver: _Driver, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -673,41 +594,29 @@ class Run:
         if claimed != given:
             odd = sorted(claimed ^ given)[0]
             raise ValueError(f"Detent state and recipe disagree: {odd!r} is in only one of them")
-        device_of = {entry.name: sharding.local(entry.param).device for entry in driver.entries}
         for entry in driver.entries:
-            saved, device = state["weights"][entry.name], device_of[entry.name]
-
-            def params_of(tensors: Mapping[str, Tensor], entry: _Entry = entry, device: Any = device) -> Params:
-                moved = {name: t.detach().clone().to(device) for name, t in tensors.items()}
-                return Params(tensors=moved, layout=entry.claim.layout)
-
-            entry.params, entry.pull_params = params_of(saved["params"]), params_of(saved["pull"])
-            if entry.pull is entry.target:
-                entry.params = entry.pull_params
-            entry.state = {
-                name: _localised_state(t, entry.param, entry.name).to(device) for name, t in saved["state"].items()
-            }
+            entry.restore(state["weights"][entry.name])
+            # The fit of tick 0 was done when the saved run opened; every later tick's is done inside its own step.
+            entry.fitted_at = 0
         driver.step = int(state["step"])
-        driver.pending, driver.slots = False, []
-        self._fitted_at.update({id(entry): -1 for entry in driver.entries})
+        driver.pending, driver.slots, driver.spent = False, [], {}
         self._awaiting_state = False
         self._statistics.clear()
         self._adopt(driver)
 
     # --- lives ----------------------------------------------------------------------------------------------------
 
-    def _life(self, bits: int | None, recipe: Recipe | None) -> list[tuple[_Entry, Target, Params]]:
+    def _life(self, bits: int | None, recipe: Recipe | None) -> list[tuple[Entry, Target, Params]]:
         """What each claimed tensor is in a compressed life; collective under sharding."""
-        for driver in self._drivers:
-            self._settle(driver)
+        self._settle()
         if bits is not None and recipe is not None:
             raise ValueError("give bits= or recipe=, not both")
         if recipe is not None:
             return self._life_of(recipe)
-        life: list[tuple[_Entry, Target, Params]] = []
+        life: list[tuple[Entry, Target, Params]] = []
         unfixed = [e for e in self._entries if e.pull is not e.target or e.params is None]
         if unfixed:
-            self._fit_fresh(unfixed)
+            fit_target(unfixed)
         changed = 0
         for entry in self._entries:
             assert entry.params is not None
@@ -720,15 +629,16 @@ class Run:
             raise ValueError(f"bits={bits}: no rule of this recipe has an unpinned target with a bit-width")
         return life
 
-    def _life_of(self, recipe: Recipe) -> list[tuple[_Entry, Target, Params]]:
+    def _life_of(self, recipe: Recipe) -> list[tuple[Entry, Target, Params]]:
+        sharding.reshard(self.model)
         plan = recipe.resolve(self.model)
-        named = _named_parameters(self.model)
+        named = named_parameters(self.model)
         latents = {entry.name: entry.state for entry in self._entries}
         entries = [
-            _Entry(claim=c, rule=plan.rule_of(c), param=named[c.name], state=latents.get(c.name, {}))
+            Entry(claim=c, rule=plan.rule_of(c), param=named[c.name], state=latents.get(c.name, {}))
             for c in plan.claimed
         ]
-        self._fit_fresh(entries)
+        fit_target(entries)
         return [(entry, entry.target, entry.params) for entry in entries if entry.params is not None]
 
     @contextmanager
@@ -765,23 +675,17 @@ class Run:
         try:
             with torch.no_grad():
                 for entry, target, params in life:
-                    self._write(entry, entry.map_whole(target.project, target, params, self._hidden(entry)))
-            with swapped_buffers(self.model, statistics):
+                    entry.write(entry.map_whole(target.project, target, params, entry.hidden()))
+            with lives.swapped_buffers(self.model, statistics):
                 yield self
         finally:
             sharding.reshard(self.model)
             with torch.no_grad():
                 for entry, value in kept:
-                    self._write(entry, value)
+                    entry.write(value)
             sharding.reshard(self.model)
             self._inside = False
             self._adopt()
-
-    def _hidden(self, entry: _Entry) -> Tensor:
-        return entry.state.get("latent", sharding.local(entry.param))
-
-    def _write(self, entry: _Entry, value: Tensor) -> None:
-        sharding.local(entry.param).copy_(value)
 
     def recalibrate(
         self,
@@ -793,7 +697,8 @@ class Run:
     ) -> None:
         """Re-estimate BatchNorm statistics for a compressed life, into buffers that belong to that life alone.
 
-        The plain average over the batches; the full life's statistics stay untouched. The next training step drops them.
+        The plain average over the batches; the full life's statistics stay untouched. The next training step drops
+        them.
 
         Args:
             batches: inputs, tuples that start with inputs, or mappings of keyword arguments, on the model's device.
@@ -813,7 +718,7 @@ class Run:
             True
         """
         with self.compressed(bits=bits, recipe=recipe, batchnorm=False):
-            found = reestimate(self.model, batches, forward)
+            found = lives.reestimate(self.model, batches, forward)
         self._statistics[_life_key(bits, recipe)] = found
 
     def statistics(self, *, bits: int | None = None, recipe: Recipe | None = None) -> Statistics | None:
@@ -830,7 +735,8 @@ class Run:
 
         Example:
             >>> import torch, detent as dt
-            >>> run = dt.compress(torch.nn.Linear(16, 16), dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=8))]))
+            >>> recipe = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=8))])
+            >>> run = dt.compress(torch.nn.Linear(16, 16), recipe)
             >>> run.measure()[0]["error"] < 1e-3
             True
         """
@@ -867,12 +773,10 @@ class Run:
         sharding.reshard(self.model)
         with torch.no_grad():
             for entry, target, params in life:
-                self._write(entry, entry.map_whole(target.project, target, params, self._hidden(entry)))
+                entry.write(entry.map_whole(target.project, target, params, entry.hidden()))
                 entry.state.clear()
             if statistics is not None:
-                buffers = {canonical_name(name): buffer for name, buffer in self.model.named_buffers()}
-                for name, value in statistics.items():
-                    buffers[name].copy_(value)
+                lives.install(self.model, statistics)
         sharding.reshard(self.model)
         self._adopt()
         self.detach()
@@ -882,135 +786,13 @@ class Run:
         for driver in self._drivers:
             for handle in driver.handles:
                 handle.remove()
+            if driver.handles:
+                _ATTACHED.discard(driver.optimizer)
             driver.handles = []
         self._closed = True
 
 
-# --- helpers that know torch, not the run -----------------------------------------------------------------------
-
-
-def _fit_together(target: Target, entries: list[_Entry], previous: list[Params | None]) -> list[Params]:
-    try:
-        with torch.no_grad():
-            return target.fit_model([e.hidden_whole() for e in entries], [e.claim.layout for e in entries], previous)
-    except ValueError as error:
-        bad = next((e.name for e in entries if not bool(torch.isfinite(e.hidden_whole()).all())), entries[0].name)
-        raise ValueError(f"{bad!r}: {error}") from None
-
-
-def _moments(mechanism: Mechanism) -> dict[str, Any]:
-    """Fields of a mechanism that are moments, by the convention that their names end in `start`."""
-    return {name: value for name, value in vars(mechanism).items() if name.endswith("start")}
-
-
-def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {canonical_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
-
-
-def _unwrap(optimizer: Any) -> Any:
-    """The optimizer inside a wrapper that exposes it as `.optimizer` (accelerate)."""
-    while hasattr(getattr(optimizer, "optimizer", None), "param_groups"):
-        optimizer = optimizer.optimizer
-    if not hasattr(optimizer, "param_groups"):
-        raise ValueError(f"optimizer={type(optimizer).__name__}: has no param_groups; give a torch.optim.Optimizer")
-    return optimizer
-
-
-def _outside_graphs(reason: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """`torch.compiler.disable` with a reason where this torch takes one."""
-    try:
-        return torch.compiler.disable(reason=reason)  # type: ignore[call-arg]
-    except TypeError:  # torch < 2.7
-        return torch.compiler.disable
-
-
-def _replay_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Evaluate a closure now, before any weight is touched, and hand the step its value."""
-    closure = kwargs.get("closure") if "closure" in kwargs else (args[1] if len(args) > 1 else None)
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        loss = closure()
-    calls = 0
-
-    def replay() -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > 1:
-            raise RuntimeError(
-                "this optimizer evaluates its closure more than once a step (LBFGS does), which Detent cannot follow; "
-                "use an optimizer that evaluates it once"
-            )
-        return loss
-
-    if "closure" in kwargs:
-        return args, {**kwargs, "closure": replay}
-    return (args[0], replay, *args[2:]), kwargs
-
-
-def _overflowed(optimizer: Any) -> bool:
-    """A fused optimizer under GradScaler steps even on overflow and skips inside: read what the scaler found."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found.item() if isinstance(found, Tensor) else found)
-
-
-def _same_gradient(spent: tuple[Any, int] | None, grad: Tensor) -> bool:
-    return spent is not None and spent[0]() is grad and spent[1] == grad._version
-
-
-def _refuse_second_copies(optimizer: Any) -> None:
-    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
-        raise ValueError(
-            f"{type(optimizer).__name__} keeps a second copy of the weights (it has train() and eval() modes), so the "
-            "weights Detent sees are not the ones it moves; not supported yet"
-        )
-
-
-def _refuse_copies_in_state(driver: _Driver) -> None:
-    """After the first step, look for a master copy: state that equals the weight itself."""
-    for entry in driver.entries:
-        own = driver.optimizer.state.get(entry.param, {})
-        w = sharding.local(entry.param)
-        for key, value in own.items():
-            if isinstance(value, Tensor) and value.shape == entry.param.shape and value.is_floating_point():
-                same = sharding.local(value).to(w.dtype)
-                if same.data_ptr() != w.data_ptr() and bool(w.any()) and torch.equal(same, w):
-                    raise RuntimeError(
-                        f"{type(driver.optimizer).__name__} keeps a second copy of {entry.name!r} in its state "
-                        f"({key!r}), so the weights Detent sees are not the ones it moves; not supported yet"
-                    )
-
-
-def _decay_is_decoupled(optimizer: Any, group: Mapping[str, Any], dims: int) -> bool:
-    """Whether weight decay acts on the weight itself (AdamW) or through the gradient (Adam).
-
-    The group's own flag where there is one, else one step of a fresh optimizer of the same class on a scratch weight
-    with a zero gradient: decoupled decay takes off exactly lr * decay * w.
-    """
-    flag = group.get("decoupled_weight_decay")
-    if flag is not None:
-        return bool(flag)
-    scratch = nn.Parameter(torch.full((2,) * dims, 0.5, dtype=torch.float64))
-    scratch.grad = torch.zeros_like(scratch)
-    options = {k: v for k, v in group.items() if k not in ("params", "fused", "foreach", "capturable")}
-    try:
-        probe = type(optimizer)([{**options, "params": [scratch]}], lr=float(group["lr"]))
-        probe.step()
-    except Exception as error:
-        raise RuntimeError(
-            f"cannot tell whether the weight decay of {type(optimizer).__name__} is decoupled ({error}); put a key "
-            "decoupled_weight_decay=True or False in its param_groups, or use PSG(form='gradient')"
-        ) from error
-    expected = 0.5 * (1.0 - float(group["lr"]) * float(group["weight_decay"]))
-    return torch.allclose(scratch.detach(), torch.full_like(scratch, expected), rtol=0.0, atol=1e-7)
-
-
-def _localised_state(value: Tensor, param: Tensor, name: str) -> Tensor:
-    """Saved state for what this process holds of the parameter, whatever sharding it was saved under."""
-    full = sharding.whole(value) if hasattr(value, "full_tensor") else value.detach()
-    if tuple(full.shape) == tuple(param.shape):
-        return sharding.from_whole(full, param, name).clone()
-    return full.clone()
+# --- helpers -----------------------------------------------------------------------------------------------------
 
 
 def _life_key(bits: int | None, recipe: Recipe | None) -> str:

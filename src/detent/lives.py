@@ -1,19 +1,33 @@
-"""The compressed life of a model: its weights, its own BatchNorm statistics, and how far it is from the full one."""
+"""A claimed weight and its two lives: what is fitted to it, a second set of BatchNorm statistics, the distance."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from detent.recipe import canonical_name
+from detent import sharding
+from detent.mechanisms import Clock, Mechanism
+from detent.recipe import Claim, Rule, canonical_name
+from detent.schedules import Schedule, step_at
 from detent.targets import Codes, Params, Target
 
-__all__ = ["Encoded", "Statistics", "distance_row", "reestimate", "swapped_buffers"]
+__all__ = [
+    "Encoded",
+    "Entry",
+    "Statistics",
+    "distance_row",
+    "fit_pull",
+    "fit_target",
+    "install",
+    "named_parameters",
+    "reestimate",
+    "swapped_buffers",
+]
 
 Statistics = Mapping[str, Tensor]
 
@@ -46,6 +60,192 @@ class Encoded:
         return self.target.decode(self.codes, self.params, self.dtype)
 
 
+@dataclass(kw_only=True)
+class Entry:
+    """One claimed parameter: what the plan said, and what the engine knows of it now."""
+
+    claim: Claim
+    rule: Rule
+    param: Tensor
+    group: int = -1
+    params: Params | None = None
+    pull_params: Params | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
+    version: int = -1
+    fitted_at: int = -1
+
+    @property
+    def name(self) -> str:
+        return self.claim.name
+
+    @property
+    def mechanism(self) -> Mechanism:
+        assert self.rule.mechanism is not None
+        return self.rule.mechanism
+
+    @property
+    def target(self) -> Target:
+        assert self.rule.target is not None
+        return self.rule.target
+
+    @property
+    def pull(self) -> Target:
+        """The target that training pulls to."""
+        other = self.rule.mechanism.pull if self.rule.mechanism else None
+        return other or self.target
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether nobody else wrote the weight since the engine last did."""
+        return self.version in (-1, self.param._version)
+
+    def adopt(self) -> None:
+        """Take the weight as it is now for our own writing."""
+        self.version = self.param._version
+
+    def mark(self) -> tuple[int, bool]:
+        """What a closure that is evaluated too late would find changed: the weight, and whether it has a gradient."""
+        return self.param._version, self.param.grad is None
+
+    def cadence(self, total_steps: int | None) -> tuple[int, int | None]:
+        """(steps between fits, step from which the fit is frozen)."""
+        every = self.mechanism.fit_every if self.rule.fit_every is None else self.rule.fit_every
+        until = self.mechanism.fit_until if self.rule.fit_until is None else self.rule.fit_until
+        return every, None if until is None else step_at(until, total_steps, f"fit_until of {self.rule.match!r}")
+
+    def check_moments(self, total_steps: int | None) -> None:
+        """Find a fraction of training that cannot be resolved now, not at step 3,000."""
+        self.cadence(total_steps)
+        self.mechanism.active(Clock(step=0, total_steps=total_steps))
+        for name, value in vars(self.mechanism).items():
+            if isinstance(value, Schedule):
+                value(0, total_steps)
+            elif name.endswith("start") and value is not None:  # by convention a moment
+                step_at(value, total_steps, f"{type(self.mechanism).__name__}.{name}")
+
+    def follow(self, param: Tensor) -> None:
+        """Go on with another object for the same parameter; memory kept for the whole is cut to what is held here."""
+        self.param = param
+        shape = tuple(sharding.local(param).shape)
+        for name, value in self.state.items():
+            if tuple(value.shape) == self.claim.layout.shape != shape:
+                self.state[name] = sharding.from_whole(value, param, self.name).clone()
+
+    def hidden(self) -> Tensor:
+        """What is held here of the weights that are fitted and projected."""
+        return self.state.get("latent", sharding.local(self.param))
+
+    def write(self, value: Tensor) -> None:
+        """Write what is held here of the weight."""
+        sharding.local(self.param).copy_(value)
+
+    def hidden_whole(self) -> Tensor:
+        """The whole tensor that is fitted and projected (a collective under sharding)."""
+        latent = self.state.get("latent")
+        return sharding.whole(self.param if latent is None else sharding.as_sharded(latent, self.param))
+
+    def saved(self, complete: bool) -> dict[str, Any]:
+        """What resuming needs of this weight besides its values.
+
+        Memory that is not formed yet is a placeholder if `complete`: distributed checkpoints read into a template,
+        so the state of a run that has just been attached must have all keys.
+        """
+        held = {name: str(self.state[name].dtype) if name in self.state else "" for name in self.mechanism.memory}
+        memory = dict(self.state)
+        for name in held if complete else ():
+            memory.setdefault(name, torch.zeros_like(sharding.local(self.param)))
+        return {
+            "params": dict(self.params.tensors) if self.params else {},
+            "pull": dict(self.pull_params.tensors) if self.pull_params else {},
+            "state": {name: sharding.as_sharded(value, self.param) for name, value in memory.items()},
+            "held": held,
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Take back what `saved` gave, under whatever sharding.
+
+        Raises:
+            ValueError: memory that the saved run had is missing.
+        """
+        device = sharding.local(self.param).device
+
+        def params_of(tensors: Mapping[str, Tensor]) -> Params:
+            moved = {name: t.detach().clone().to(device) for name, t in tensors.items()}
+            return Params(tensors=moved, layout=self.claim.layout)
+
+        self.pull_params = params_of(saved["pull"])
+        self.params = self.pull_params if self.pull is self.target else params_of(saved["params"])
+        self.state = {}
+        for name, dtype in saved["held"].items():
+            if dtype and name not in saved["state"]:
+                raise ValueError(f"the state of {self.name!r} has lost its {name!r}, which the saved run kept")
+            if dtype:
+                value = _localised_state(saved["state"][name], self.param, self.name)
+                self.state[name] = value.to(device, getattr(torch, dtype.removeprefix("torch.")))
+
+    def localised(self, params: Params) -> Params:
+        rows = sharding.rows_of(self.param, self.name)
+        return params if rows is None else params.local(*rows)
+
+    def map_whole(self, act: Callable[[Tensor, Params], Any], target: Target, params: Params, w: Tensor) -> Any:
+        """Apply a function of whole tensors to what is held here, gathering only where the target needs it."""
+        rows = sharding.rows_of(self.param, self.name)
+        if rows is None:
+            return act(w, params)
+        if target.scope == "element":
+            return act(w, params.local(*rows))
+        result = act(sharding.whole(sharding.as_sharded(w, self.param)), params)
+        return None if result is None else result[slice(*rows)].clone()
+
+
+def fit_pull(entries: list[Entry]) -> None:
+    """Fit what training pulls one rule's weights to; the rule's own target too. A collective under sharding."""
+    fitted = _fit_together(entries[0].pull, entries, [entry.pull_params for entry in entries])
+    for entry, params in zip(entries, fitted, strict=True):
+        entry.pull_params = params
+        if entry.pull is entry.target:
+            entry.params = params
+    if entries[0].pull is not entries[0].target:
+        fit_target(entries)
+
+
+def fit_target(entries: list[Entry]) -> None:
+    """Fit the rules' own targets to the weights as they are. A collective under sharding."""
+    by_rule: dict[int | None, list[Entry]] = {}
+    for entry in entries:
+        by_rule.setdefault(entry.claim.rule, []).append(entry)
+    for mine in by_rule.values():
+        for entry, params in zip(mine, _fit_together(mine[0].target, mine, [None] * len(mine)), strict=True):
+            entry.params = params
+
+
+def _fit_together(target: Target, entries: list[Entry], previous: list[Params | None]) -> list[Params]:
+    """Fit one target to the whole weights of several entries; a collective under sharding.
+
+    Raises:
+        ValueError: what the target refuses, naming the parameter.
+    """
+    try:
+        with torch.no_grad():
+            return target.fit_model([e.hidden_whole() for e in entries], [e.claim.layout for e in entries], previous)
+    except ValueError as error:
+        bad = next((e.name for e in entries if not bool(torch.isfinite(e.hidden_whole()).all())), entries[0].name)
+        raise ValueError(f"{bad!r}: {error}") from None
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by canonical name, tied ones under each of their names."""
+    return {canonical_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
+
+
+def _localised_state(value: Tensor, param: Tensor, name: str) -> Tensor:
+    """Saved state for what this process holds of the parameter, whatever sharding it was saved under."""
+    full = sharding.whole(value) if hasattr(value, "full_tensor") else value.detach()
+    if tuple(full.shape) == tuple(param.shape):
+        return sharding.from_whole(full, param, name).clone()
+    return full.clone()
+
+
 def _normalisations(model: nn.Module) -> dict[str, nn.Module]:
     """Modules with running statistics, by canonical name."""
     return {
@@ -63,17 +263,23 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def install(model: nn.Module, statistics: Statistics) -> None:
+    """Make a second set of BatchNorm statistics the model's own."""
+    for name, value in _buffers(model).items():
+        value.copy_(statistics[name])
+
+
 @contextmanager
 def swapped_buffers(model: nn.Module, statistics: Statistics | None) -> Iterator[None]:
-    """Put a second set of BatchNorm statistics in place; the first set comes back bitwise at the end."""
-    if statistics is None:
-        yield
-        return
+    """Put a second set of BatchNorm statistics in place, if there is one; the first set comes back bitwise at the end.
+
+    Even without a second set: a forward pass in training mode writes into whichever set is there.
+    """
     buffers = _buffers(model)
     kept = {name: value.clone() for name, value in buffers.items()}
     try:
-        for name, value in buffers.items():
-            value.copy_(statistics[name])
+        if statistics is not None:
+            install(model, statistics)
         yield
     finally:
         for name, value in buffers.items():
@@ -108,7 +314,7 @@ def reestimate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any]
             found = {name: value.clone() for name, value in _buffers(model).items()}
         finally:
             for module, momentum in momenta.items():
-                module.momentum = momentum  # type: ignore[assignment]
+                module.momentum = momentum
             for module, mode in modes.items():
                 module.training = mode
     if not count:

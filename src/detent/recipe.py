@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -448,6 +449,12 @@ def from_spec(spec: Any, where: str = "spec") -> Any:
     return _build(kinds[kind], {k: v for k, v in spec.items() if k != "kind"}, where)
 
 
+@functools.cache
+def _adapter(cls: type) -> pydantic.TypeAdapter[Any]:
+    """Built once a class: it takes a hundred times as long as one check."""
+    return pydantic.TypeAdapter(cls)
+
+
 def _build(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"{where}: must be a mapping, not {type(values).__name__}")
@@ -457,7 +464,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
             raise ValueError(f"{where}: {cls.__name__} has no field {key!r}{_nearest(str(key), known)}")
     built = {key: from_spec(value, f"{where}.{key}") for key, value in values.items()}
     try:
-        return pydantic.TypeAdapter(cls).validate_python(built)
+        return _adapter(cls).validate_python(built)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         field_name = ".".join(str(part) for part in first["loc"][:1])

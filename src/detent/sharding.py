@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["as_sharded", "from_whole", "local", "reshard", "rows_of", "whole"]
+__all__ = ["anywhere", "as_sharded", "from_whole", "local", "refuse_flattened", "reshard", "rows_of", "whole"]
 
 
 def _is_sharded(x: Tensor) -> bool:
@@ -16,8 +17,8 @@ def _is_sharded(x: Tensor) -> bool:
 
 def local(x: Tensor) -> Tensor:
     """What this process holds, as a plain tensor sharing the memory, cut off from autograd."""
-    x = x.detach()
-    return x._local_tensor if _is_sharded(x) else x  # type: ignore[attr-defined]
+    # Detaching the inner tensor keeps its version counter, detaching the outer one does not.
+    return x._local_tensor.detach() if _is_sharded(x) else x.detach()  # type: ignore[attr-defined]
 
 
 def whole(x: Tensor) -> Tensor:
@@ -59,9 +60,8 @@ def as_sharded(part: Tensor, like: Tensor) -> Tensor:
         return part
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()  # type: ignore[attr-defined]
-    )
+    whole: Any = like
+    return DTensor.from_local(part, whole.device_mesh, whole.placements, shape=like.shape, stride=like.stride())
 
 
 def reshard(model: nn.Module) -> None:
@@ -69,3 +69,28 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "reshard") and hasattr(module, "unshard"):
             module.reshard()  # type: ignore[operator]
+
+
+def anywhere(flag: bool, tensors: Iterable[Tensor]) -> bool:
+    """Whether the flag is set on any process that shares a sharded tensor; a collective if one is sharded."""
+    meshes: list[Any] = list(dict.fromkeys(x.device_mesh for x in tensors if _is_sharded(x)))  # type: ignore[attr-defined]
+    for mesh in meshes:
+        for axis in range(mesh.ndim):
+            told = torch.tensor(float(flag), device=mesh.device_type)
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=mesh.get_group(axis))
+            flag = bool(told)
+    return flag
+
+
+def refuse_flattened(model: nn.Module) -> None:
+    """Refuse FSDP1, whose parameters are pieces of one flat tensor.
+
+    Raises:
+        ValueError: naming the module.
+    """
+    for name, module in model.named_modules():
+        if "_fsdp_wrapped_module" in module._modules:
+            raise ValueError(
+                f"{name or 'the model'} is wrapped in FullyShardedDataParallel (FSDP1), which flattens parameters; use "
+                "torch.distributed.fsdp.fully_shard"
+            )

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from detent.mechanisms.base import Clock, Mechanism, Slot
-from detent.mechanisms.projection import clip_to_range
+from detent.mechanisms.projection import clip_to_range, clipping
 from detent.schedules import Linear, Moment, Number, Schedule, step_at, value_at
 from detent.targets import Params, Target, Uniform, Zero
+from detent.targets.base import compute_dtype
 
 __all__ = ["PSG"]
 
@@ -37,7 +38,8 @@ class PSG(Mechanism):
         gain: mean factor on the learning rate, > 0. Clicking goes with (learning rate * gain)^2.
         eps: smallest distance, as a fraction of the cell, >= 0. Number or schedule; ending at 0 lets clusters close.
         clip: keep the weights inside the range of a bounded target, after each step from `clip_start` on.
-        clip_start: moment (step or fraction of training) clipping starts.
+        clip_start: moment (step or fraction of training) clipping starts; `None` for when the fit is frozen. Earlier,
+            a range that is still being fitted can shrink but never grow again.
         start: moment PSG starts; before it the base optimizer runs untouched.
         form: "gradient" scales the gradient (the paper), "update" scales the step the optimizer took, "auto" is
             "gradient" under SGD and "update" under every other optimizer: a normalising optimizer divides a scaled
@@ -72,7 +74,7 @@ class PSG(Mechanism):
     gain: float = 12.0
     eps: Number = field(default=_EPS)
     clip: bool = True
-    clip_start: Moment = 0.1
+    clip_start: Moment | None = None
     start: Moment = 0.0
     form: Literal["auto", "gradient", "update"] = "auto"
     clip_norm: float | None = None
@@ -107,9 +109,9 @@ class PSG(Mechanism):
 
         Example:
             >>> PSG.paper(lambda_s=150).gain
-            150
+            150.0
         """
-        return cls(gain=lambda_s, eps=eps, clip=False, form="gradient", units="weight")
+        return cls(gain=float(lambda_s), eps=eps, clip=False, form="gradient", units="weight")
 
     @property
     def pull(self) -> Target | None:
@@ -137,6 +139,7 @@ class PSG(Mechanism):
         if self._scales_gradient(slot):
             slot.grad.mul_(self._scale_of(slot, clock))
         else:
+            slot.decay()  # an optimizer whose decay cannot be told is refused before any weight moves
             slot.scratch["before"] = slot.weight.clone()
 
     def after_step(self, slot: Slot, clock: Clock) -> None:
@@ -148,7 +151,7 @@ class PSG(Mechanism):
             # before + s (step + decay) - decay: only what the optimizer made of the gradient is scaled.
             decay = before * slot.decay()
             slot.weight.add_(after.sub_(before).add_(decay).mul_(scale)).sub_(decay)
-        if self.clip and clock.step >= step_at(self.clip_start, clock.total_steps, "PSG.clip_start"):
+        if self.clip and clipping(self.clip_start, slot, clock):
             clip_to_range(slot.weight, slot.pull, slot.pull_params)
 
     def undo(self, slot: Slot, clock: Clock) -> None:
@@ -167,20 +170,23 @@ class PSG(Mechanism):
         return scale if free is None else scale.masked_fill_(free, 1.0)
 
     def _scale(self, distance: Tensor, target: Target, params: Params, clock: Clock) -> Tensor:
-        """s as a function of the distance, written over the distance."""
-        slope, offset, cap = self._line(target, params, clock)
+        """s as a function of the distance; may write over the distance."""
+        # A slope is gain / typical distance: it can leave the range of float16, the product with a distance cannot.
+        wide = distance.to(compute_dtype(distance.dtype))
+        slope, offset, cap = self._line(target, params, clock, wide.dtype)
         if cap is not None:
-            distance = torch.clamp(distance, max=cap.to(distance.dtype))
-        slope = slope.to(distance.dtype) if isinstance(slope, Tensor) else slope
-        return distance.mul_(slope).add_(offset)
+            wide = torch.clamp(wide, max=cap)
+        return wide.mul_(slope).add_(offset).to(distance.dtype)
 
-    def _line(self, target: Target, params: Params, clock: Clock) -> tuple[Tensor | float, float, Tensor | None]:
+    def _line(
+        self, target: Target, params: Params, clock: Clock, dtype: torch.dtype
+    ) -> tuple[Tensor | float, float, Tensor | None]:
         """s = slope * min(d, cap) + offset."""
         strength = value_at(self.strength, clock.step, clock.total_steps)
         eps = value_at(self.eps, clock.step, clock.total_steps)
         if self.units == "weight":
             return strength * self.gain, (1 - strength) + strength * self.gain * eps, None
-        typical = target.typical(params)
+        typical = target.typical(params).to(dtype)
         # c / r is 4 on a grid by definition of r, and where there are no cells by definition of c.
         return strength * self.gain / typical, (1 - strength) + strength * self.gain * 4 * eps, 2 * typical
 
@@ -278,7 +284,7 @@ class PSG(Mechanism):
             raise ValueError(
                 f"the warp is known for evenly spaced levels (Uniform) and for Zero, not for {type(target).__name__}"
             )
-        slope, offset, cap = self._line(target, params, Clock(step=step, total_steps=total_steps))
+        slope, offset, cap = self._line(target, params, Clock(step=step, total_steps=total_steps), like.dtype)
         b = torch.as_tensor(slope, dtype=like.dtype)
         cap = torch.full((), math.inf, dtype=like.dtype) if cap is None else cap.to(like.dtype)
         cell = target.cell(params)

@@ -23,6 +23,11 @@ def clip_to_range(w: Tensor, target: Target, params: Params) -> None:
         torch.clamp_(w, min=-limits, max=limits)
 
 
+def clipping(start: Moment | None, slot: Slot, clock: Clock) -> bool:
+    """Whether weights are clipped in this step: from `start` on, or once the fit is frozen if that is `None`."""
+    return slot.frozen if start is None else clock.step >= step_at(start, clock.total_steps, "clip start")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Clip(Mechanism):
     """Keep weights inside the range of their target and do nothing else: projected gradient onto a box.
@@ -32,14 +37,14 @@ class Clip(Mechanism):
     The plain rival of PSG: a few outliers hold most of the rounding error, and this alone removes them.
 
     Args:
-        start: moment (step or fraction of training) clipping starts.
+        start: moment (step or fraction of training) clipping starts; `None` for when the fit is frozen.
 
     Example:
         >>> import detent as dt
         >>> rule = dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.Clip())
     """
 
-    start: Moment = 0.1
+    start: Moment | None = None
 
     keeps_full_life: ClassVar[bool] = True
 
@@ -57,10 +62,11 @@ class Clip(Mechanism):
         return None
 
     def active(self, clock: Clock) -> bool:
-        return clock.step >= step_at(self.start, clock.total_steps, "Clip.start")
+        return self.start is None or clock.step >= step_at(self.start, clock.total_steps, "Clip.start")
 
     def after_step(self, slot: Slot, clock: Clock) -> None:
-        clip_to_range(slot.weight, slot.target, slot.params)
+        if clipping(self.start, slot, clock):
+            clip_to_range(slot.weight, slot.target, slot.params)
 
 
 @dataclass(frozen=True, kw_only=True)

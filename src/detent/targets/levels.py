@@ -114,7 +114,7 @@ class Uniform(Target):
         best = full
         best_error = torch.full(full.shape, torch.inf, dtype=torch.float64, device=x.device)
         # From the widest range down, and only a strictly smaller error wins: ties keep the wider range.
-        for ratio in torch.linspace(1.0, _MSE_SMALLEST_RATIO, _MSE_CANDIDATES).tolist():
+        for ratio in torch.linspace(1.0, _MSE_SMALLEST_RATIO, _MSE_CANDIDATES, dtype=torch.float64).tolist():
             scale = self._rounded(full.to(x.dtype) * ratio, dtype)
             error = groups.sum((self._on_grid(x, scale, layout) - x).square_(), layout)
             better = error < best_error
@@ -162,7 +162,8 @@ class Uniform(Target):
         return self.cell(params) / 4
 
     def limits(self, params: Params) -> Tensor:
-        return granularity_of(self.granularity).expand(params["scale"].float() * self._n, params.layout)
+        # In float64 the product is exact, so that rounded to the weight's dtype it is the outermost level itself.
+        return granularity_of(self.granularity).expand(params["scale"].double() * self._n, params.layout)
 
     def at_bits(self, w: Tensor, params: Params, bits: int) -> tuple[Target, Params]:
         """The b-bit grid with the least squared error among a fresh fit and the trained steps times 2^-3 .. 2^3.
@@ -233,6 +234,7 @@ class Zero(Target):
         return torch.zeros_like(w)
 
     def encode(self, w: Tensor, params: Params) -> Codes:
+        check_finite(w)
         return Codes()
 
     def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:

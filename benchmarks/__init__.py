@@ -1,0 +1,66 @@
+"""Measurements behind every number in the docs: one script, one record in ``records/``, one table (``tables.py``)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from detent.report.record import Record, environment
+
+__all__ = ["PICTURES", "RECORDS", "ROOT", "recording"]
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "benchmarks" / "records"
+PICTURES = ROOT / "docs" / "pictures"
+# What a measurement is made of. A changed page or an older record does not change a number.
+CODE = ("src", "papers", "tests/reference.py", "benchmarks/*.py")
+
+
+@contextmanager
+def recording(
+    name: str,
+    *,
+    question: str,
+    seeds: Sequence[int],
+    config: Mapping[str, Any],
+    notes: str = "",
+    out: Path | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Measures the block and writes ``records/NAME.json`` with what the block put into the dict it gets.
+
+    Commit and dirtiness are those at the start, when the code was loaded; dirty means code differs from the commit.
+
+    Args:
+        name: of the record and, with "_" for "-", of the script in this folder.
+        question: the sentence the numbers answer.
+        seeds: every seed behind the results.
+        config: the experiment, as plain data.
+        notes: caveats.
+        out: another file to write.
+    """
+    script = name.replace("-", "_")
+    command = shlex.join(["python", "-m", f"benchmarks.{script}", *sys.argv[1:]])
+    before, load = environment(ROOT), os.getloadavg()[0]
+    changed = _changed_code()
+    results: dict[str, Any] = {}
+    record = Record(name=name, question=question, command=command, seeds=seeds, config=config, notes=notes)
+    with record:
+        yield results
+    path = out or RECORDS / f"{name}.json"
+    written = record.write(path, results)
+    where = {"commit": before["commit"], "dirty": bool(changed), "dirty_files": changed}
+    written["environment"] |= where | {"load_average": [load, os.getloadavg()[0]]}
+    path.write_text(json.dumps(written, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def _changed_code() -> list[str]:
+    command = ["git", "status", "--porcelain", "--", *CODE]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return sorted(line[3:] for line in done.stdout.splitlines())

@@ -1,0 +1,518 @@
+"""The demo: one small network trained by plain SGD and by PSG, and what is left of each at every width."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from detent.data import Batches, ImageSet, digits, load_images
+from detent.engine import Run, attach, compress
+from detent.mechanisms import PSG, Mechanism
+from detent.pack import load, save
+from detent.recipe import Recipe, Rule
+from detent.schedules import Linear
+from detent.targets import TopK, Uniform, Zero
+
+__all__ = ["WIDTHS", "Cell", "Outcome", "Row", "Settings", "demonstrate"]
+
+WIDTHS = (8, 6, 4, 3, 2)
+KEEP = 0.1  # share of weights that pruning keeps
+
+Watch = Callable[[str, int], Callable[[], None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the demo is asked to do.
+
+    Args:
+        data: folder with an image set in Parquet files, or `None` for scikit-learn's digits.
+        out: folder for the files it leaves behind; made if absent.
+        epochs: passes over the training split, >= 1; `None` for the task's own number.
+        seed: of initialisation and batches, >= 0.
+        device: "cpu" or "cuda".
+        bits: width PSG trains for, one of 8, 6, 4, 3, 2; `None` for the task's own.
+
+    Raises:
+        ValueError: a value out of its range.
+
+    Example:
+        >>> Settings(bits=5)
+        Traceback (most recent call last):
+        ...
+        ValueError: bits=5: must be one of 8, 6, 4, 3, 2
+    """
+
+    data: Path | None = None
+    out: Path = Path("runs/demo")
+    epochs: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    bits: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and self.bits not in WIDTHS:
+            raise ValueError(f"bits={self.bits}: must be one of {', '.join(map(str, WIDTHS))}")
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"epochs={self.epochs}: must be >= 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must be >= 0")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device={self.device!r}: must be 'cpu' or 'cuda'")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device='cuda': this machine has no CUDA device that torch can use; take 'cpu'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One network in one life: accuracy on the test split in percent, and bytes of the file that holds this life."""
+
+    accuracy: float
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: "SGD" or "PSG".
+        range: how the range of a grid is found, "mse" or "minmax".
+        cells: by life: "full", "W8" to "W2", "pruned".
+    """
+
+    name: str
+    range: str
+    cells: dict[str, Cell]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Everything the demo found out.
+
+    Attributes:
+        setup: data, network and training, alike for all networks.
+        rows: the table.
+        pruned_full: full-precision accuracy of the networks behind the "pruned" column, by row name.
+        files: what was written, by what it is.
+        seconds: wall time, with reading the data.
+    """
+
+    setup: dict[str, Any]
+    rows: list[Row]
+    pruned_full: dict[str, float]
+    files: dict[str, str]
+    seconds: float
+
+
+# --- networks and how each is trained -----------------------------------------------------------------------------
+
+
+class DigitsNet(nn.Sequential):
+    """Eight narrow convolutions with BatchNorm for 8x8 grey images: deep enough for rounding errors to add up."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        fan_in = 1
+        widths = (8, 8, 8, 16, 16, 16, 32, 32)
+        for i, width in enumerate(widths, start=1):
+            stride = 2 if i > 1 and width > fan_in else 1
+            self.add_module(f"conv{i}", nn.Conv2d(fan_in, width, 3, stride=stride, padding=1, bias=False))
+            self.add_module(f"bn{i}", nn.BatchNorm2d(width))
+            self.add_module(f"relu{i}", nn.ReLU())
+            fan_in = width
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(fan_in, classes)
+
+
+class LeNet5(nn.Sequential):
+    """LeNet-5 of Caffe, 20-50-500 units, for 28x28 grey images."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 20, 5)
+        self.pool1 = nn.MaxPool2d(2)
+        self.conv2 = nn.Conv2d(20, 50, 5)
+        self.pool2 = nn.MaxPool2d(2)
+        self.flatten = nn.Flatten()
+        self.fc1 = nn.Linear(800, 500)
+        self.relu = nn.ReLU()
+        self.fc2 = nn.Linear(500, classes)
+
+
+class _Block(nn.Module):
+    def __init__(self, fan_in: int, fan_out: int) -> None:
+        super().__init__()
+        stride = 1 if fan_in == fan_out else 2
+        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(fan_out)
+        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(fan_out)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride == 2:
+            self.shortcut = nn.Sequential(nn.Conv2d(fan_in, fan_out, 1, stride=2, bias=False), nn.BatchNorm2d(fan_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+class ResNet8(nn.Sequential):
+    """A ResNet of three blocks, 16-32-64 channels, for 32x32 colour images."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
+        self.block1 = _Block(16, 16)
+        self.block2 = _Block(16, 32)
+        self.block3 = _Block(32, 64)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(64, classes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """What is trained for images of one shape: momentum 0.9, cosine schedule, all numbers alike for SGD and PSG.
+
+    `decay_pruned` is the weight decay of the two networks of the "pruned" column: towards zero PSG lets go of small
+    weights and weight decay takes them there, so sparse training wants more of it than a grid does.
+    """
+
+    network: Callable[[int], nn.Module]
+    epochs: int
+    batch_size: int
+    rate: float
+    decay: float
+    decay_pruned: float
+    bits: int
+    gain: float = 12.0
+    crop: int = 0
+    flip: bool = False
+    one_thread: bool = False  # more of them only slow down tensors this small
+
+
+# How the numbers were found: docs/decisions.md, "The demo".
+_TASKS = {
+    (1, 8): _Task(
+        network=DigitsNet,
+        epochs=25,
+        batch_size=32,
+        rate=0.1,
+        decay=5e-4,
+        decay_pruned=1e-2,
+        bits=2,
+        one_thread=True,
+    ),
+    (1, 28): _Task(network=LeNet5, epochs=5, batch_size=64, rate=0.01, decay=5e-4, decay_pruned=5e-4, bits=3),
+    (3, 32): _Task(
+        network=ResNet8,
+        epochs=15,
+        batch_size=128,
+        rate=0.1,
+        decay=5e-4,
+        decay_pruned=2e-3,
+        bits=3,
+        crop=4,
+        flip=True,
+    ),
+}
+
+
+def _images(settings: Settings) -> tuple[ImageSet, ImageSet, _Task]:
+    if settings.data is None:
+        train, test = digits("train"), digits("test")
+    else:
+        if not settings.data.is_dir():
+            raise ValueError(f"data={str(settings.data)!r}: no such folder")
+        train = load_images(settings.data, "train")
+        # What one split is, the other must be: let the training split decide whether the set is grey.
+        test = load_images(settings.data, "test", grey=train.images.shape[1] == 1)
+    _, channels, height, width = train.images.shape
+    task = _TASKS.get((channels, width)) if height == width else None
+    if task is None:
+        raise ValueError(
+            f"data={str(settings.data)!r}: images are {width}x{height} with {channels} channels; the demo has networks "
+            "for 8x8 grey, 28x28 grey (MNIST) and 32x32 colour (CIFAR)"
+        )
+    return train.to(settings.device), test.to(settings.device), task
+
+
+# --- recipes ------------------------------------------------------------------------------------------------------
+
+
+def _grid(bits: int, mechanism: Mechanism | None, how: Literal["mse", "minmax"] = "mse") -> Recipe:
+    """Every convolution and linear weight, the first and the last layer too, on a b-bit grid a tensor."""
+    return Recipe([Rule(match=r"weight$", target=Uniform(bits=bits, range=how), mechanism=mechanism)])
+
+
+def _sparse(mechanism: Mechanism | None) -> Recipe:
+    """The tenth of all weights that is largest stays; one threshold for the whole network."""
+    return Recipe([Rule(match=r"weight$", target=TopK(keep=KEEP, scope="model"), mechanism=mechanism)])
+
+
+def _towards_zero(task: _Task) -> PSG:
+    return PSG(toward=Zero(), gain=task.gain, eps=Linear(first=0.002, last=0.0, end=0.8))
+
+
+# --- training and measuring ---------------------------------------------------------------------------------------
+
+
+class _Bench:
+    """Trains networks that differ in nothing but recipe and weight decay, and measures them."""
+
+    def __init__(self, settings: Settings, watch: Watch) -> None:
+        self.train_set, self.test_set, self.task = _images(settings)
+        self.settings, self.watch = settings, watch
+        self.epochs = settings.epochs or self.task.epochs
+        self.bits = settings.bits or self.task.bits
+        pixels = self.train_set.images.float() / 255
+        self.mean = pixels.mean((0, 2, 3)).tolist()
+        self.std = pixels.std((0, 2, 3)).clamp_min(1e-3).tolist()
+
+    def train(self, label: str, recipe: Recipe | None, decay: float) -> tuple[nn.Module, Run | None]:
+        """A network after its last epoch, from the same start and through the same batches as every other."""
+        task, settings = self.task, self.settings
+        torch.manual_seed(settings.seed)
+        model = task.network(len(self.train_set.classes)).to(settings.device)
+        batches = self._batches(self.train_set, task.batch_size, training=True)
+        total = self.epochs * len(batches)
+        optimizer = torch.optim.SGD(model.parameters(), lr=task.rate, momentum=0.9, weight_decay=decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+        run = None if recipe is None else attach(model, optimizer, recipe, total_steps=total)
+        advance = self.watch(label, total)
+        for epoch in range(self.epochs):
+            batches.set_epoch(epoch)
+            for x, y in batches:
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                schedule.step()
+                advance()
+        return model, run
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Percent right on the test split."""
+        model.eval()
+        right = 0
+        with torch.no_grad():
+            for x, y in self._batches(self.test_set, 500, training=False):
+                right += int((model(x).argmax(1) == y).sum())
+        return 100 * right / len(self.test_set)
+
+    def _batches(self, images: ImageSet, size: int, training: bool) -> Batches:
+        return Batches(
+            images.images,
+            images.labels,
+            size,
+            shuffle=training,
+            mean=self.mean,
+            std=self.std,
+            crop=self.task.crop if training else 0,
+            flip=self.task.flip and training,
+            seed=self.settings.seed,
+            drop_last=training,
+        )
+
+    def cell(self, run: Run, *, bits: int | None = None, recipe: Recipe | None = None) -> Cell:
+        """A compressed life: what it gets right, and the size of the file that holds it alone."""
+        with run.compressed(bits=bits, recipe=recipe):
+            accuracy = self.accuracy(run.model)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "life.detent"
+            save(run, file, "compressed", bits=bits, recipe=recipe)
+            return Cell(accuracy=accuracy, bytes=file.stat().st_size)
+
+    def row(self, name: str, how: str, run: Run, pruned: Run) -> Row:
+        """One network at every width, and the one that was trained for pruning in its pruned life."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "full.safetensors"
+            save_file({name: value.cpu() for name, value in run.model.state_dict().items()}, file)
+            cells = {"full": Cell(accuracy=self.accuracy(run.model), bytes=file.stat().st_size)}
+        cells |= {f"W{bits}": self.cell(run, bits=bits) for bits in WIDTHS}
+        cells["pruned"] = self.cell(pruned, recipe=_sparse(None))
+        return Row(name=name, range=how, cells=cells)
+
+    def setup(self, model: nn.Module) -> dict[str, Any]:
+        """What a reader has to know to judge the table."""
+        task, settings = self.task, self.settings
+        return {
+            "data": "scikit-learn digits" if settings.data is None else str(settings.data),
+            "train_images": len(self.train_set),
+            "test_images": len(self.test_set),
+            "network": task.network.__name__,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "batchnorm": any(isinstance(m, nn.BatchNorm2d) for m in model.modules()),
+            "epochs": self.epochs,
+            "batch_size": task.batch_size,
+            "learning_rate": task.rate,
+            "weight_decay": task.decay,
+            "weight_decay_pruned": task.decay_pruned,
+            "bits": self.bits,
+            "gain": task.gain,
+            "seed": settings.seed,
+            "device": settings.device,
+            "threads": torch.get_num_threads(),
+        }
+
+
+@contextlib.contextmanager
+def _threads(one: bool) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if one else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def demonstrate(settings: Settings, watch: Watch) -> Outcome:
+    """Train the networks, measure every life, and leave model.detent, weights.png and result.json in `settings.out`.
+
+    The test split is read after the last epoch of all trainings; nothing is chosen by it.
+
+    Args:
+        settings: what to do.
+        watch: called with a label and a number of steps when a training starts; what it returns is called each step.
+
+    Raises:
+        ValueError: a data folder that holds no image set, or images of a shape the demo has no network for.
+        ImportError: an extra that is not installed.
+        OSError: the output folder cannot be written.
+    """
+    began = time.perf_counter()
+    settings.out.mkdir(parents=True, exist_ok=True)
+    bench = _Bench(settings, watch)
+    task, bits = bench.task, bench.bits
+    with _threads(task.one_thread):
+        plain, _ = bench.train("SGD", None, task.decay)
+        _, psg = bench.train(f"PSG, {bits} bits", _grid(bits, PSG(gain=task.gain)), task.decay)
+        plain_pruned, _ = bench.train("SGD, to be pruned", None, task.decay_pruned)
+        _, psg_pruned = bench.train("PSG, towards zero", _sparse(_towards_zero(task)), task.decay_pruned)
+        assert psg is not None and psg_pruned is not None
+        sgd, sgd_pruned = compress(plain, _grid(bits, None)), compress(plain_pruned, _sparse(None))
+        rows = [
+            bench.row("SGD", "minmax", compress(plain, _grid(bits, None, "minmax")), sgd_pruned),
+            bench.row("SGD", "mse", sgd, sgd_pruned),
+            bench.row("PSG", "mse", psg, psg_pruned),
+        ]
+        pruned_full = {"SGD": bench.accuracy(sgd_pruned.model), "PSG": bench.accuracy(psg_pruned.model)}
+        files = {name: str(settings.out / name) for name in ("model.detent", "weights.png", "result.json")}
+        _save_and_check(bench, psg, Path(files["model.detent"]), rows[-1])
+        _draw(sgd, psg, rows[1:], bits, Path(files["weights.png"]))
+        setup = bench.setup(plain)
+    outcome = Outcome(setup=setup, rows=rows, pruned_full=pruned_full, files=files, seconds=time.perf_counter() - began)
+    Path(files["result.json"]).write_text(json.dumps(asdict(outcome), indent=2) + "\n", encoding="utf-8")
+    return outcome
+
+
+def _save_and_check(bench: _Bench, run: Run, path: Path, row: Row) -> None:
+    """Write both lives of the PSG network, read each back into a fresh network, and compare what it gets right."""
+    life = f"W{bench.bits}"
+    notes = {f"test accuracy, {key} (%)": row.cells[key].accuracy for key in ("full", life)}
+    save(run, path, "both", notes=notes)
+    for which, key in (("full", "full"), ("compressed", life)):
+        twin = bench.task.network(len(bench.train_set.classes)).to(bench.settings.device)
+        load(path, twin, which)  # type: ignore[arg-type]
+        found = bench.accuracy(twin)
+        if found != row.cells[key].accuracy:
+            raise RuntimeError(
+                f"{path}: read back, the {which} life gets {found} % right and not {row.cells[key].accuracy} %"
+            )
+
+
+# --- the picture --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Spread:
+    """Where the weights of one tensor lie on its grid, in steps of the grid."""
+
+    name: str
+    position: Tensor  # w / step
+    distance: Tensor  # |w - project(w)| / step
+
+
+def _close(distance: Tensor) -> float:
+    """Percent of weights within a tenth of a step of a level; a spread blind to the grid has 20."""
+    return 100 * float((distance <= 0.1).double().mean())
+
+
+def _spreads(run: Run) -> list[_Spread]:
+    weights = {name: p.detach().cpu() for name, p in run.model.named_parameters()}
+    found = []
+    for name, item in run.encoded().items():
+        w, params = weights[name], item.params.to(torch.device("cpu"))
+        step = item.target.cell(params)
+        assert step is not None
+        position = (w / step).reshape(-1)
+        distance = ((w - item.target.project(w, params)).abs() / step).reshape(-1)
+        found.append(_Spread(name=name, position=position, distance=distance))
+    return found
+
+
+def _draw(sgd: Run, psg: Run, rows: Sequence[Row], bits: int, path: Path) -> None:
+    """Both networks over their grids: the largest layer as histograms, all layers as distances to the nearest level."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    both = [("Plain SGD", _spreads(sgd)), ("PSG", _spreads(psg))]
+    largest = max(range(len(both[0][1])), key=lambda i: both[0][1][i].position.numel())
+    all_layers = [torch.cat([spread.distance for spread in spreads]) for _, spreads in both]
+    figure = plt.figure(figsize=(9.6, 7.0), dpi=130, layout="constrained")
+    figure.suptitle(
+        f"{_close(all_layers[1]):.0f} % of the weights trained by PSG lie within a tenth of a step of a {bits}-bit "
+        f"level, {_close(all_layers[0]):.0f} % of those trained by plain SGD",
+        fontsize=11,
+    )
+    grid = figure.add_gridspec(2, 2, height_ratios=(3, 2))
+    for column, ((name, spreads), row) in enumerate(zip(both, rows, strict=True)):
+        axes = figure.add_subplot(grid[0, column])
+        _draw_layer(axes, spreads[largest], 2 ** (bits - 1) - 1)
+        full, coarse = row.cells["full"].accuracy, row.cells[f"W{bits}"].accuracy
+        axes.set_title(f"{name}, {spreads[largest].name}\naccuracy {full:.1f} % in full, {coarse:.1f} % on {bits} bits")
+    axes = figure.add_subplot(grid[1, :])
+    share = torch.linspace(0, 100, 501)
+    looks = (("Plain SGD", "--", "tab:orange"), ("PSG", "-", "tab:blue"))
+    for distance, (name, style, shade) in zip(all_layers, looks, strict=True):
+        rank = ((len(distance) - 1) * share.double() / 100).long()
+        reach = distance.sort().values[rank]
+        axes.plot(reach.numpy(), share.numpy(), style, color=shade, linewidth=2, label=name)
+    axes.axvspan(0, 0.1, color="0.9", zorder=0)
+    axes.text(0.105, 4, "a tenth of a step", fontsize=9, color="0.3")
+    axes.set(title="All layers: how far the weights are from their levels", xlim=(0, 0.5), ylim=(0, 101))
+    axes.set(xlabel="distance to the nearest level, in steps of the grid", ylabel="% of weights that are closer")
+    axes.legend(frameon=False, loc="center right")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _draw_layer(axes: Any, spread: _Spread, n: int) -> None:
+    edge = n + 1.0
+    beyond = 100 * float((spread.position.abs() > edge).double().mean())
+    inside = spread.position[spread.position.abs() <= edge].float()
+    bins = 40 * (n + 1) + 1  # odd, so that level 0 lies in the middle of a bin
+    share = torch.histc(inside, bins, -edge, edge) / spread.position.numel() * 100
+    axes.stairs(share.numpy(), torch.linspace(-edge, edge, bins + 1).numpy(), color="0.35", fill=True)
+    for level in range(-n, n + 1):
+        axes.axvline(level, color="tab:red", linestyle=":", linewidth=1.2, zorder=0)
+    axes.set_xticks(range(-n, n + 1), [f"{level:+d}" if level else "0" for level in range(-n, n + 1)])
+    axes.set(xlabel="weight in steps of the grid (dotted: its levels)", xlim=(-edge, edge), ylabel="% of weights")
+    if beyond >= 0.05:
+        axes.text(0.98, 0.95, f"{beyond:.1f} % lie outside", transform=axes.transAxes, ha="right", fontsize=9)

@@ -1,0 +1,242 @@
+"""What the engine must know of torch's optimizers: wrappers, closures, scalers, dummy steps, decay, second copies.
+
+Everything here takes an optimizer and knows nothing of a run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detent import sharding
+
+__all__ = [
+    "check_finite_gradients",
+    "clip_total_norm",
+    "decay_is_decoupled",
+    "decoupled_decay",
+    "is_nested_step",
+    "moves_nothing",
+    "outside_graphs",
+    "refuse_copies_in_state",
+    "refuse_unfollowable",
+    "replay_closure",
+    "unwrap",
+]
+
+
+def unwrap(optimizer: Any) -> Any:
+    """The optimizer inside a wrapper that exposes it as `.optimizer` (accelerate, Lightning)."""
+    while hasattr(getattr(optimizer, "optimizer", None), "param_groups"):
+        optimizer = optimizer.optimizer
+    if not hasattr(optimizer, "param_groups"):
+        raise ValueError(f"optimizer={type(optimizer).__name__}: has no param_groups; give a torch.optim.Optimizer")
+    return optimizer
+
+
+def outside_graphs(reason: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`torch.compiler.disable` with a reason where this torch takes one."""
+    try:
+        return torch.compiler.disable(reason=reason)
+    except TypeError:  # torch < 2.7
+        return torch.compiler.disable
+
+
+def replay_closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any], moved: Callable[[], bool]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Evaluate a closure now, before any weight is touched, and hand the step its value.
+
+    Args:
+        args: positional arguments of the step, the optimizer first.
+        kwargs: its keyword arguments.
+        moved: whether weights or gradients have changed since the closure was evaluated.
+
+    Returns:
+        New arguments for the step, or `None` if there is no closure.
+    """
+    by_name = kwargs.get("closure") is not None
+    closure = kwargs["closure"] if by_name else (args[1] if len(args) > 1 else None)
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        loss = closure()
+    calls = 0
+
+    def replay() -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise RuntimeError(
+                "this optimizer evaluates its closure more than once a step, which Detent cannot follow; use an "
+                "optimizer that evaluates it once"
+            )
+        if moved():
+            raise RuntimeError(
+                "this optimizer evaluates its closure after it moved weights or gradients (SAM does), which Detent "
+                "cannot follow; use an optimizer that evaluates it first"
+            )
+        return loss
+
+    if by_name:
+        return args, {**kwargs, "closure": replay}
+    return (*args[:1], replay, *args[2:]), kwargs
+
+
+def is_nested_step(optimizer: Any) -> bool:
+    """Whether this hook runs in a step inside a step: a subclass that calls its base's step runs all hooks twice."""
+    code = getattr(type(optimizer).step, "__code__", None)
+    frame, found = sys._getframe(1), 0
+    while frame is not None:
+        if frame.f_code is code and any(value is optimizer for value in frame.f_locals.values()):
+            found += 1
+        frame = frame.f_back
+    return found > 1
+
+
+def moves_nothing(optimizer: Any, claimed: Sequence[Tensor]) -> bool:
+    """Whether the step that is due is no training step: it must not tick, and no mechanism may touch it.
+
+    That is a step at rate 0 (warm-up, checkpoint code), a step that only makes an optimizer create its state
+    (checkpoint code: no state yet, every gradient 0), or a fused step under GradScaler that found an overflow and
+    skips inside. Every process that shares a sharded parameter gives the same answer.
+    """
+    groups = optimizer.param_groups
+    if all(float(group.get("lr", 1.0)) == 0.0 for group in groups):
+        return True
+    found = getattr(optimizer, "found_inf", None)
+    if found is not None and bool(found):
+        return True
+    if getattr(optimizer, "state", True):
+        return False
+    grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    return not sharding.anywhere(any(bool(_values(grad).any()) for grad in grads), claimed)
+
+
+def _values(grad: Tensor) -> Tensor:
+    grad = sharding.local(grad)
+    return grad if grad.layout == torch.strided else grad.coalesce().values()
+
+
+def check_finite_gradients(named: Mapping[str, Tensor], claimed: Sequence[Tensor], step: int) -> None:
+    """Raise before the step if a gradient is sparse, NaN or infinite; one reduction if all is well.
+
+    Raises:
+        RuntimeError: on every process, naming the parameter on those that hold the bad entries.
+    """
+    grads = {name: sharding.local(grad) for name, grad in named.items()}
+    for name, grad in grads.items():
+        if grad.layout != torch.strided:
+            raise RuntimeError(f"{name!r} has a sparse gradient, which no mechanism can scale; use sparse=False")
+    bad: list[str] = []
+    if grads:
+        norms = torch._foreach_norm(list(grads.values()))  # type: ignore[attr-defined]
+        # A norm may overflow where no entry is bad, so only the entries decide.
+        if not bool(torch.isfinite(torch.stack([norm.float() for norm in norms]).sum())):
+            bad = [name for name, grad in grads.items() if not bool(torch.isfinite(grad).all())]
+    if sharding.anywhere(bool(bad), claimed):
+        what = f"the gradient of {bad[0]!r}" if bad else "a gradient held by another process"
+        raise RuntimeError(f"{what} is not finite at step {step}; no weight was changed by this step")
+
+
+def clip_total_norm(optimizer: Any, limit: float) -> None:
+    """Clip the total norm of all gradients of an optimizer; in a fused step under GradScaler they are still scaled."""
+    scale = getattr(optimizer, "grad_scale", None)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(params, limit * (1.0 if scale is None else float(scale)))
+
+
+def refuse_unfollowable(optimizer: Any) -> None:
+    """Refuse what no hook around one step can follow: several evaluations a step, weights that are not the model's.
+
+    Raises:
+        ValueError: LBFGS, or an optimizer with train() and eval() modes (schedule-free).
+    """
+    name = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(f"{name} evaluates its closure more than once a step, which Detent cannot follow")
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise ValueError(
+            f"{name} keeps a second copy of the weights (it has train() and eval() modes), so the weights Detent sees "
+            "are not the ones it moves; not supported yet"
+        )
+
+
+def refuse_copies_in_state(optimizer: Any, named: Iterable[tuple[str, Tensor]]) -> None:
+    """After the first step, look for a master copy: state that equals the weight itself.
+
+    Raises:
+        RuntimeError: naming the parameter and the key of its copy.
+    """
+    for name, param in named:
+        own = getattr(optimizer, "state", {}).get(param, {})
+        w = sharding.local(param)
+        for key, value in own.items():
+            if isinstance(value, Tensor) and value.shape == param.shape and value.is_floating_point():
+                same = sharding.local(value).to(w.dtype)
+                if same.data_ptr() != w.data_ptr() and bool(w.any()) and torch.equal(same, w):
+                    raise RuntimeError(
+                        f"{type(optimizer).__name__} keeps a second copy of {name!r} in its state "
+                        f"({key!r}), so the weights Detent sees are not the ones it moves; not supported yet"
+                    )
+
+
+def decoupled_decay(optimizer: Any, group: int, dims: int, probed: dict[int, bool]) -> float:
+    """What decoupled weight decay takes off in this step, as a fraction of the weight.
+
+    Args:
+        optimizer: the optimizer.
+        group: index of the weight's parameter group.
+        dims: dimensions of the weight.
+        probed: what was found out before, by dimensions.
+
+    Raises:
+        RuntimeError: as `decay_is_decoupled`.
+    """
+    options = optimizer.param_groups[group]
+    decay = float(options.get("weight_decay", 0.0) or 0.0)
+    if not decay:
+        return 0.0
+    decoupled = options.get("decoupled_weight_decay")
+    if decoupled is None:
+        if dims not in probed:
+            probed[dims] = decay_is_decoupled(optimizer, options, dims)
+        decoupled = probed[dims]
+    return float(options["lr"]) * decay if decoupled else 0.0
+
+
+def decay_is_decoupled(optimizer: Any, group: Mapping[str, Any], dims: int) -> bool:
+    """Whether weight decay acts on the weight itself (AdamW) or through the gradient (Adam), found by trying.
+
+    Two steps of a fresh optimizer of the same class on a scratch weight with zero gradients: decoupled decay leaves
+    exactly `(1 - lr * decay)^2 w`, decay through the gradient is remembered or normalised.
+
+    Raises:
+        RuntimeError: no such optimizer can be built, or its decay is proportional to w but not lr * decay.
+    """
+    rate = decay = 0.1  # not the group's: either may be zero just now, or too small to tell
+    kept = {k: v for k, v in group.items() if k not in ("params", "fused", "foreach", "capturable", "initial_lr")}
+    shape = (2,) * max(dims, 1)
+    start = torch.arange(1.0, 2 ** len(shape) + 1, dtype=torch.float64).reshape(shape)
+    scratch = nn.Parameter(start.clone())
+    scratch.grad = torch.zeros_like(scratch)
+    advice = "put a key decoupled_weight_decay=True or False in its param_groups, or use PSG(form='gradient')"
+    name = type(optimizer).__name__
+    try:
+        probe = type(optimizer)([{**kept, "lr": rate, "weight_decay": decay, "params": [scratch]}], lr=rate)
+        probe.step()
+        first = scratch.detach() / start
+        probe.step()
+        second = scratch.detach() / start
+    except Exception as error:
+        raise RuntimeError(f"cannot tell if the weight decay of {name} is decoupled ({error}); {advice}") from error
+    factor = 1.0 - rate * decay
+    if torch.allclose(first, torch.full_like(first, factor)) and torch.allclose(second, first * factor):
+        return True
+    if torch.allclose(first, first.flatten()[0].expand_as(first)) and torch.allclose(second, first.square()):
+        raise RuntimeError(f"the weight decay of {name} takes off another part than lr * weight_decay; {advice}")
+    return False

@@ -1,0 +1,1039 @@
+"""Files: what is saved comes back bitwise, and a damaged, foreign or unfit file is refused in one sentence."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import json
+import os
+import random
+import re
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from cases import TARGETS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import detent as dt
+from detent import pack
+from detent.pack import container
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+TWO = {"full": "both", "compressed": "both"}
+
+
+# --- samples ------------------------------------------------------------------------------------------------------
+
+
+class Holder(nn.Module):
+    """One weight of any shape and dtype."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class Mixed(nn.Module):
+    """A bit of everything that a file must hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(6, 4)
+        self.conv = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.bn = nn.BatchNorm2d(6)
+        self.up = nn.ConvTranspose2d(6, 4, 2, groups=2)
+        self.low = nn.Linear(4, 4).to(torch.bfloat16)
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embed.weight
+        self.shared_bn = self.bn
+        self.gain = nn.Parameter(torch.tensor(1.5))
+        self.register_buffer("scalar", torch.tensor(-0.0))
+        self.register_buffer("empty", torch.empty(0, 3))
+        self.register_buffer("flags", torch.tensor([True, False, True]))
+        self.register_buffer("bytes", torch.arange(5, dtype=torch.uint8))
+        self.register_buffer("strided", torch.arange(12.0).reshape(3, 4).t())
+        self.register_buffer("nothing", None)
+        self.register_buffer("cache", torch.zeros(2), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+RECIPE = dt.Recipe(
+    [
+        dt.Rule(match="^conv", target=dt.Uniform(bits=4, granularity="channel", param_dtype="float16")),
+        dt.Rule(match="^up", target=dt.Uniform(bits=3, granularity=dt.Group(size=5)), pinned=True),
+        dt.Rule(match="^low", target=dt.Uniform(bits=5, granularity="channel", param_dtype="bfloat16")),
+        dt.Rule(match="^embed", target=dt.TopK(keep=0.4)),
+    ]
+)
+PRUNED = dt.Recipe([dt.Rule(match=r"^(conv|up|low)", target=dt.TopK(keep=0.3, scope="model"))])
+
+
+def mixed_run(recalibrate: bool = True) -> dt.Run:
+    model = Mixed()
+    model.bn(torch.randn(4, 6, 5, 5) + 1)  # statistics of its own
+    run = dt.compress(model, RECIPE)
+    if recalibrate:
+        for choice in ({}, {"bits": 2}, {"recipe": PRUNED}):
+            run.recalibrate([torch.randn(3, 4, 6, 6)], **choice)
+    return run
+
+
+def small_run() -> dt.Run:
+    """A run whose file is short enough to try every byte of it."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    rules = [dt.Rule(match="0.weight", target=dt.Uniform(bits=3)), dt.Rule(match="1", keep=True)]
+    run = dt.compress(model, dt.Recipe(rules))
+    run.recalibrate([torch.randn(8, 4)])
+    return run
+
+
+def snapshot(model: nn.Module) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
+    """Every tensor of a state dict, to the bit."""
+    return {
+        name: (t.dtype, tuple(t.shape), t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, t in model.state_dict().items()
+    }
+
+
+def scrambled(model: nn.Module) -> nn.Module:
+    """A twin in which every tensor has other values, but the same strides."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for tensor in (*twin.parameters(), *twin.buffers()):
+            tensor.copy_(
+                torch.randint_like(tensor, 0, 2) if not tensor.is_floating_point() else torch.randn_like(tensor)
+            )
+    return twin
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [name for name in os.listdir(folder) if name.endswith(".tmp")]
+
+
+def head_of(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        return json.loads(zlib.decompress(base64.b64decode(file.metadata()["header"])))
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], Any], **metadata: str) -> None:
+    """Change the header of a file and make its checksum right again: what a faulty writer would give."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  not a dict
+        old = file.metadata()
+    head = head_of(path)
+    changed = change(head)
+    text = json.dumps(head if changed is None else changed)
+    header = base64.b64encode(zlib.compress(text.encode())).decode()
+    new = {**old, "header": header, "sha256": hashlib.sha256(header.encode()).hexdigest(), **metadata}
+    safetensors.torch.save_file(tensors, path, new)
+
+
+# --- bits ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 16).flatmap(lambda w: st.tuples(st.just(w), st.lists(st.integers(0, 2**w - 1), max_size=70))))
+def test_bits_are_packed_as_one_long_number(case: tuple[int, list[int]]) -> None:
+    width, values = case
+    packed = pack.pack_bits(np.array(values, dtype=np.int64), width)
+    number = sum(value << (i * width) for i, value in enumerate(values))
+    assert packed == number.to_bytes(-(-len(values) * width // 8), "little")
+    assert pack.unpack_bits(packed, len(values), width).tolist() == values
+
+
+@pytest.mark.parametrize("width", range(1, 17))
+def test_blocks_join_without_a_seam(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(width).integers(0, 2**width, 83)
+    whole = pack.pack_bits(values, width)
+    monkeypatch.setattr(container, "_BLOCK", 16)
+    assert pack.pack_bits(values, width) == whole
+    assert pack.unpack_bits(whole, 83, width).tolist() == values.tolist()
+
+
+@pytest.mark.parametrize(
+    ("act", "sentence"),
+    [
+        (lambda: pack.pack_bits(np.array([4]), 2), "do not fit into 2 bits"),
+        (lambda: pack.pack_bits(np.array([-1]), 2), "do not fit into 2 bits"),
+        (lambda: pack.pack_bits(np.array([1]), 0), "must be 1 to 16"),
+        (lambda: pack.unpack_bits(b"1", 1, 17), "must be 1 to 16"),
+        (lambda: pack.unpack_bits(b"12", 2, 3), "do not take 2 bytes"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(act: Callable[[], Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        act()
+
+
+# --- there and back -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=80)
+@given(
+    name=st.sampled_from(sorted(TARGETS)),
+    dtype=st.sampled_from(FLOATS),
+    shape=st.lists(st.integers(1, 5), min_size=0, max_size=4),
+    seed=st.integers(0, 2**31),
+    turned=st.booleans(),
+)
+def test_any_target_dtype_and_shape_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, name: str, dtype: torch.dtype, shape: list[int], seed: int, turned: bool
+) -> None:
+    target = TARGETS[name]
+    if isinstance(target, dt.TopK) and isinstance(target.keep, int) and target.keep > int(np.prod(shape)):
+        return
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    model = Holder(weight.mT if turned and weight.dim() >= 2 else weight)
+    run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", include="weight", target=target)]))
+    full = snapshot(model)
+    with run.compressed():
+        compressed = snapshot(model)
+    path = tmp_path_factory.getbasetemp() / "any.detent"
+    for life, wanted in (("both", ("full", "compressed")), ("compressed", ("compressed",))):
+        assert dt.save(run, path, life) == path.stat().st_size  # type: ignore[arg-type]
+        for load in wanted:
+            twin = scrambled(model)
+            dt.load(path, twin, load)  # type: ignore[arg-type]
+            assert snapshot(twin) == (full if load == "full" else compressed)
+            assert twin.weight.stride() == model.weight.stride()
+    encoded = run.encoded()["weight"]
+    found = pack.sizes(path)
+    assert found["codes"] == encoded.codes.nbytes
+    assert found["nominal_bits"] == sum(s.values.numel() * s.width for s in encoded.codes.streams)
+    assert 8 * (found["codes"] + found["params"]) == target.bits_on_disk(encoded.params)
+
+
+@pytest.mark.parametrize("choice", [{}, {"bits": 2}, {"recipe": PRUNED}], ids=["trained", "bits", "recipe"])
+@pytest.mark.parametrize("recalibrate", [True, False])
+def test_both_lives_of_a_mixed_model(tmp_path: Path, choice: dict[str, Any], recalibrate: bool) -> None:
+    run = mixed_run(recalibrate)
+    full = snapshot(run.model)
+    with run.compressed(**choice):
+        compressed = snapshot(run.model)
+    assert (full["bn.running_mean"] != compressed["bn.running_mean"]) == recalibrate
+    dt.save(run, tmp_path / "both", **choice)
+    dt.save(run, tmp_path / "small", "compressed", **choice)
+    assert snapshot(run.model) == full
+    for file, life, wanted in (
+        ("both", "full", full),
+        ("both", "compressed", compressed),
+        ("small", "compressed", compressed),
+    ):
+        twin = scrambled(run.model)
+        twin.cache.fill_(7.0)  # type: ignore[operator]
+        header = dt.load(tmp_path / file, twin, life)  # type: ignore[arg-type]
+        assert snapshot(twin) == wanted
+        assert bool((twin.cache == 7.0).all()), "a non-persistent buffer is not the file's business"  # type: ignore[operator]
+        assert twin.conv.weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr]
+        assert twin.head.weight is twin.embed.weight  # type: ignore[union-attr]
+        assert header == pack.read_header(tmp_path / file)
+        assert header.card["batchnorm"] == ("re-estimated" if recalibrate else "own")
+
+
+def test_a_run_with_latents_in_mid_training(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    rules = [
+        dt.Rule(match="0.weight", target=dt.Uniform(bits=3), mechanism=dt.STE()),
+        dt.Rule(match="1.weight", target=dt.TopK(keep=0.5), mechanism=dt.PSG(toward=dt.Zero())),
+    ]
+    run = dt.attach(model, optimizer, dt.Recipe(rules), total_steps=10)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(3, 5)).square().mean().backward()
+        optimizer.step()
+    full = snapshot(model)
+    with run.compressed():
+        compressed = snapshot(model)
+    dt.save(run, tmp_path / "f")
+    for life, wanted in (("full", full), ("compressed", compressed)):
+        twin = scrambled(model)
+        header = dt.load(tmp_path / "f", twin, life)  # type: ignore[arg-type]
+        assert snapshot(twin) == wanted
+    assert [row["mechanism"] for row in header.plan[:2]] == ["STE()", "PSG(toward=Zero())"]
+    model(torch.randn(3, 5)).square().mean().backward()
+    optimizer.step()  # saving has written no weight: the run goes on
+
+
+def test_wrappers_do_not_matter(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    recipe = dt.Recipe([dt.Rule(match="^0.weight", target=dt.Uniform(bits=2))])
+    dt.save(dt.compress(nn.DataParallel(model), recipe), tmp_path / "wrapped")
+    dt.save(dt.compress(model, recipe), tmp_path / "plain")
+    assert pack.read_header(tmp_path / "wrapped") == pack.read_header(tmp_path / "plain")
+    twin = scrambled(model)
+    dt.load(tmp_path / "plain", nn.DataParallel(twin))
+    assert snapshot(twin) == snapshot(model)
+
+
+def test_a_normalisation_at_the_root_keeps_its_second_statistics(tmp_path: Path) -> None:
+    model = nn.BatchNorm1d(3)
+    recipe = dt.Recipe([dt.Rule(match="weight", include="weight", target=dt.Uniform(bits=2))])
+    run = dt.compress(model, recipe)
+    run.recalibrate([torch.randn(8, 3)])
+    with run.compressed():
+        compressed = snapshot(model)
+    dt.save(run, tmp_path / "f")
+    dt.load(tmp_path / "f", model, "compressed")
+    assert snapshot(model) == compressed
+
+
+def test_any_safetensors_reader_loads_the_full_life(tmp_path: Path) -> None:
+    run = mixed_run()
+    dt.save(run, tmp_path / "f")
+    plain = safetensors.torch.load_file(tmp_path / "f")
+    assert plain.pop(".data").dtype == torch.uint8
+    twin = scrambled(run.model)
+    left = twin.load_state_dict(plain, strict=False)
+    assert left.unexpected_keys == []
+    assert all(name == "head.weight" or name.startswith("shared_bn.") for name in left.missing_keys), "only aliases"
+    assert snapshot(twin) == snapshot(run.model)
+
+
+def test_a_reader_written_from_the_documentation(tmp_path: Path) -> None:
+    """docs/format.md, followed to the letter with nothing but the standard library."""
+    model = nn.Linear(7, 5)
+    run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=3, granularity="channel"))]))
+    dt.save(run, tmp_path / "f", "compressed")
+    raw = (tmp_path / "f").read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    outer = json.loads(raw[8 : 8 + length])
+    meta = outer["__metadata__"]
+    assert meta["detent"] == "0"
+    assert meta["sha256"] == hashlib.sha256(meta["header"].encode()).hexdigest()
+    head = json.loads(zlib.decompress(base64.b64decode(meta["header"])))
+    first, past = outer[".data"]["data_offsets"]
+    block = raw[8 + length :][first:past]
+
+    target, dtype, shape, layout, params, streams = head["coded"]["weight"]
+    assert head["targets"][target] == [{"kind": "Uniform", "bits": 3, "granularity": "channel"}, ""]
+    assert (dtype, shape, layout) == ("F32", [5, 7], [0, 1])
+    ((name, kind, (groups,), check),) = params
+    assert (name, kind) == ("scale", "F32")
+    data, block = block[: 4 * groups], block[4 * groups :]
+    scales = struct.unpack(f"<{groups}f", data)
+    assert base64.urlsafe_b64encode(hashlib.sha256(data).digest()[:6]).decode() == check
+    ((name, width, count, check),) = streams
+    size = -(-count * width // 8)
+    data, block = block[:size], block[size:]
+    assert base64.urlsafe_b64encode(hashlib.sha256(data).digest()[:6]).decode() == check
+    number = int.from_bytes(data, "little")
+    codes = [(number >> (i * width)) % 2**width for i in range(count)]
+    weights = [struct.unpack("<f", struct.pack("<f", (c - 3) * scales[i // 7]))[0] for i, c in enumerate(codes)]
+    with run.compressed():
+        assert model.weight.flatten().tolist() == weights
+
+    dtype, shape, check, why = head["rest"]["bias"]
+    assert (dtype, shape, head["why"][why]) == ("F32", [5], "no rule matches")
+    assert list(struct.unpack("<5f", block)) == model.bias.tolist()
+
+
+# --- what a file says ---------------------------------------------------------------------------------------------
+
+
+def test_the_header_says_what_was_done(tmp_path: Path) -> None:
+    run = mixed_run()
+    notes = {"who": "me", "accuracy": 0.5, "data": ["a", 1, None, {"é": True}]}
+    dt.save(run, tmp_path / "f", "compressed", notes=notes)
+    header = pack.read_header(tmp_path / "f")
+    assert (header.version, header.writer, header.life) == (0, dt.__version__, "compressed")
+    assert header.card["notes"] == notes
+    by_name = {row["parameter"]: row for row in run.plan.rows()}
+    assert {row["parameter"]: dict(row) for row in header.plan} == by_name
+    assert header.card["full_precision"] == {
+        reason: names
+        for reason in {c.reason for c in run.plan.claims if not c.claimed}
+        if (names := [c.name for c in run.plan.claims if c.reason == reason])
+    }
+    assert [(row["target"], row["granularity"], row["tensors"]) for row in header.card["compressed"]] == [
+        ("TopK(keep=0.4)", "tensor", 1),
+        ("Uniform(bits=4, granularity='channel', param_dtype='float16')", "channel", 1),
+        ("Uniform(bits=3, granularity=Group(size=5))", "Group(size=5)", 1),
+        ("Uniform(bits=5, granularity='channel', param_dtype='bfloat16')", "channel", 1),
+    ]
+    assert header.card["weights"] == sum(p.numel() for p in run.model.parameters())
+    assert header.card["compressed_weights"] == sum(c.layout.numel for c in run.plan.claimed)
+    measured = {row["name"]: row["bits_per_weight"] for row in run.measure()}
+    assert {n: t["bits_per_weight"] for n, t in header.tensors.items() if "bits_per_weight" in t} == measured
+    assert set(header.tensors) == {*by_name, *dict(run.model.named_buffers())} - {"cache"}
+    dt.save(run, tmp_path / "f", "compressed", bits=2)
+    becomes = {row["parameter"]: row["becomes"] for row in pack.read_header(tmp_path / "f").plan}
+    assert becomes["conv.weight"].startswith("Uniform(bits=2")
+    assert becomes["up.weight"].startswith("Uniform(bits=3"), "pinned"
+
+
+@pytest.mark.parametrize("life", ["both", "compressed"])
+def test_sizes_add_up(tmp_path: Path, life: Any) -> None:
+    run = mixed_run()
+    total = dt.save(run, tmp_path / "f", life)
+    found = pack.sizes(tmp_path / "f")
+    model: Any = run.model
+    bits = {"conv.weight": 4, "up.weight": 3, "low.weight": 5}
+    grids = sum(model.get_parameter(name).numel() * width for name, width in bits.items())
+    kept = round(0.4 * 24)
+    assert found["nominal_bits"] == grids + 24 + 32 * kept
+    assert found["weights"] == sum(model.get_parameter(name).numel() for name in bits) + 24
+    assert found["codes"] == sum(-(-model.get_parameter(n).numel() * w // 8) for n, w in bits.items()) + 3 + 4 * kept
+    assert found["params"] == 6 * 2 + 4 * 4 * -(-(model.up.weight.numel() // 4) // 5) + 4 * 2
+    state = {name: t for name, t in model.state_dict().items() if not name.startswith(("shared_bn", "head"))}
+    statistics = sum(t.nbytes for name, t in state.items() if name.startswith("bn.") and name.split(".")[1][0] in "rn")
+    everything = sum(t.nbytes for t in state.values())
+    claimed = sum(state[name].nbytes for name in (*bits, "embed.weight"))
+    assert found["full"] == (everything if life == "both" else 0)
+    assert found["rest"] == (statistics if life == "both" else everything - claimed)
+    assert found["file"] == total == sum(found[k] for k in ("header", "codes", "params", "rest", "full"))
+    assert found["overhead"] == found["header"] + found["params"] + found["codes"] - found["nominal_bits"] // 8
+
+
+def test_the_header_of_a_deep_network_stays_small(tmp_path: Path) -> None:
+    blocks = [nn.Sequential(nn.Conv2d(16, 16, 3, bias=False), nn.BatchNorm2d(16)) for _ in range(30)]
+    run = dt.compress(nn.Sequential(*blocks), dt.Recipe([dt.Rule(match="0.weight", target=dt.Uniform(bits=2))]))
+    dt.save(run, tmp_path / "f", "compressed")
+    assert pack.sizes(tmp_path / "f")["header"] < 20 * 30 * 6, "20 bytes a tensor, with six tensors a block"
+
+
+# --- damage -------------------------------------------------------------------------------------------------------
+
+
+class Victim:
+    """A small file, and what each of its two lives must be if it loads at all."""
+
+    def __init__(self, folder: Path) -> None:
+        run = small_run()
+        self.model = run.model
+        self.path = folder / "victim.detent"
+        dt.save(run, self.path, notes={"a": 1})
+        self.data = self.path.read_bytes()
+        self.lives = {"full": snapshot(run.model)}
+        with run.compressed():
+            self.lives["compressed"] = snapshot(run.model)
+        assert self.lives["full"] != self.lives["compressed"]
+
+    def outcome(self, data: bytes, life: str) -> str:
+        """Load damaged bytes: "refused" with nothing written, or "same"; everything else fails the test."""
+        # In place: truncating a file and writing it anew makes some file systems flush it.
+        with open(self.path, "r+b") as file:
+            file.write(data)
+            file.truncate()
+        twin = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+        before = snapshot(twin)
+        try:
+            dt.load(self.path, twin, life)  # type: ignore[arg-type]
+        except dt.FormatError as error:
+            assert snapshot(twin) == before
+            assert str(self.path) in str(error) and "\n" not in str(error)
+            return "refused"
+        assert snapshot(twin) == self.lives[life]
+        return "same"
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> Victim:
+    return Victim(tmp_path_factory.mktemp("victim"))
+
+
+@pytest.mark.parametrize("life", ["full", "compressed"])
+def test_every_byte_matters(victim: Victim, life: str) -> None:
+    same = 0
+    for i in range(len(victim.data)):
+        for mask in (0xFF, 1 << (i % 8)):
+            data = bytearray(victim.data)
+            data[i] ^= mask
+            same += victim.outcome(bytes(data), life) == "same"
+    # Only padding and the other life's numbers may change unnoticed, and they are the smaller part of the file.
+    assert same < len(victim.data) / 2
+    assert victim.outcome(victim.data, life) == "same"
+
+
+def test_every_truncation_is_refused(victim: Victim) -> None:
+    for size in range(len(victim.data)):
+        assert victim.outcome(victim.data[:size], "full") == "refused"
+    for more in (b"\0", b" ", victim.data):
+        assert victim.outcome(victim.data + more, "compressed") == "refused"
+
+
+def test_random_damage_is_refused(victim: Victim) -> None:
+    dice = random.Random(7)
+    for trial in range(2000):
+        data = bytearray(victim.data)
+        for _ in range(dice.choice([1, 2, 5])):
+            at, size = dice.randrange(len(data)), dice.choice([1, 2, 8, 40])
+            kind = dice.randrange(5)
+            if kind == 0:
+                data[at : at + size] = dice.randbytes(size)
+            elif kind == 1:
+                del data[at : at + size]
+            elif kind == 2:
+                data[at:at] = dice.randbytes(size)
+            elif kind == 3:
+                other = dice.randrange(len(data))
+                data[at : at + size] = data[other : other + size]
+            else:
+                data[at : at + size] = dice.choice([b"0", b"9", b"\xff", b"\0", b'"', b"["]) * size
+        victim.outcome(bytes(data), ("full", "compressed")[trial % 2])
+
+
+def frame(header: bytes, data: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(header)) + header + data
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"", "is empty"),
+        (b"\x89PNG\r\n", "damaged or not a safetensors file"),
+        (b"PK\x03\x04" + bytes(200), "damaged or not a safetensors file"),
+        (struct.pack("<Q", 2**63), "damaged or not a safetensors file"),
+        (frame(b"{}"), "without a Detent header"),
+        (frame(b"[" * 50_000), "damaged or not a safetensors file"),
+        (frame(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234"), "without a Detent header"),
+        (frame(b'{"__metadata__":{"detent":"1","header":"?"}}'), "format version 1; this release reads 0"),
+        (frame(b'{"__metadata__":{"detent":"-1"}}'), "no valid format version"),
+        (frame(b'{"__metadata__":{"detent":"0"}}'), "header is damaged"),
+        (frame(b'{"__metadata__":{"detent":"0","header":"","sha256":""}}'), "header is damaged"),
+    ],
+)
+def test_other_files_are_refused_in_words(tmp_path: Path, data: bytes, sentence: str) -> None:
+    (tmp_path / "f").write_bytes(data)
+    for act in (pack.read_header, pack.sizes, lambda path: dt.load(path, nn.Linear(1, 1))):
+        with pytest.raises(dt.FormatError, match=sentence) as caught:
+            act(tmp_path / "f")
+        assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_file_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(dt.FormatError, match="is a folder"):
+        pack.read_header(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(dt.FormatError, match="not a regular file"):
+        pack.read_header(tmp_path / "pipe")
+    with pytest.raises(FileNotFoundError, match="cannot open .*nowhere: No such file"):
+        pack.read_header(tmp_path / "nowhere")
+
+
+def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
+    def change(head: dict[str, Any]) -> None:
+        place: Any = head
+        for step in path[:-1]:
+            place = place[step]
+        if to is ...:
+            del place[path[-1]]
+        else:
+            place[path[-1]] = to
+
+    return change
+
+
+_ROW = ("coded", "0.weight")
+_NUMBER, _STREAM = (*_ROW, 4, 0), (*_ROW, 5, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda head: [],
+        lambda head: {},
+        lambda head: head | {"surprise": 1},
+        *(
+            _set(key, to=...)
+            for key in ("writer", "life", "targets", "why", "aliases", "coded", "rest", "full", "notes")
+        ),
+        *(_set(key, to=7) for key in ("writer", "life", "targets", "why", "aliases", "coded", "rest", "full", "notes")),
+        _set("life", to="half"),
+        _set("life", to="compressed"),
+        _set("batchnorm", to="other"),
+        _set("targets", 0, 0, "kind", to="Unifrom"),
+        _set("targets", 0, 0, "kind", to="PSG"),
+        _set("targets", 0, 0, "bits", to=99),
+        _set("targets", 0, 0, "bits", to="three"),
+        _set("targets", 0, 0, "bots", to=3),
+        _set("targets", 0, 0, "granularity", to={"kind": "Group"}),
+        _set("targets", 0, to=[]),
+        _set("why", to=[]),
+        _set("aliases", to={"1.weight": "0.weight"}),
+        _set("aliases", to={"x": "y"}),
+        _set("aliases", to={"x": ["1.weight"]}),
+        _set(*_ROW, to=[]),
+        _set(*_ROW, to=None),
+        _set(*_ROW, 0, to=1),
+        _set(*_ROW, 0, to=-1),
+        _set(*_ROW, 0, to=True),
+        _set(*_ROW, 0, to=0.0),
+        _set(*_ROW, 1, to="F16"),
+        _set(*_ROW, 1, to="I64"),
+        _set(*_ROW, 1, to="float32"),
+        _set(*_ROW, 2, to=[4, 3]),
+        _set(*_ROW, 2, to=[2**40, 2**40]),
+        _set(*_ROW, 2, to=[-3, -4]),
+        _set(*_ROW, 2, to=[3.0, 4]),
+        _set(*_ROW, 2, to=12),
+        _set(*_ROW, 3, to=[2, 1]),
+        _set(*_ROW, 3, to=[0, 2]),
+        _set(*_ROW, 3, to=[0]),
+        _set(*_ROW, 4, to=[]),
+        _set(*_NUMBER, 0, to="scales"),
+        _set(*_NUMBER, 1, to="F64"),
+        _set(*_NUMBER, 2, to=[2]),
+        _set(*_NUMBER, 2, to=[]),
+        _set(*_NUMBER, 3, to="AAAAAAAA"),
+        _set(*_NUMBER, 3, to="short"),
+        _set(*_STREAM, 0, to="other"),
+        _set(*_STREAM, 1, to=0),
+        _set(*_STREAM, 1, to=17),
+        _set(*_STREAM, 1, to=4),
+        _set(*_STREAM, 1, to="F32"),
+        _set(*_STREAM, 1, to="I8"),
+        _set(*_STREAM, 2, to=11),
+        _set(*_STREAM, 2, to=13),
+        _set(*_STREAM, 2, to=2**47),
+        _set(*_STREAM, 2, to=10**400),
+        _set(*_STREAM, 2, to=-1),
+        _set(*_STREAM, 3, to="AAAAAAAA"),
+        _set("rest", "1.running_mean", to=...),
+        _set("rest", "1.running_mean", 1, to=[4]),
+        _set("rest", "1.running_mean", 0, to="BF16"),
+        _set("rest", "1.running_mean", 3, to=99),
+        _set("rest", "new", to=["F32", [0], "47DEQpj8", 0]),
+        _set("rest", ".data", to=["F32", [0], "47DEQpj8", 0]),
+        _set("rest", "", to=["F32", [0], "47DEQpj8", 0]),
+        _set("full", "0.bias", to=...),
+        _set("full", "0.bias", 0, to="I32"),
+        _set("full", "0.bias", 1, to=[1, 3]),
+        _set("full", "new", to=["F32", [0], "47DEQpj8", 0]),
+        _set("coded", to={}),
+    ],
+)
+def test_a_well_formed_wrong_header_is_refused(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    run = small_run()
+    path = tmp_path / "f"
+    dt.save(run, path)
+    rewrite(path, lambda head: None)
+    dt.load(path, run.model, "compressed")  # the rewriting itself is sound
+    rewrite(path, change)
+    before = snapshot(run.model)
+    with pytest.raises(dt.FormatError) as caught:
+        dt.load(path, run.model, "compressed")
+    assert "\n" not in str(caught.value)
+    assert snapshot(run.model) == before
+
+
+def test_a_header_that_unpacks_to_more_than_there_may_be_is_refused(tmp_path: Path) -> None:
+    bomb = base64.b64encode(zlib.compress(bytes(1 << 26), 9)).decode()
+    metadata = {"detent": "0", "header": bomb, "sha256": hashlib.sha256(bomb.encode()).hexdigest()}
+    safetensors.torch.save_file({}, tmp_path / "f", metadata)
+    with pytest.raises(dt.FormatError, match="cut short or longer than"):
+        pack.read_header(tmp_path / "f")
+    for text in ("!", "QUJD", base64.b64encode(zlib.compress(b"[" * 100_000)).decode()):
+        metadata |= {"header": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        safetensors.torch.save_file({}, tmp_path / "f", metadata)
+        with pytest.raises(dt.FormatError, match="the header is not valid"):
+            pack.read_header(tmp_path / "f")
+
+
+def test_a_huge_tensor_without_codes_is_not_made(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    dt.save(dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Zero())])), tmp_path / "f", "compressed")
+    rewrite(tmp_path / "f", _set("coded", "weight", 2, to=[2**20, 2**20]))
+    with pytest.raises(ValueError, match=r"shape \(4, 4\) in the model and \(1048576, 1048576\) in the file"):
+        dt.load(tmp_path / "f", model, "compressed")
+
+
+# --- the wrong model ----------------------------------------------------------------------------------------------
+
+
+def _double(model: Any) -> nn.Module:
+    return model.double()
+
+
+def _swap(index: int, new: Callable[[], nn.Module]) -> Callable[[Any], nn.Module]:
+    def act(model: Any) -> nn.Module:
+        model[index] = new()
+        return model
+
+    return act
+
+
+def _inference(model: nn.Module) -> nn.Module:
+    with torch.inference_mode():
+        return copy.deepcopy(model)
+
+
+def _untied(model: Any) -> nn.Module:
+    model[2].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda m: nn.Sequential(*m, nn.Linear(2, 2)), "'3.weight' is in the model and not in the file"),
+        (lambda m: m[:2], "'2.weight' is in the file and not in the model"),
+        (_swap(1, nn.Identity), "'1.weight' is in the file and not in the model"),
+        (_swap(0, lambda: nn.Linear(3, 4)), r"'0.weight' has shape \(4, 3\) in the model and \(3, 3\) in the file"),
+        (_swap(2, lambda: nn.Linear(3, 3, bias=False)), "'2.bias' is in the file and not in the model"),
+        (_double, "'0.weight' is torch.float64 in the model and torch.float32 in the file"),
+        (lambda m: m.to("meta"), "'0.weight' lies on the meta device"),
+        (_untied, "'0.weight' and '2.weight' are one tied tensor in the model and two in the file"),
+        (_inference, "'0.weight' cannot be written"),
+    ],
+)
+@pytest.mark.parametrize("life", ["full", "compressed"])
+def test_a_wrong_model_is_named_and_left_alone(
+    tmp_path: Path, change: Callable[[Any], nn.Module], sentence: str, life: Any
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))]))
+    dt.save(run, tmp_path / "f")
+    other = change(scrambled(model))
+    meta = any(p.is_meta for p in other.parameters())
+    before = {} if meta else snapshot(other)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        dt.load(tmp_path / "f", other, life)
+    assert not isinstance(caught.value, dt.FormatError)
+    assert meta or snapshot(other) == before
+
+
+def test_an_untied_model_takes_a_tied_file(tmp_path: Path) -> None:
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    run = dt.compress(tied, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=2))]))
+    dt.save(run, tmp_path / "f", "compressed")
+    assert pack.read_header(tmp_path / "f").plan[0]["note"] == "tied: 1.weight"
+    free = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    dt.load(tmp_path / "f", free, "compressed")
+    with run.compressed():
+        assert torch.equal(free[0].weight, tied[0].weight)
+        assert torch.equal(free[1].weight, tied[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("act", "sentence"),
+    [
+        (lambda run, path: dt.load(path, run.model), "holds only the compressed life; load it with"),
+        (lambda run, path: dt.load(path, run.model, "half"), "load.life='half'.: must be"),
+        (lambda run, path: dt.load(path, run, "compressed"), "must be a torch.nn.Module, not Run"),
+        (lambda run, path: dt.save(run, path, "full"), "save.life='full'.: must be"),
+        (lambda run, path: dt.save(run, path, bits=2, recipe=PRUNED), "not both"),
+        (lambda run, path: dt.save(run, path, notes={"a": torch.ones(1)}), "not plain JSON data"),
+        (lambda run, path: dt.save(run, path, notes={"a": float("nan")}), "not plain JSON data"),
+        (lambda run, path: dt.save(run, path, notes={"a": (1, 2)}), "must be plain JSON data"),
+        (lambda run, path: dt.save(run, path, notes={1: "a"}), "must be plain JSON data"),
+        (lambda run, path: dt.save(run, path, notes={"a": "\ud800"}), "not plain JSON data"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_words(
+    tmp_path: Path, act: Callable[[dt.Run, Path], Any], sentence: str
+) -> None:
+    run = mixed_run(recalibrate=False)
+    dt.save(run, tmp_path / "f", "compressed")
+    before = (tmp_path / "f").read_bytes()
+    with pytest.raises(ValueError, match=sentence) as caught:
+        act(run, tmp_path / "f")
+    assert not isinstance(caught.value, dt.FormatError)
+    assert (tmp_path / "f").read_bytes() == before
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return {"anything": 1}
+
+
+def _with_buffer(value: Tensor) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model = nn.Linear(3, 3)
+        model.register_buffer("odd", value)
+        return model
+
+    return build
+
+
+def _clash() -> nn.Module:
+    model = nn.Linear(3, 3)
+    model.module = nn.Linear(3, 3)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (lambda: Extra(3, 3), "keeps extra state"),
+        (_with_buffer(torch.ones(2, dtype=torch.complex64)), "'odd' is torch.complex64, which a file cannot hold"),
+        (_with_buffer(torch.eye(2).to_sparse()), "'odd' is not a dense tensor"),
+        (_with_buffer(torch.ones(2, device="meta")), "'odd' lies on the meta device"),
+        (lambda: nn.Sequential(nn.Linear(3, 3), nn.LazyBatchNorm1d()), "is not initialised yet"),
+        (_clash, "two tensors of the model are both called 'weight'"),
+    ],
+)
+def test_what_a_file_cannot_hold_is_refused_in_words(
+    tmp_path: Path, build: Callable[[], nn.Module], sentence: str
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about lazy modules
+        model = build()
+    good = nn.Linear(3, 3)
+    run = dt.compress(good, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=2))]))
+    run.model = model
+    with pytest.raises(ValueError, match=sentence):
+        dt.save(run, tmp_path / "f")
+    assert os.listdir(tmp_path) == []
+
+
+def test_saving_inside_the_compressed_life_is_refused(tmp_path: Path) -> None:
+    run = small_run()
+    with run.compressed(), pytest.raises(RuntimeError, match="leave the compressed life first"):
+        dt.save(run, tmp_path / "f")
+    assert os.listdir(tmp_path) == []
+
+
+# --- saving, when things go wrong ---------------------------------------------------------------------------------
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    run = small_run()
+    (tmp_path / "file").write_bytes(b"kept")
+    for path, kind in (
+        (tmp_path / "none" / "f", FileNotFoundError),
+        (tmp_path, IsADirectoryError),
+        (tmp_path / "file" / "f", OSError),
+        (Path("/proc/model.detent"), OSError),
+        (tmp_path / ("x" * 300), OSError),
+    ):
+        with pytest.raises(kind, match="cannot save to " + re.escape(str(path))):
+            dt.save(run, path)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("runs as root, whom no folder is read-only for; /proc stands in for it in the test above")
+    (tmp_path / "f").write_bytes(b"kept")
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(PermissionError, match="cannot save to"):
+            dt.save(small_run(), tmp_path / "f")
+        assert (tmp_path / "f").read_bytes() == b"kept"
+    finally:
+        tmp_path.chmod(0o755)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()], ids=repr
+)
+def test_an_interrupted_save_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: BaseException
+) -> None:
+    run = small_run()
+    dt.save(run, tmp_path / "f")
+    before = (tmp_path / "f").read_bytes()
+
+    def fail(*args: Any) -> None:
+        assert len(leftovers(tmp_path)) == 1
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(type(error)) as caught:
+            dt.save(run, tmp_path / "f", "compressed")
+    if isinstance(error, OSError):
+        assert f"cannot save to {tmp_path / 'f'}: No space left" in str(caught.value)
+    assert os.listdir(tmp_path) == ["f"]
+    assert (tmp_path / "f").read_bytes() == before
+
+
+_KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import detent as dt
+
+folder = Path(sys.argv[1])
+path = folder / "model.detent"
+runs, wanted = [], []
+for seed in (1, 2):
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(300, 200)
+    runs.append(dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))])))
+    wanted.append(model.weight.detach().clone())
+dt.save(runs[0], path)
+dice, alive, trials = random.Random(3), set(), 15
+
+def child(trial):
+    if trial == 0:      # killed when all is written and nothing is swapped
+        os.replace = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    if trial == 1:      # killed when half is written
+        os.fsync = lambda fd: (os.ftruncate(fd, 1000), os.kill(os.getpid(), signal.SIGKILL))
+    while True:
+        for run in runs:
+            dt.save(run, path)
+
+for trial in range(trials):
+    pid = os.fork()
+    if not pid:
+        child(trial)
+    if trial > 1:
+        time.sleep(dice.uniform(0.0, 0.06))
+        os.kill(pid, signal.SIGKILL)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    if trial < 2:
+        assert sum(name.endswith(".tmp") for name in os.listdir(folder)) >= 1
+    twin = torch.nn.Linear(300, 200)
+    dt.load(path, twin)
+    which = [torch.equal(twin.weight, w) for w in wanted]
+    assert any(which), trial
+    alive.add(which.index(True))
+assert 0 in alive, alive
+dt.save(runs[1], path)
+assert os.listdir(folder) == ["model.detent"], os.listdir(folder)
+sys.stdout.write("done")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+def test_a_killed_save_leaves_a_whole_file_and_the_next_one_tidies_up(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", _KILLED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "done"), done.stderr
+
+
+def test_only_abandoned_temporary_files_of_this_file_are_removed(tmp_path: Path) -> None:
+    run = small_run()
+    strange = [".f.tmp", ".f.0123456789ab.tmp.bak", ".other.0123456789ab.tmp", "f.0123456789ab.tmp"]
+    for name in (*strange, ".f.0123456789ab.tmp", ".f.ba9876543210.tmp"):
+        (tmp_path / name).write_bytes(b"")
+    with open(tmp_path / ".f.ba9876543210.tmp", "rb") as held:
+        assert container._lock(held.fileno())  # another process is at it
+        dt.save(run, tmp_path / "f")
+    assert sorted(os.listdir(tmp_path)) == sorted([*strange, ".f.ba9876543210.tmp", "f"])
+
+
+def test_many_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    run = small_run()
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(5):
+                dt.save(run, tmp_path / "f")
+                pack.read_header(tmp_path / "f")
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_links_modes_and_odd_names(tmp_path: Path) -> None:
+    run = small_run()
+    (tmp_path / "real").mkdir()
+    os.symlink(tmp_path / "real" / "f", tmp_path / "link")
+    mask = os.umask(0o027)
+    try:
+        dt.save(run, tmp_path / "link")
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "link").is_symlink()
+    assert stat.S_IMODE((tmp_path / "real" / "f").stat().st_mode) == 0o640
+    odd = tmp_path / "naïve name\n.detent"
+    assert dt.save(run, str(odd)) == odd.stat().st_size
+    pack.read_header(str(odd))
+
+
+def test_distinct_tensors_may_share_memory(tmp_path: Path) -> None:
+    memory = torch.randn(24)
+    model = nn.Module()
+    model.a, model.b = nn.Parameter(memory[:12].view(3, 4)), nn.Parameter(memory[12:].view(3, 4))
+    model.register_buffer("c", memory[6:18])
+    run = dt.compress(model, dt.Recipe([dt.Rule(match="a", target=dt.Uniform(bits=2))]))
+    dt.save(run, tmp_path / "f")
+    twin = nn.Module()
+    twin.a, twin.b = nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(3, 4))
+    twin.register_buffer("c", torch.zeros(12))
+    dt.load(tmp_path / "f", twin)
+    assert snapshot(twin) == snapshot(model)
+
+
+# --- several processes --------------------------------------------------------------------------------------------
+
+_SHARDED = """
+import os, sys, warnings
+from pathlib import Path
+import torch, torch.distributed as dist
+torch.set_num_threads(1)
+import detent as dt
+
+folder = Path(sys.argv[1])
+rank = int(os.fork() == 0)
+dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+def build(seed):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 3))
+
+recipe = dt.Recipe([
+    dt.Rule(match="0.weight", target=dt.Uniform(bits=4, granularity="channel")),
+    dt.Rule(match="2.weight", target=dt.TopK(keep=0.5)),
+])
+plain = dt.compress(build(1), recipe)
+sharded = dt.compress(fully_shard(build(1), mesh=init_device_mesh("cpu", (2,))), recipe)
+size = dt.save(sharded, folder / "sharded", "both")
+if rank == 0:
+    assert size == (folder / "sharded").stat().st_size
+    dt.save(plain, folder / "plain")
+dist.barrier()
+assert dt.pack.read_header(folder / "sharded") == dt.pack.read_header(folder / "plain")
+for life in ("full", "compressed"):
+    for file in ("sharded", "plain"):
+        one = build(2)
+        two = fully_shard(build(3), mesh=init_device_mesh("cpu", (2,)))
+        dt.load(folder / file, one, life)
+        dt.load(folder / file, two, life)
+        for (name, a), b in zip(one.named_parameters(), two.parameters()):
+            assert torch.equal(a, b.full_tensor()), name
+try:
+    dt.save(sharded, "/proc/model.detent")
+    raise SystemExit("saved to /proc")
+except OSError as error:
+    assert "cannot save" in str(error)
+dist.destroy_process_group()
+if rank:
+    os._exit(0)
+assert os.wait()[1] == 0
+sys.stdout.write("done")
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its second process")
+def test_a_sharded_run_is_gathered_and_written_once(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", _SHARDED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "done"), done.stderr

@@ -1,0 +1,98 @@
+"""Schedules: numbers at their ends and by hand in between, moments, and refusals."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import detent as dt
+from detent.recipe import from_spec, to_spec
+from detent.schedules import step_at, value_at
+
+SHAPES = [dt.Linear, dt.Cosine, dt.Cubic, dt.Exponential]
+_positive = st.floats(0.01, 100.0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@given(first=_positive, last=_positive, begin=st.integers(0, 50), length=st.integers(1, 50))
+def test_a_ramp_starts_and_ends_where_it_says_and_never_turns(shape, first, last, begin, length) -> None:
+    ramp = shape(first=first, last=last, begin=begin, end=begin + length)
+    values = [ramp(step, None) for step in range(begin + length + 3)]
+    assert values[: begin + 1] == [first] * (begin + 1) and values[begin + length :] == [last] * 3
+    rises = [b - a for a, b in zip(values, values[1:], strict=False)]
+    slack = 1e-12 * max(first, last)
+    assert all(rise * (last - first) >= -slack * abs(last - first) for rise in rises)
+
+
+@pytest.mark.parametrize(
+    ("shape", "half_way"),
+    [
+        (dt.Linear, 1 + (9 - 1) / 2),
+        (dt.Cosine, 9 + (1 - 9) * (1 + math.cos(math.pi / 2)) / 2),
+        (dt.Cubic, 9 + (1 - 9) / 8),
+        (dt.Exponential, math.sqrt(1 * 9)),
+    ],
+)
+def test_half_way_by_hand(shape, half_way) -> None:
+    assert shape(first=1.0, last=9.0, begin=10, end=20)(15, None) == pytest.approx(half_way, rel=1e-12)
+
+
+def test_fractions_are_of_the_whole_training() -> None:
+    by_fraction, by_step = dt.Linear(first=0, last=1, begin=0.25, end=0.75), dt.Linear(first=0, last=1, begin=50, end=150)
+    assert [by_fraction(step, 200) for step in range(201)] == [by_step(step, 200) for step in range(201)]
+
+
+def test_a_ramp_without_length_is_a_step() -> None:
+    step = dt.Linear(first=0.0, last=1.0, begin=5, end=5)
+    assert [step(t, None) for t in (4, 5, 6)] == [0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("moment", "total", "step"), [(0, None, 0), (7, None, 7), (7, 3, 7), (0.0, None, 0), (0.5, 11, 6), (1.0, 11, 11)]
+)
+def test_moments(moment, total, step) -> None:
+    # round() takes halves to even: 0.5 of 11 is 5.5, which becomes 6
+    assert step_at(moment, total, "start") == step
+
+
+@pytest.mark.parametrize(
+    ("moment", "total", "says"),
+    [
+        (-1, None, "start=-1: a step number must be >= 0"),
+        (1.5, 10, r"start=1.5: a fraction of training must lie in \[0, 1\]"),
+        (-0.5, 10, r"must lie in \[0, 1\]"),
+        (math.nan, 10, r"must lie in \[0, 1\]"),
+        (0.5, None, "pass total_steps= to attach"),
+    ],
+)
+def test_moments_that_mean_nothing(moment, total, says) -> None:
+    with pytest.raises(ValueError, match=says):
+        step_at(moment, total, "start")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("field", ["first", "last"])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_ends_must_be_finite(shape, field, bad) -> None:
+    with pytest.raises(ValueError, match=rf"{shape.__name__}\({field}={bad}\): must be a finite number"):
+        shape(**{"first": 1.0, "last": 2.0, field: bad})
+
+
+def test_an_exponential_cannot_reach_zero() -> None:
+    with pytest.raises(ValueError, match="both must be > 0"):
+        dt.Exponential(first=1.0, last=0.0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_schedules_are_values(shape) -> None:
+    ramp = shape(first=1.0, last=2.0, begin=3, end=0.5)
+    assert from_spec(to_spec(ramp)) == ramp and hash(ramp) == hash(from_spec(to_spec(ramp)))
+    assert type(from_spec(to_spec(ramp)).begin) is int and type(from_spec(to_spec(ramp)).end) is float
+
+
+def test_a_number_is_the_schedule_that_never_changes() -> None:
+    assert value_at(0.3, 5, None) == 0.3
+    assert value_at(dt.Linear(first=0.0, last=1.0, begin=0, end=10), 5, None) == 0.5
