@@ -169,7 +169,9 @@ ERRORS: dict[str, ErrorCase] = {
         make=lambda: _yaml("{match: a, target: {kind: Unifrom, bits: 4}}"),
         says="rules[0].target: unknown kind 'Unifrom'; did you mean 'Uniform'?",
     ),
-    "yaml: no kind": ErrorCase(make=lambda: _yaml("{match: a, target: {bits: 4}}"), says="rules[0].target: unknown kind"),
+    "yaml: no kind": ErrorCase(
+        make=lambda: _yaml("{match: a, target: {bits: 4}}"), says="rules[0].target: unknown kind"
+    ),
     "yaml: unknown field": ErrorCase(
         make=lambda: _yaml("{match: a, target: {kind: Uniform, bit: 4}}"),
         says="rules[0].target: Uniform has no field 'bit'; did you mean 'bits'?",

@@ -92,7 +92,7 @@ def scale_free(w: Array, target: Array, r: float, c: float, strength: float, gai
 
 
 class SGD:
-    """Heavy-ball SGD with coupled weight decay: v <- m v + (g + decay w), w <- w - lr v; v starts as the first gradient."""
+    """Heavy ball with coupled weight decay: v <- m v + (g + decay w), w <- w - lr v; v starts as the first gradient."""
 
     def __init__(self, lr: float, momentum: float = 0.0, decay: float = 0.0) -> None:
         self.lr, self.momentum, self.decay = lr, momentum, decay

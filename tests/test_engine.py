@@ -110,8 +110,12 @@ def resumed(name: str, cut: int, carry: Callable[[dict[str, Any]], dict[str, Any
     fresh.load_state_dict(saved["optimizer"])
     assert run.clock == cut
     train(again, fresh, range(cut, STEPS))
-    with run.compressed():
-        return {**everything(again), **{f"{k}.bits": v for k, v in compressed_of(run).items()}}
+    return ending(run, again)
+
+
+def ending(run: dt.Run, model: nn.Module) -> dict[str, Tensor]:
+    """Both lives at the end of a training."""
+    return {**everything(model), **{f"compressed {name}": value for name, value in compressed_of(run).items()}}
 
 
 def compressed_of(run: dt.Run) -> dict[str, Tensor]:
@@ -126,9 +130,7 @@ def test_resume_is_bitwise_the_unbroken_run(name: str, cut: int) -> None:
     optimizer = make(model)
     run = dt.attach(model, optimizer, rules, total_steps=STEPS)
     train(model, optimizer, range(STEPS))
-    with run.compressed():
-        unbroken = {**everything(model), **{f"{k}.bits": v for k, v in compressed_of(run).items()}}
-    assert_same(resumed(name, cut), unbroken)
+    assert_same(resumed(name, cut), ending(run, model))
 
 
 def test_the_resume_test_can_fail() -> None:
@@ -373,15 +375,24 @@ def test_a_step_that_raised_is_repaired_and_may_be_tried_again(mechanism: dt.Mec
             assert run.clock == 2
             with run.compressed():  # an event: the repair happens here
                 pass
-            assert torch.equal(model[0].weight, seen)
+            if isinstance(mechanism, dt.STE):  # on the grid again, which this tick had fitted anew
+                assert len(model[0].weight.unique()) <= 7 < len(seen_latent(run).unique())
+            else:
+                assert torch.equal(model[0].weight, seen)
             with torch.no_grad():
                 model[0].bias.copy_(model[0].bias - 1.0 if where == "after" else model[0].bias)
         optimizer.step()
         assert run.clock == 3
         train(model, optimizer, range(3, 6))
         ends.append(everything(model))
+    # Bitwise, but for the bias that this test itself repairs, and a norm that is clipped a second time.
+    rounded = where == "after" or getattr(mechanism, "clip_norm", None)
     for name, value in ends[0].items():
-        torch.testing.assert_close(value, ends[1][name], rtol=0.0, atol=1e-6 if name == "0.bias" or where == "after" else 0)
+        torch.testing.assert_close(value, ends[1][name], rtol=0.0, atol=1e-5 if rounded else 0.0)
+
+
+def seen_latent(run: dt.Run) -> Tensor:
+    return run.state_dict()["weights"]["0.weight"]["state"]["latent"]
 
 
 def test_after_a_broken_step_a_new_gradient_is_scaled_as_ever() -> None:
@@ -702,8 +713,9 @@ def test_steps_and_lives_inside_a_life_are_refused() -> None:
             optimizer.step()
         with pytest.raises(RuntimeError, match="leave the first one"), run.compressed():
             pass
-        with pytest.raises(RuntimeError, match="leave the compressed life first"):
-            run.finalize()
+        for ask in (run.finalize, run.encoded, run.measure, lambda: run.recalibrate([])):
+            with pytest.raises(RuntimeError, match="leave the first one"):
+                ask()
     assert_same(everything(model), before)
     assert run.clock == 3
 

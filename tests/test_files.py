@@ -36,7 +36,6 @@ from detent.pack import container
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-TWO = {"full": "both", "compressed": "both"}
 
 
 # --- samples ------------------------------------------------------------------------------------------------------
@@ -426,6 +425,9 @@ class Victim:
         with run.compressed():
             self.lives["compressed"] = snapshot(run.model)
         assert self.lives["full"] != self.lives["compressed"]
+        self.twin, self.other = scrambled(run.model), nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+        self.twin.load_state_dict(self.other.state_dict())
+        self.untouched = snapshot(self.other)
 
     def outcome(self, data: bytes, life: str) -> str:
         """Load damaged bytes: "refused" with nothing written, or "same"; everything else fails the test."""
@@ -433,16 +435,18 @@ class Victim:
         with open(self.path, "r+b") as file:
             file.write(data)
             file.truncate()
-        twin = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
-        before = snapshot(twin)
         try:
-            dt.load(self.path, twin, life)  # type: ignore[arg-type]
+            dt.load(self.path, self.twin, life)  # type: ignore[arg-type]
         except dt.FormatError as error:
-            assert snapshot(twin) == before
-            assert str(self.path) in str(error) and "\n" not in str(error)
-            return "refused"
-        assert snapshot(twin) == self.lives[life]
-        return "same"
+            sentence = str(error)
+        else:
+            assert snapshot(self.twin) == self.lives[life]
+            self.twin.load_state_dict(self.other.state_dict())
+            return "same"
+        assert snapshot(self.twin) == self.untouched
+        assert str(self.path) in sentence
+        assert "\n" not in sentence
+        return "refused"
 
 
 @pytest.fixture(scope="module")
@@ -454,12 +458,11 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Victim:
 def test_every_byte_matters(victim: Victim, life: str) -> None:
     same = 0
     for i in range(len(victim.data)):
-        for mask in (0xFF, 1 << (i % 8)):
-            data = bytearray(victim.data)
-            data[i] ^= mask
-            same += victim.outcome(bytes(data), life) == "same"
+        data = bytearray(victim.data)
+        data[i] ^= 0xFF if life == "full" else 1 << (i % 8)
+        same += victim.outcome(bytes(data), life) == "same"
     # Only padding and the other life's numbers may change unnoticed, and they are the smaller part of the file.
-    assert same < len(victim.data) / 2
+    assert same < len(victim.data) / 5
     assert victim.outcome(victim.data, life) == "same"
 
 
@@ -525,7 +528,7 @@ def test_what_is_no_file_is_refused_in_words(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(dt.FormatError, match="not a regular file"):
         pack.read_header(tmp_path / "pipe")
-    with pytest.raises(FileNotFoundError, match="cannot open .*nowhere: No such file"):
+    with pytest.raises(FileNotFoundError, match=r"cannot open .*nowhere: No such file"):
         pack.read_header(tmp_path / "nowhere")
 
 
@@ -542,6 +545,7 @@ def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+_KEYS = ("writer", "life", "batchnorm", "targets", "why", "aliases", "coded", "rest", "full", "notes")
 _ROW = ("coded", "0.weight")
 _NUMBER, _STREAM = (*_ROW, 4, 0), (*_ROW, 5, 0)
 
@@ -592,7 +596,6 @@ _NUMBER, _STREAM = (*_ROW, 4, 0), (*_ROW, 5, 0)
         _set(*_NUMBER, 0, to="scales"),
         _set(*_NUMBER, 1, to="F64"),
         _set(*_NUMBER, 2, to=[2]),
-        _set(*_NUMBER, 2, to=[]),
         _set(*_NUMBER, 3, to="AAAAAAAA"),
         _set(*_NUMBER, 3, to="short"),
         _set(*_STREAM, 0, to="other"),
@@ -920,7 +923,9 @@ def test_only_abandoned_temporary_files_of_this_file_are_removed(tmp_path: Path)
     run = small_run()
     strange = [".f.tmp", ".f.0123456789ab.tmp.bak", ".other.0123456789ab.tmp", "f.0123456789ab.tmp"]
     for name in (*strange, ".f.0123456789ab.tmp", ".f.ba9876543210.tmp"):
-        (tmp_path / name).write_bytes(b"")
+        (tmp_path / name).write_bytes(b"half a file")
+    (tmp_path / ".f.000000000000.tmp").write_bytes(b"")  # another process may be about to lock it
+    strange.append(".f.000000000000.tmp")
     with open(tmp_path / ".f.ba9876543210.tmp", "rb") as held:
         assert container._lock(held.fileno())  # another process is at it
         dt.save(run, tmp_path / "f")
@@ -1030,6 +1035,7 @@ sys.stdout.write("done")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its second process")
 def test_a_sharded_run_is_gathered_and_written_once(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -22,7 +23,7 @@ def test_a_ramp_starts_and_ends_where_it_says_and_never_turns(shape, first, last
     ramp = shape(first=first, last=last, begin=begin, end=begin + length)
     values = [ramp(step, None) for step in range(begin + length + 3)]
     assert values[: begin + 1] == [first] * (begin + 1) and values[begin + length :] == [last] * 3
-    rises = [b - a for a, b in zip(values, values[1:], strict=False)]
+    rises = [b - a for a, b in itertools.pairwise(values)]
     slack = 1e-12 * max(first, last)
     assert all(rise * (last - first) >= -slack * abs(last - first) for rise in rises)
 
@@ -41,7 +42,8 @@ def test_half_way_by_hand(shape, half_way) -> None:
 
 
 def test_fractions_are_of_the_whole_training() -> None:
-    by_fraction, by_step = dt.Linear(first=0, last=1, begin=0.25, end=0.75), dt.Linear(first=0, last=1, begin=50, end=150)
+    by_fraction = dt.Linear(first=0, last=1, begin=0.25, end=0.75)
+    by_step = dt.Linear(first=0, last=1, begin=50, end=150)
     assert [by_fraction(step, 200) for step in range(201)] == [by_step(step, 200) for step in range(201)]
 
 

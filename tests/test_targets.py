@@ -205,7 +205,7 @@ _GROUPS = {"tensor": lambda w: [np.arange(w.size)], "channel": lambda w: np.spli
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("kind", ["minmax", "mse"])
 def test_uniform_is_the_reference(kind, bits, granularity, dtype) -> None:
-    """Scales within one rounding of float32; with the scale given, the projection bitwise (rounded once to the dtype)."""
+    """Scales within one rounding of float32; with the scale given, the projection bitwise (rounded to the dtype)."""
     w = torch.randn(4, 7, dtype=dtype)
     target = dt.Uniform(bits=bits, granularity=granularity, range=kind)
     params = target.fit(w)

@@ -58,24 +58,23 @@ class Form:
         return reach * torch.linspace(-2.5, 2.5, points, dtype=W)
 
 
-_EPS = {"eps": 0.05}
 FORMS: dict[str, Form] = {
-    "grid in cells": Form(psg=dt.PSG(**_EPS), target=dt.Uniform(bits=3)),
-    "grid in cells, 8 bits": Form(psg=dt.PSG(gain=2.0, **_EPS), target=dt.Uniform(bits=8, range="minmax")),
+    "grid in cells": Form(psg=dt.PSG(eps=0.05), target=dt.Uniform(bits=3)),
+    "grid in cells, 8 bits": Form(psg=dt.PSG(gain=2.0, eps=0.05), target=dt.Uniform(bits=8, range="minmax")),
     "grid in cells, 2 bits": Form(psg=dt.PSG(gain=0.3, eps=1.0), target=dt.Uniform(bits=2)),
-    "grid in cells, half strength": Form(psg=dt.PSG(strength=0.5, **_EPS), target=dt.Uniform(bits=3)),
+    "grid in cells, half strength": Form(psg=dt.PSG(strength=0.5, eps=0.05), target=dt.Uniform(bits=3)),
     "grid in cells, half strength, eps 0": Form(psg=dt.PSG(strength=0.5, eps=0.0), target=dt.Uniform(bits=3)),
-    "grid in cells, strength 0": Form(psg=dt.PSG(strength=0.0, **_EPS), target=dt.Uniform(bits=3)),
-    "grid in cells, by channel": Form(psg=dt.PSG(**_EPS), target=dt.Uniform(bits=3, granularity="channel")),
-    "grid in cells, running range": Form(psg=dt.PSG(**_EPS), target=dt.Uniform(bits=4, range="ema")),
+    "grid in cells, strength 0": Form(psg=dt.PSG(strength=0.0, eps=0.05), target=dt.Uniform(bits=3)),
+    "grid in cells, by channel": Form(psg=dt.PSG(eps=0.05), target=dt.Uniform(bits=3, granularity="channel")),
+    "grid in cells, running range": Form(psg=dt.PSG(eps=0.05), target=dt.Uniform(bits=4, range="ema")),
     "grid in cells, scheduled": Form(psg=dt.PSG(), target=dt.Uniform(bits=3), step=400, total=1000),
     "grid in weights": Form(psg=dt.PSG.paper(lambda_s=150, eps=0.01), target=dt.Uniform(bits=3)),
     "grid in weights, a tenth": Form(
         psg=replace(dt.PSG.paper(lambda_s=150, eps=0.01), strength=0.1), target=dt.Uniform(bits=3)
     ),
-    "zero in cells": Form(psg=dt.PSG(**_EPS), target=dt.Zero()),
-    "zero in cells, half strength": Form(psg=dt.PSG(strength=0.5, **_EPS), target=dt.Zero()),
-    "zero by channel": Form(psg=dt.PSG(**_EPS), target=dt.Zero(granularity="channel")),
+    "zero in cells": Form(psg=dt.PSG(eps=0.05), target=dt.Zero()),
+    "zero in cells, half strength": Form(psg=dt.PSG(strength=0.5, eps=0.05), target=dt.Zero()),
+    "zero by channel": Form(psg=dt.PSG(eps=0.05), target=dt.Zero(granularity="channel")),
     "zero in weights": Form(psg=dt.PSG.paper(lambda_s=38, eps=0.01), target=dt.Zero()),
 }
 every_form = pytest.mark.parametrize("name", FORMS)
@@ -131,7 +130,7 @@ def _borders(form: Form, params: dt.Params) -> Tensor:
 
 @every_form
 def test_the_warp_has_no_jumps(name: str) -> None:
-    """Across every border the rise of f over a tiny step is that of its slope; a jump would not shrink with the step."""
+    """Across every border f rises over a tiny step by its slope; a jump would not shrink with the step."""
     form = FORMS[name]
     params = form.params()
     borders = _borders(form, params).expand(8, -1)
@@ -231,7 +230,8 @@ def test_without_eps_a_weight_on_its_target_never_moves() -> None:
 
 def test_without_eps_the_warp_still_is_one() -> None:
     """Continuous, strictly rising, invertible; only its slope at a target is infinite."""
-    for units, target in itertools.product((dt.PSG(eps=0.0), dt.PSG.paper(lambda_s=150.0)), (dt.Uniform(bits=3), dt.Zero())):
+    units_of, targets = (dt.PSG(eps=0.0), dt.PSG.paper(lambda_s=150.0)), (dt.Uniform(bits=3), dt.Zero())
+    for units, target in itertools.product(units_of, targets):
         form = Form(psg=units, target=target)
         params = form.params()
         line = form.line(params)

@@ -180,7 +180,10 @@ def _model_of(source: str) -> nn.Module:
             factory = getattr(factory, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"model={source!r}: cannot find the factory: {error}") from None
-    made = factory() if callable(factory) else factory
+    try:
+        made = factory() if callable(factory) else factory
+    except Exception as error:  # whatever a user's own code may raise
+        raise ValueError(f"model={source!r}: the factory raised {type(error).__name__}: {error}") from error
     if not isinstance(made, nn.Module):
         raise ValueError(f"model={source!r}: must give a torch.nn.Module, not {type(made).__name__}")
     return made

@@ -307,7 +307,7 @@ class Run:
         if driver.pending and optimizers.is_nested_step(driver.optimizer):
             driver.nested += 1
             return None
-        retried = self._repair(driver)
+        self._repair(driver)
         seen: list[tuple[Entry, int, bool]] = []
         replay = optimizers.replay_closure(args, kwargs, lambda: any(entry.mark() != (v, g) for entry, v, g in seen))
         driver.skip = optimizers.moves_nothing(driver.optimizer, driver.params)
@@ -332,7 +332,6 @@ class Run:
             self._fit_due(driver)
             driver.slots = [(entry, self._slot(driver, entry)) for entry in active]
             driver.pending = True
-            driver.spent = driver.spent if retried else {}
             for entry, slot in driver.slots:
                 self._first_moment(driver, entry, slot, clock)
             self._clip_norm(driver)
@@ -452,17 +451,16 @@ class Run:
         for entry in self._entries if driver is None else driver.entries:
             entry.adopt()
 
-    def _repair(self, driver: _Driver) -> bool:
-        """Put the weights back as the forward pass saw them if the step before raised half-way; whether it had."""
+    def _repair(self, driver: _Driver) -> None:
+        """Put the weights back as a forward pass may see them if the step before raised half-way."""
         driver.nested = 0
         if not driver.pending:
-            return False
+            return
         with torch.no_grad():
             for entry, slot in driver.slots:
                 entry.mechanism.undo(slot, self._clock(driver))
         driver.pending, driver.slots = False, []
         self._adopt(driver)
-        return True
 
     def _refuse_foreign_writes(self, driver: _Driver) -> None:
         for entry in driver.entries:
@@ -608,6 +606,8 @@ class Run:
 
     def _life(self, bits: int | None, recipe: Recipe | None) -> list[tuple[Entry, Target, Params]]:
         """What each claimed tensor is in a compressed life; collective under sharding."""
+        if self._inside:
+            raise RuntimeError("a compressed life inside run.compressed(): leave the first one before asking for another")
         self._settle()
         if bits is not None and recipe is not None:
             raise ValueError("give bits= or recipe=, not both")
@@ -665,8 +665,6 @@ class Run:
             ...     print(len(model.weight.unique()))
             3
         """
-        if self._inside:
-            raise RuntimeError("run.compressed() inside run.compressed(): leave the first one before entering another")
         life = self._life(bits, recipe)
         statistics = self._statistics.get(_life_key(bits, recipe)) if batchnorm else None
         sharding.reshard(self.model)
@@ -766,8 +764,6 @@ class Run:
             >>> len(model.weight.unique())
             3
         """
-        if self._inside:
-            raise RuntimeError("run.finalize() inside run.compressed(): leave the compressed life first")
         life = self._life(None, None)
         statistics = self._statistics.get(_life_key(None, None))
         sharding.reshard(self.model)

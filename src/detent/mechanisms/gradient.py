@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -18,6 +19,23 @@ from detent.targets.base import compute_dtype
 __all__ = ["PSG"]
 
 _EPS = Linear(first=0.05, last=0.0, begin=0.0, end=0.8)
+_PIECE = 1 << 17  # weights: half a megabyte in float32, so that the passing tensors of a piece stay in a core's cache
+
+
+def _pieces(slot: Slot, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors, or matching flat pieces of large ones where the factor of a weight depends on its value alone."""
+    first = tensors[0]
+    by_value = (
+        slot.pull.scope == "element"
+        and slot.pull.typical(slot.pull_params).dim() == 0
+        and type(slot.pull).free is Target.free
+    )
+    dense = first.is_contiguous() or (first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last))
+    if not by_value or not dense or first.numel() <= _PIECE or any(t.stride() != first.stride() for t in tensors):
+        yield tensors
+        return
+    flat = [t.as_strided((t.numel(),), (1,)) for t in tensors]
+    yield from zip(*(t.split(_PIECE) for t in flat), strict=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +155,8 @@ class PSG(Mechanism):
         if slot.grad is None:
             return
         if self._scales_gradient(slot):
-            slot.grad.mul_(self._scale_of(slot, clock))
+            for w, grad in _pieces(slot, slot.weight, slot.grad):
+                grad.mul_(self._scale_of(w, slot, clock))
         else:
             slot.decay()  # an optimizer whose decay cannot be told is refused before any weight moves
             slot.scratch["before"] = slot.weight.clone()
@@ -145,12 +164,11 @@ class PSG(Mechanism):
     def after_step(self, slot: Slot, clock: Clock) -> None:
         before = slot.scratch.pop("before", None)
         if before is not None:
-            after = slot.weight.clone()
-            slot.weight.copy_(before)
-            scale = self._scale_of(slot, clock)
-            # before + s (step + decay) - decay: only what the optimizer made of the gradient is scaled.
-            decay = before * slot.decay()
-            slot.weight.add_(after.sub_(before).add_(decay).mul_(scale)).sub_(decay)
+            lost = slot.decay()
+            for w, old in _pieces(slot, slot.weight, before):
+                # old + s (step + decay) - decay: only what the optimizer made of the gradient is scaled.
+                decay = old * lost
+                w.sub_(old).add_(decay).mul_(self._scale_of(old, slot, clock)).add_(old).sub_(decay)
         if self.clip and clipping(self.clip_start, slot, clock):
             clip_to_range(slot.weight, slot.pull, slot.pull_params)
 
@@ -162,8 +180,7 @@ class PSG(Mechanism):
     def _scales_gradient(self, slot: Slot) -> bool:
         return self.form == "gradient" or (self.form == "auto" and slot.plain)
 
-    def _scale_of(self, slot: Slot, clock: Clock) -> Tensor:
-        w = slot.weight
+    def _scale_of(self, w: Tensor, slot: Slot, clock: Clock) -> Tensor:
         distance = slot.pull_project(w).sub_(w).abs_()
         scale = self._scale(distance, slot.pull, slot.pull_params, clock)
         free = slot.pull_free(w)

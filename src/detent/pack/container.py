@@ -415,9 +415,13 @@ def _on_first_rank(write: Callable[[], int]) -> int:
 def _destination(path: str | os.PathLike[str]) -> Path:
     """Where the bytes go: links are followed, so that a link stays one."""
     where = Path(os.path.realpath(path))
-    if where.is_dir():
+    try:
+        is_folder, has_folder = where.is_dir(), where.parent.is_dir()
+    except OSError as error:
+        raise type(error)(f"cannot save to {path}: {error.strerror}") from error
+    if is_folder:
         raise IsADirectoryError(f"cannot save to {path}: it is a folder; name a file in it")
-    if not where.parent.is_dir():
+    if not has_folder:
         raise FileNotFoundError(f"cannot save to {path}: there is no folder {where.parent}; make it first")
     return where
 
@@ -482,13 +486,16 @@ def _lock(descriptor: int) -> bool:
 
 
 def _sweep(where: Path) -> None:
-    """Remove what a killed save of the same file left behind: temporary files that no process holds any more."""
+    """Remove what a killed save of the same file left behind: temporary files that no process holds any more.
+
+    Empty ones are let be: a save writes only once it holds the lock, so an empty file may be one just begun.
+    """
     prefix, suffix = f".{where.name}.", ".tmp"
     for name in os.listdir(where.parent):
         if not (name.startswith(prefix) and name.endswith(suffix) and len(name) == len(prefix + suffix) + 12):
             continue
         with contextlib.suppress(OSError), open(where.with_name(name), "rb") as file:
-            if _lock(file.fileno()):
+            if _lock(file.fileno()) and os.fstat(file.fileno()).st_size:
                 os.unlink(where.with_name(name))
 
 

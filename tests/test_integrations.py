@@ -1,0 +1,158 @@
+"""Promises about other people's training loops: Lightning's Trainer and accelerate's wrappers, three lines each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import detent as dt
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def data() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    return [(torch.randn(8, 6, generator=generator), torch.randn(8, 3, generator=generator)) for _ in range(4)]
+
+
+def recipe(mechanism: dt.Mechanism) -> dt.Recipe:
+    return dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=3, range="minmax"), mechanism=mechanism)])
+
+
+def plain(mechanism: dt.Mechanism, steps: int, accumulate: int = 1, **options: Any) -> tuple[dict[str, Tensor], dt.Run]:
+    """The same training in a loop written by hand."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    run = dt.attach(model, optimizer, recipe(mechanism), total_steps=8)
+    parts = [batch for _ in range(8) for batch in data()]
+    for step in range(steps):
+        optimizer.zero_grad()
+        for x, y in parts[step * accumulate : (step + 1) * accumulate]:
+            ((model(x) - y).square().mean() / accumulate).backward()
+        if options.get("clip"):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), options["clip"])
+        optimizer.step()
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}, run
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+# ------------------------------------------------------------------------------------------------------ accelerate
+
+
+@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE()], ids=["psg", "ste"])
+def test_accelerate(mechanism: dt.Mechanism) -> None:
+    """Attached through accelerate's wrapper, with its gradient accumulation: equal to the loop by hand."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, optimizer = net(), None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    run = dt.attach(model, optimizer, recipe(mechanism), total_steps=8)
+    for x, y in data():
+        with accelerator.accumulate(model):
+            accelerator.backward((model(x) - y).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert run.clock == 2
+    wanted, _ = plain(mechanism, steps=2, accumulate=2)
+    assert_same(accelerator.unwrap_model(model).state_dict(), wanted)
+    assert "detent" in optimizer.state_dict()
+    run.before_step(optimizer)  # the wrapper names the optimizer here, too
+    run.after_step(optimizer)
+    assert run.clock == 3
+
+
+# ------------------------------------------------------------------------------------------------------- Lightning
+
+# Lightning's own use of torch and of itself; not ours to mend.
+NOISE = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated.*:DeprecationWarning:lightning.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated.*"),
+    pytest.mark.filterwarnings("ignore:.*checkpoint directory.*exists and is not empty.*"),
+    pytest.mark.filterwarnings("ignore:.*number of training batches.*is smaller than the logging interval.*"),
+    pytest.mark.filterwarnings("ignore:.*GPU available but not used.*"),
+]
+
+
+def lightning_module(mechanism: dt.Mechanism) -> Any:
+    import lightning
+
+    class Trained(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+            self.run: dt.Run | None = None
+
+        def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+            x, y = batch
+            return (self.net(x) - y).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+            self.run = dt.attach(self, optimizer, recipe(mechanism), total_steps=8)
+            return optimizer
+
+    return Trained()
+
+
+def fit(module: Any, steps: int, folder: Path, ckpt_path: str | None = None, **options: Any) -> Any:
+    import lightning
+
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,
+    )
+    loader: Any = torch.utils.data.DataLoader(data(), batch_size=None)  # type: ignore[arg-type]
+    trainer.fit(module, loader, ckpt_path=ckpt_path)
+    return trainer
+
+
+@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE()], ids=["psg", "ste"])
+def test_lightning_trains_and_resumes_bitwise(mechanism: dt.Mechanism, tmp_path: Path) -> None:
+    """Lightning always passes a closure; its checkpoint carries our state inside the optimizer's."""
+    pytest.importorskip("lightning")
+    module = lightning_module(mechanism)
+    trainer = fit(module, 3, tmp_path)
+    assert module.run.clock == 3
+    wanted, _ = plain(mechanism, steps=3)
+    assert_same(module.net.state_dict(), wanted)
+
+    path = tmp_path / "three.ckpt"
+    trainer.save_checkpoint(path)
+    saved = torch.load(path, weights_only=True)
+    assert saved["optimizer_states"][0]["detent"]["step"] == 3
+    resumed = lightning_module(mechanism)
+    fit(resumed, 6, tmp_path, ckpt_path=str(path))
+    assert resumed.run.clock == 6
+    wanted, run = plain(mechanism, steps=6)
+    assert_same(resumed.net.state_dict(), wanted)
+    codes = {name: encoded.decode() for name, encoded in run.encoded().items()}
+    assert_same({n.removeprefix("net."): e.decode() for n, e in resumed.run.encoded().items()}, codes)
+
+
+def test_lightning_clips_before_we_scale(tmp_path: Path) -> None:
+    """Its clipping runs inside the closure's evaluation, so before our pre-hook goes on."""
+    pytest.importorskip("lightning")
+    module = lightning_module(dt.PSG())
+    fit(module, 2, tmp_path, gradient_clip_val=0.1)
+    wanted, _ = plain(dt.PSG(), steps=2, clip=0.1)
+    assert_same(module.net.state_dict(), wanted)
