@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from detent.report.record import Record, environment
-
 __all__ = ["PICTURES", "RECORDS", "ROOT", "recording"]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +43,8 @@ def recording(
         notes: caveats.
         out: another file to write.
     """
+    from detent.report.record import Record, environment  # here, so that the tables can be made without torch
+
     script = name.replace("-", "_")
     command = shlex.join(["python", "-m", f"benchmarks.{script}", *sys.argv[1:]])
     before, load = environment(ROOT), os.getloadavg()[0]

@@ -109,7 +109,7 @@ def test_every_weight_is_decided_once_by_the_first_rule_that_may(rules) -> None:
         ([dt.Rule(match="convl", target=U4)], "(match='convl') matches no parameter of this model; the nearest name"),
         ([dt.Rule(match="weight", target=U4), dt.Rule(match="fc", target=U4)], "rule 1 (match='fc') only matches"),
         ([dt.Rule(match="bn1", target=U4)], "claimed by earlier rules (2 matched)"),
-        ([dt.Rule(match="weight", target=U4), dt.Rule(match="@last", keep=True)], "rule 1 (match='@last') only matches"),
+        ([dt.Rule(match="weight", target=U4), dt.Rule(match="@last", keep=True)], "rule 1 (match='@last') only"),
     ],
 )
 def test_a_rule_that_claims_nothing_is_an_error(rules, says) -> None:

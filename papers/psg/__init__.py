@@ -1,0 +1,1 @@
+"""Position-based scaled gradient: the paper's experiments."""

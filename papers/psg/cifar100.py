@@ -1,6 +1,6 @@
 """The paper's own experiment: CIFAR-100, ResNet-32, from the released SGD checkpoint of epoch 82, for every rival.
 
-    python -m papers.psg.cifar100 --epochs 68 --out runs/psg-cifar100 --data-dir ../shared [--only psg-w3 --only sgd] [--resume]
+    python -m papers.psg.cifar100 --data-dir ../shared --epochs 68 [--only psg-w3 --only sgd] [--resume]
 
 Every rival gets the same data, order, epochs and learning rates; weights of the last epoch count, nothing is selected.
 Each is measured at full precision and at 8, 6, 4, 3 and 2 bits, data-free and with BatchNorm re-estimated.
@@ -54,7 +54,7 @@ RIVALS: dict[str, dict[str, Any]] = {
     "psg-w4": {"recipe": ends_at_8(4, PSG)},
     "psg-w2": {"recipe": ends_at_8(2, PSG)},
     "clip-w2": {"recipe": ends_at_8(2, {"kind": "Clip"})},
-    # lambda_s for 3 and 2 bits was never published; these are the values at which the mean factor is that of 150 at 4 bits
+    # lambda_s for 3 and 2 bits was never published: these give the mean factor that 150 gives at 4 bits
     "paper-w3": {"recipe": paper(3, 66.0)},
     "paper-w2": {"recipe": paper(2, 39.0), "no_decay": True},
     "psg-prune90": {"recipe": prune({"kind": "PSG", "toward": {"kind": "Zero"}})},

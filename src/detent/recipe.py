@@ -165,7 +165,8 @@ class Recipe:
             3
         """
         if name not in _PRESETS:
-            raise ValueError(f"Recipe.preset({name!r}): unknown{_nearest(name, _PRESETS)}; known: {', '.join(_PRESETS)}")
+            known = ", ".join(_PRESETS)
+            raise ValueError(f"Recipe.preset({name!r}): unknown{_nearest(name, _PRESETS)}; known: {known}")
         return _PRESETS[name]()
 
     @staticmethod
@@ -216,10 +217,8 @@ class Recipe:
         found = list(_parameters(model))
         eligible = [p.name for p in found if not p.passed_over]
         special = {"@first": eligible[0], "@last": eligible[-1]} if eligible else {}
-        claims, taken = [], [0] * len(self.rules)
-        matched = [0] * len(self.rules)
-        for p in found:
-            claims.append(self._decide(p, special, matched, taken))
+        matched, taken = [0] * len(self.rules), [0] * len(self.rules)
+        claims = [self._decide(p, special, matched, taken) for p in found]
         names = [name for p in found for name in (p.name, *p.aliases)]
         for i, rule in enumerate(self.rules):
             if taken[i]:
@@ -260,9 +259,7 @@ class Recipe:
             taken[i] += 1
             decided = (i, "")
         rule_index, reason = decided or (None, passed or "no rule matches")
-        return Claim(
-            name=p.name, aliases=p.aliases, layout=p.layout, dtype=p.dtype, rule=rule_index, reason=reason
-        )
+        return Claim(name=p.name, aliases=p.aliases, layout=p.layout, dtype=p.dtype, rule=rule_index, reason=reason)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -445,7 +442,8 @@ def from_spec(spec: Any, where: str = "spec") -> Any:
     kinds = _kinds()
     kind = spec.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"{where}: unknown kind {kind!r}{_nearest(str(kind), kinds)}; known: {', '.join(sorted(kinds))}")
+        known = ", ".join(sorted(kinds))
+        raise ValueError(f"{where}: unknown kind {kind!r}{_nearest(str(kind), kinds)}; known: {known}")
     return _build(kinds[kind], {k: v for k, v in spec.items() if k != "kind"}, where)
 
 
@@ -469,7 +467,8 @@ def _build(cls: type, values: Any, where: str) -> Any:
         first = error.errors()[0]
         field_name = ".".join(str(part) for part in first["loc"][:1])
         message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{where}: {cls.__name__}.{field_name}: {message}" if field_name else f"{where}: {message}") from None
+        place = f"{where}: {cls.__name__}.{field_name}" if field_name else where
+        raise ValueError(f"{place}: {message}") from None
 
 
 def _nearest(word: str, known: Any) -> str:

@@ -43,7 +43,7 @@ def step_at(moment: Moment, total_steps: int | None, field: str) -> int:
     if total_steps is None:
         if moment == 0.0:
             return 0
-        raise ValueError(f"{field}={moment} is a fraction of training: pass total_steps= to attach, or give an int step")
+        raise ValueError(f"{field}={moment} is a fraction of training: pass total_steps= to attach, or an int step")
     return round(moment * total_steps)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -257,7 +257,7 @@ class PSG(Mechanism):
 
         Reference: arXiv 2005.11035, Theorem 1.
         """
-        inner, cell, cap, span = self._warp_parts(w, target, params, step, total_steps)
+        inner, cell, span = self._warp_parts(w, target, params, step, total_steps)
         nearest = target.project(w, params)
         offset = w - nearest
         cells = nearest / cell if cell is not None else torch.zeros_like(w)
@@ -285,7 +285,7 @@ class PSG(Mechanism):
             >>> bool(psg.unwarp(torch.tensor(0.0), zero, params) == 0)
             True
         """
-        inner, cell, cap, span = self._warp_parts(y, target, params, step, total_steps)
+        inner, cell, span = self._warp_parts(y, target, params, step, total_steps)
         if cell is None:
             return torch.sign(y) * inner(y.abs(), True)
         limits = target.limits(params)
@@ -295,8 +295,10 @@ class PSG(Mechanism):
         offset = y - cells * span
         return cells * cell + torch.sign(offset) * inner(offset.abs(), True)
 
-    def _warp_parts(self, like: Tensor, target: Target, params: Params, step: int, total_steps: int | None):
-        """(the warp of a distance or its inverse, cell width, cap, warped width of a cell)."""
+    def _warp_parts(
+        self, like: Tensor, target: Target, params: Params, step: int, total_steps: int | None
+    ) -> tuple[Callable[[Tensor, bool], Tensor], Tensor | None, Tensor]:
+        """(the warp of a distance or its inverse, cell width, warped width of a cell)."""
         if not isinstance(target, (Uniform, Zero)):
             raise ValueError(
                 f"the warp is known for evenly spaced levels (Uniform) and for Zero, not for {type(target).__name__}"
@@ -324,4 +326,4 @@ class PSG(Mechanism):
             return torch.where(infinite | (x <= top), within, edge + (x - top) * steepness)
 
         span = torch.zeros((), dtype=like.dtype) if cell is None else 2 * inner(cell / 2, False)
-        return inner, cell, cap, span
+        return inner, cell, span

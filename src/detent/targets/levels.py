@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from detent.grouping import GranularityLike, Layout, PerTensor, granularity_of
+from detent.grouping import GranularityLike, Layout, granularity_of
 from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite, compute_dtype
 
 __all__ = ["Uniform", "Zero"]
@@ -98,7 +97,7 @@ class Uniform(Target):
         return Params(tensors=tensors, layout=layout)
 
     def _rounded(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """Round to `param_dtype`; keep a live scale far enough from underflow that projecting twice is projecting once."""
+        """Round to `param_dtype`, far enough from underflow that projecting twice is projecting once."""
         store = _PARAM_DTYPES[self.param_dtype]
         smallest = max(
             torch.finfo(torch.float32).tiny,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from detent.grouping import Layout
-from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite, compute_dtype
+from detent.targets.base import Codes, Params, Stream, Target, check_finite, compute_dtype
 
 __all__ = ["TopK"]
 

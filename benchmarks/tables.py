@@ -1,0 +1,400 @@
+"""The tables in the docs, made from the records: `python -m benchmarks.tables` rewrites them, `--check` tells stale ones.
+
+A page holds `<!-- table:NAME -->` and `<!-- /table -->`; what stands between them belongs to this script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "benchmarks" / "records"
+BLOCK = re.compile(r"<!-- table:(?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- /table -->", re.DOTALL)
+NOTHING = "*No record yet.*\n"
+WIDTHS = (8, 6, 4, 3, 2)
+RIVALS = ("sgd", "clip-w3", "clip-w2", "paper-w4", "paper-w3", "paper-w2", "psg-w4", "psg-w3", "psg-w2", "psg-prune90")
+
+Make = Callable[[Path], str]
+TABLES: dict[str, Make] = {}
+
+
+def table(name: str) -> Callable[[Make], Make]:
+    """Registers a function of the records' folder as the block `name`."""
+
+    def register(make: Make) -> Make:
+        TABLES[name] = make
+        return make
+
+    return register
+
+
+# --- reading and writing ----------------------------------------------------------------------------------------
+
+
+def read(records: Path, name: str) -> dict[str, Any] | None:
+    """A record, or None if there is none."""
+    path = records / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; every column but the first is aligned to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def origin(record: dict[str, Any], name: str) -> str:
+    """One line on where the numbers above it come from."""
+    where = record["environment"]
+    commit = (where["commit"] or "no commit")[:9] + (" with uncommitted changes" if where["dirty"] else "")
+    seeds = ", ".join(map(str, record["seeds"]))
+    hardware = where["hardware"]
+    machine = ", ".join(hardware["gpu"]) or f"{hardware['cpu']}, {hardware['threads']} threads"
+    load = where.get("load_average")
+    busy = f"; load average {max(load):.1f} on {hardware['cores']} cores" if load and max(load) > hardware["cores"] else ""
+    torch = where["versions"].get("torch", "unknown")
+    return f"\nRecord `{name}`: `{record['command']}`; commit {commit}; seeds {seeds}; torch {torch}; {machine}{busy}.\n"
+
+
+def simple(name: str) -> Callable[[Callable[[dict[str, Any]], str]], Make]:
+    """Registers a table made from the one record `name`, under that name with "-" for "_"."""
+
+    def register(body: Callable[[dict[str, Any]], str]) -> Make:
+        def make(records: Path) -> str:
+            record = read(records, name)
+            return NOTHING if record is None else body(record) + origin(record, name)
+
+        return table(name.replace("_", "-"))(make)
+
+    return register
+
+
+def spread(found: dict[str, Any], digits: int) -> str:
+    """Mean, and standard deviation where there are several seeds."""
+    text = f"{found['mean']:.{digits}f}"
+    return text if found["std"] is None else f"{text} ± {found['std']:.{digits}f}"
+
+
+# --- one function a record --------------------------------------------------------------------------------------
+
+
+@simple("psg_noise")
+def psg_noise(record: dict[str, Any]) -> str:
+    """Mean distance to the grid at the last step, by lr / cell; and the count behind form="auto"."""
+    results = record["results"]
+    ratios = [f"{r:g}" for r in record["config"]["ratios"]]
+    rows = []
+    for row in results["rows"]:
+        mark = str(row["steps"][-1])
+        name = f"{row['optimizer']}, {'no PSG' if row['form'] == 'none' else row['form'] + ' form'}"
+        eps = "" if row["eps"] is None else f"{row['eps']:g}"
+        rows.append([name, eps, f"{row['steps'][-1]:,}", *(spread(row["ratios"][r][mark], 3) for r in ratios)])
+    text = "Mean distance to the grid in cells (0.25 is uniform: nothing clicked), by learning rate / cell.\n\n"
+    text += markdown(["optimizer", "eps", "steps", *ratios], rows)
+    counts = results["verdict"]["closer"]
+    same = results["verdict"]["equal_within_cells"]
+    text += f"\nIn how many of the settings above each form ends closer to the grid (equal: within {same:g} cells).\n\n"
+    forms = ("gradient", "update", "equal")
+    return text + markdown(["optimizer", *forms], [[name, *(str(c[f]) for f in forms)] for name, c in counts.items()])
+
+
+@table("psg-noise-check")
+def psg_noise_check(records: Path) -> str:
+    """The notes' rows and ours."""
+    record = read(records, "psg_noise")
+    if record is None:
+        return NOTHING
+    rows = []
+    marks: list[str] = []
+    for row in record["results"]["check"]:
+        marks = list(row["found"])
+        ours = [f"{row['found'][m]['mean']:.3f}" for m in marks]
+        by_hand = [f"{x:.3f}" for x in row.get("by_hand", [])]
+        noted = [f"{x:.3f}" for x in row["noted"]]
+        name = f"{row['name']} ({row['optimizer']})"
+        rows.append([name, " / ".join(noted), " / ".join(ours), " / ".join(by_hand)])
+    steps = " / ".join(f"{int(m):,}" for m in marks)
+    text = f"Mean distance to the grid in cells after {steps} steps; step of the grid 1, rate 0.05, paper's units.\n\n"
+    return text + markdown(["scale", "noted", "library", "loop without the library"], rows) + origin(record, "psg_noise")
+
+
+@simple("strength_zero")
+def strength_zero(record: dict[str, Any]) -> str:
+    """Tensors that differ from the base optimizer's."""
+    rows = []
+    for row in record["results"]["rows"]:
+        differing = row["differing"]
+        cells = [str(differing[k]) for k in ("base_again", "strength_zero", "not_started", "strength_one")]
+        rows.append([f"{row['optimizer']}, {row['implementation']}, {row['form']} form", str(row["tensors"]), *cells])
+    steps = record["config"]["steps"]
+    text = f"Tensors (weights, buffers, optimizer state, gradients; all seeds) that differ in any bit after {steps} steps.\n\n"
+    head = ["optimizer", "tensors", "base again", "strength 0", "not started", "strength 1 (must differ)"]
+    return text + markdown(head, rows)
+
+
+@simple("warp")
+def warp(record: dict[str, Any]) -> str:
+    """Steps against the reference, the way there and back, the order."""
+    results = record["results"]
+    steps = record["config"]["steps"]
+    forms = {"paper": "paper's units, SGD", "gradient": "gradient form, SGD", "update": "update form, AdamW"}
+    text = f"Largest gap between library and reference over {steps} steps in float64, in cells, by width.\n\n"
+    by_form = {form: {r["bits"]: r for r in results["steps"] if r["form"] == form} for form in forms}
+    bits = record["config"]["bits"]
+    text += markdown(
+        ["form", *(f"{b} bits" for b in bits)],
+        [[forms[f], *(f"{found[b]['largest_gap_cells']:.1e}" for b in bits)] for f, found in by_form.items()],
+    )
+    text += "\nThe warp there and back, and the order in the learning rate of the gap between a PSG step and a gradient step "
+    text += "in the warped space (the theorem says 2).\n\n"
+    rows = []
+    for trip in results["round_trip"]:
+        orders = [f"{r['slope']:.4f} ({r['form']})" for r in results["order"] if r["warp"] == trip["warp"]]
+        rising = "yes" if trip["strictly_increasing"] else "no"
+        rows.append([trip["warp"], f"{trip['largest_gap']:.1e}", rising, ", ".join(orders)])
+    return text + markdown(["warp", "round trip, largest gap", "strictly increasing", "order (form)"], rows)
+
+
+@simple("bytes_on_disk")
+def bytes_on_disk(record: dict[str, Any]) -> str:
+    """Bytes by where they are."""
+    plain = record["results"]["plain_safetensors_bytes"]
+    rows = []
+    for row in record["results"]["rows"]:
+        size, rest = row["sizes"], row["rest"]
+        nominal = size["nominal_bits"] / 8
+        numbers = [nominal, size["codes"], size["params"], rest["batchnorm"], rest["other"], size["header"], size["file"]]
+        if sum(numbers[1:-1]) != size["file"]:
+            raise ValueError(f"bytes_on_disk: the parts of {row['preset']} do not add up to its file")
+        share = f"{plain / size['file']:.2f}x"
+        per_weight = f"{8 * size['file'] / size['weights']:.2f}"
+        rows.append([row["preset"], *(f"{n:,.0f}" for n in numbers), per_weight, share])
+    head = ["preset", "nominal", "codes", "params", "BatchNorm", "biases", "header", "file", "bits a weight, all in", "smaller"]
+    text = f"Bytes of the compressed life of ResNet-32 ({plain:,} bytes as a plain safetensors file).\n\n"
+    return text + markdown(head, rows)
+
+
+@simple("step_cost")
+def step_cost(record: dict[str, Any]) -> str:
+    """Ratios to the plain optimizer."""
+    results = record["results"]
+    training = results["training"]["arms"]
+
+    def ratio(arm: dict[str, Any]) -> list[str]:
+        wall, cpu = arm["ratio"], arm["cpu_ratio"]
+        return [f"{wall['median']:.3f} ({wall['quartile_1']:.3f} to {wall['quartile_3']:.3f})", f"{cpu['median']:.3f}"]
+
+    text = f"A training step ({record['config']['training']}), beside plain SGD: median (quartiles) over blocks.\n\n"
+    head = ["arm", "ms a step", "wall time", "CPU time"]
+    text += markdown(head, [[name, f"{1e3 * arm['seconds']:.1f}", *ratio(arm)] for name, arm in training.items()])
+    text += (
+        f"\nOne fit of all grids takes {1e3 * results['training']['one_fit_seconds']:.1f} ms; while grids are fitted every "
+        f"100 steps the gradient form's ratio is {results['training']['ratio_while_fitting']:.3f}.\n"
+    )
+    weights = results["optimizer"][0]["weights"]
+    text += f"\nAn optimizer step alone, {weights / 1e6:.1f} million weights, beside the same optimizer without PSG.\n\n"
+    rows = []
+    for row in results["optimizer"]:
+        plain = row["memory"]["plain"]
+        for name, arm in row["arms"].items():
+            memory = row["memory"][name]
+            kept = f"{memory['kept_bytes_per_weight'] - plain['kept_bytes_per_weight']:.2f}"
+            passing = f"{memory['passing_bytes_per_weight']:.2f}"
+            rows.append([f"{row['optimizer']}, {name}", f"{1e3 * arm['seconds']:.1f}", *ratio(arm), kept, passing])
+    head = ["arm", "ms a step", "wall time", "CPU time", "kept, bytes a weight over plain", "passing, bytes a weight"]
+    return text + markdown(head, rows)
+
+
+# --- the experiment of the paper --------------------------------------------------------------------------------
+
+
+def rivals(records: Path) -> dict[str, dict[str, Any]]:
+    """The records of the CIFAR-100 experiment by rival, in the order of RIVALS."""
+    prefix = "psg-cifar100-"
+    found = {path.stem.removeprefix(prefix): path for path in records.glob(f"{prefix}*.json")}
+    order = [r for r in RIVALS if r in found] + sorted(found.keys() - set(RIVALS))
+    return {r: json.loads(found[r].read_text(encoding="utf-8")) for r in order}
+
+
+def own_bits(record: dict[str, Any]) -> int | None:
+    """Width of the record's own compressed life, which is called "recipe" in its results."""
+    recipe = record["config"]["recipe"] or record["config"]["evaluate_recipe"]
+    return recipe["rules"][-1]["target"].get("bits")
+
+
+def life_of(record: dict[str, Any], bits: int) -> str:
+    """Name of the life at a width."""
+    return "recipe" if own_bits(record) == bits else str(bits)
+
+
+def number(record: dict[str, Any], key: str, digits: int) -> str:
+    """An entry of the summary, or a dash."""
+    found = record["results"]["summary"].get(key)
+    return "–" if found is None else spread(found, digits)
+
+
+def origins(found: dict[str, dict[str, Any]]) -> str:
+    """Commits, seeds and machine of several records in one line."""
+    commits = sorted({(r["environment"]["commit"] or "none")[:9] + ("+" if r["environment"]["dirty"] else "") for r in found.values()})
+    seeds = sorted({s for r in found.values() for s in r["seeds"]})
+    epochs = sorted({r["config"]["epochs"] for r in found.values()})
+    machines = sorted({", ".join(r["environment"]["hardware"]["gpu"]) or r["environment"]["hardware"]["cpu"] for r in found.values()})
+    return (
+        f"\nRecords `psg-cifar100-*`: {epochs[0] if len(epochs) == 1 else epochs} epochs; seeds {seeds}; commits "
+        f"{', '.join(commits)} (+: uncommitted changes); {', '.join(machines)}.\n"
+    )
+
+
+@table("psg-cifar100")
+def psg_cifar100(records: Path) -> str:
+    """Test accuracy of every rival in every life."""
+    found = rivals(records)
+    if not found:
+        return NOTHING
+    rows = []
+    for rival, record in found.items():
+        row = [f"`{rival}`", number(record, "full.accuracy", 2)]
+        for bits in WIDTHS:
+            life = f"compressed.{life_of(record, bits)}"
+            row += [number(record, f"{life}.data_free.accuracy", 2), number(record, f"{life}.batchnorm.accuracy", 2)]
+        rows.append(row)
+    columns = [f"W{bits}{how}" for bits in WIDTHS for how in ("", " BN")]
+    text = "Test accuracy (%); W4: rounded to 4 bits without data, BN: with BatchNorm re-estimated on training images.\n\n"
+    return text + markdown(["rival", "full", *columns], rows) + origins(found)
+
+
+@table("psg-cifar100-weights")
+def psg_cifar100_weights(records: Path) -> str:
+    """How far the two lives' weights are apart."""
+    found = rivals(records)
+    if not found:
+        return NOTHING
+    rows = []
+    for rival, record in found.items():
+        row = [f"`{rival}`"]
+        for bits in WIDTHS:
+            life = f"compressed.{life_of(record, bits)}.weights"
+            row += [number(record, f"{life}.error", 5), number(record, f"{life}.wasserstein", 5)]
+        rows.append(row)
+    columns = [f"W{bits} {what}" for bits in WIDTHS for what in ("error", "gap")]
+    text = (
+        "Means over layers; error: |w - q|² / |w|²; gap: 1-Wasserstein distance between the weights of the two lives.\n\n"
+    )
+    return text + markdown(["rival", *columns], rows) + origins(found)
+
+
+@table("psg-cifar100-pruned")
+def psg_cifar100_pruned(records: Path) -> str:
+    """Pruned and min-max lives, where a record has them."""
+    found = rivals(records)
+    rows = []
+    for rival, record in found.items():
+        summary = record["results"]["summary"]
+        lives = sorted({key.split(".")[1] for key in summary if key.startswith("compressed.")})
+        named = [life for life in lives if not life.isdigit() and (life != "recipe" or own_bits(record) is None)]
+        for life in named:
+            keys = [f"compressed.{life}.{how}.accuracy" for how in ("data_free", "batchnorm")]
+            name = "its own: the 10 % largest" if life == "recipe" else life
+            rows.append([f"`{rival}`", name, number(record, "full.accuracy", 2), *(number(record, k, 2) for k in keys)])
+    if not rows:
+        return NOTHING
+    text = "Test accuracy (%) of further compressed lives: pruned (share of weights that go), or min-max ranges.\n\n"
+    return text + markdown(["rival", "life", "full", "data-free", "BatchNorm re-estimated"], rows) + origins(found)
+
+
+@table("demo-psg")
+def demo_psg(records: Path) -> str:
+    """What `detent demo` shows."""
+    record = read(records, "demo-psg")
+    if record is None:
+        return NOTHING
+    outcomes = record["results"]["outcomes"]
+    rows = []
+    lives = list(outcomes[0]["rows"][0]["cells"])
+    for i, first in enumerate(outcomes[0]["rows"]):
+        cells = [f"{first['name']}, {first['range']} range"]
+        for life in lives:
+            values = [o["rows"][i]["cells"][life]["accuracy"] for o in outcomes]
+            size = first["cells"][life]["bytes"]
+            low, high = min(values), max(values)
+            mean = sum(values) / len(values)
+            cells.append(f"{mean:.1f} ({low:.1f} to {high:.1f}), {size / 1000:.1f} kB")
+        rows.append(cells)
+    text = f"Test accuracy (%), mean (range) over {len(outcomes)} seeds, and size of the file that holds this life.\n\n"
+    return text + markdown(["trained by", *lives], rows) + origin(record, "demo-psg")
+
+
+@table("records")
+def index(records: Path) -> str:
+    """All records."""
+    rows = []
+    for path in sorted(records.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        where, cost = record["environment"], record["cost"]
+        commit = f"`{(where['commit'] or 'none')[:9]}`" + (" + changes" if where["dirty"] else "")
+        memory = cost.get("peak_memory_bytes", {}).get("process", 0) / 1e6
+        seconds = f"{cost['seconds']:,.0f}" if "seconds" in cost else "–"
+        link = f"[{path.stem}](../benchmarks/records/{path.name})"
+        rows.append([link, record["question"], f"`{record['command']}`", commit, str(len(record["seeds"])), seconds, f"{memory:,.0f}"])
+    if not rows:
+        return NOTHING
+    return markdown(["record", "question", "command", "commit", "seeds", "seconds", "peak memory (MB)"], rows)
+
+
+# --- pages ------------------------------------------------------------------------------------------------------
+
+
+def pages(root: Path) -> list[Path]:
+    """README.md and all of docs."""
+    readme = root / "README.md"
+    return [*([readme] if readme.exists() else []), *sorted((root / "docs").rglob("*.md"))]
+
+
+def fresh(text: str, records: Path) -> str:
+    """A page with every block made anew.
+
+    Raises:
+        ValueError: a block of an unknown name, or one that never ends.
+    """
+    starts = len(re.findall(r"<!-- table:", text))
+    if starts != len(BLOCK.findall(text)):
+        raise ValueError("a <!-- table:NAME --> without its <!-- /table --> on a later line")
+
+    def make(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise ValueError(f"<!-- table:{name} -->: unknown; known: {', '.join(sorted(TABLES))}")
+        return f"<!-- table:{name} -->\n{TABLES[name](records)}<!-- /table -->"
+
+    return BLOCK.sub(make, text)
+
+
+def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    """Rewrites the pages, or checks them; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is stale")
+    check = parser.parse_args(argv).check
+    stale = []
+    for page in pages(root):
+        text = page.read_text(encoding="utf-8")
+        try:
+            new = fresh(text, root / "benchmarks" / "records")
+        except ValueError as error:
+            raise SystemExit(f"{page.relative_to(root)}: {error}") from None
+        if new != text:
+            stale.append(page.relative_to(root))
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    for page in stale:
+        print(f"{page}: {'stale, run python -m benchmarks.tables' if check else 'rewritten'}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
