@@ -1,6 +1,6 @@
 """Where the bytes of a compressed ResNet-32 are, beside what its nominal width promises.
 
-    python -m benchmarks.bytes_on_disk --data-dir ../shared
+python -m benchmarks.bytes_on_disk --data-dir ../shared
 """
 
 from __future__ import annotations

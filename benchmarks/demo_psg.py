@@ -1,6 +1,6 @@
 """The demo, seed by seed, as a record: digits of scikit-learn, plain SGD beside PSG in every life.
 
-    python -m benchmarks.demo_psg
+python -m benchmarks.demo_psg
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m benchmarks.psg_noise
 
-2,000 independent weights start uniform in +-3 cells of a held grid; every step each gets a fresh gradient from N(0, 1).
-Nothing in a loss can pull them, so what is left of the mean distance to the grid (0.25 cells if uniform) is PSG's doing.
+2,000 independent weights start uniform in +-3 cells of a held grid; each step each gets a fresh gradient from N(0, 1).
+Nothing in a loss can pull them: what is left of the mean distance to the grid (0.25 cells if uniform) is PSG's doing.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def make_optimizer(name: str, params: list[nn.Parameter], lr: float) -> torch.op
 def start(case: Case) -> tuple[list[Tensor], list[Tensor], list[tuple[float, int]]]:
     """Weights, their cell widths, and which (cell, seed) each row or matrix belongs to.
 
-    The first entry of each is an anchor at the end of the range: it fits the grid to the wanted cell, and is not counted.
+    The first entry of each is an anchor at the end of the range: it fits the grid to the wanted cell, and is left out.
     """
     keys = [(cell, seed) for cell in case.cells for seed in case.seeds]
     rows = []
@@ -154,6 +154,28 @@ def _last(row: dict[str, Any]) -> dict[str, float]:
     return {ratio: round(found[mark]["mean"], 4) for ratio, found in row["ratios"].items()}
 
 
+def by_hand(
+    optimizer: str, scale: Callable[[Tensor], Tensor], update: bool, seeds: Sequence[int], steps: int
+) -> Tensor:
+    """Weights on a grid of step 1 after `steps` steps, written out without the library or torch's optimizers."""
+    w = torch.stack([torch.rand(WEIGHTS, generator=torch.Generator().manual_seed(s)) * 6 - 3 for s in seeds])
+    noise = torch.Generator().manual_seed(2000 + seeds[0])
+    m, v = torch.zeros_like(w), torch.zeros_like(w)
+    for t in range(1, steps + 1):
+        s = scale((w - w.round()).abs())
+        g = torch.randn(w.shape, generator=noise)
+        if not update:
+            g.mul_(s)
+        if optimizer == "AdamW":
+            m.mul_(0.9).add_(g, alpha=0.1)
+            v.mul_(0.999).addcmul_(g, g, value=0.001)
+            g = (m / (1 - 0.9**t)).div_((v / (1 - 0.999**t)).sqrt_().add_(1e-8))
+        if update:
+            g.mul_(s)
+        w.sub_(g, alpha=NOTES_LR)
+    return (w - w.round()).abs().mean()
+
+
 def notes_check(seeds: Sequence[int], steps: int) -> list[dict[str, Any]]:
     """The rows of the project's notes in the paper's units, beside the numbers written there."""
     marks = [m for m in MARKS if m <= steps] or [steps]
@@ -172,12 +194,17 @@ def notes_check(seeds: Sequence[int], steps: int) -> list[dict[str, Any]]:
     for name, optimizer, mechanism, noted in wanted:
         case = Case(optimizer=optimizer, mechanism=mechanism, lr=NOTES_LR, cells=[1.0], seeds=seeds, marks=marks)
         (found,) = simulate(case)["ratios"].values()
-        rows.append({"name": name, "optimizer": optimizer, "noted": noted[: len(marks)], "found": found})
+        row = {"name": name, "optimizer": optimizer, "noted": noted[: len(marks)], "found": found}
+        if mechanism is not None:
+            gain, eps, update = mechanism.gain, float(mechanism.eps), mechanism.form == "update"  # type: ignore[arg-type]
+            hand = by_hand(optimizer, lambda d, g=gain, e=eps: g * (d + e), update, seeds, marks[-1])
+            row["by_hand"] = [float(hand)]
+        rows.append(row)
     return rows
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `form="auto"` should be, counted: the mean distance of each form at the last mark, over all ratios and eps."""
+    """What `form="auto"` should be, counted: which form ends closer to the grid, over all ratios and eps."""
     counts: dict[str, dict[str, int]] = {}
     for name in OPTIMIZERS:
         won = {"gradient": 0, "update": 0, "equal": 0}
@@ -210,6 +237,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for i, eps in enumerate(EPS):
         for j, name in enumerate(OPTIMIZERS):
             panel = axes[i][j]
+            steps = next(row["steps"][-1] for row in rows if row["optimizer"] == name)
             panel.axhline(0.25, color="0.45", linewidth=1, linestyle=":")
             for row in rows:
                 if (row["optimizer"], row["eps"]) != (name, eps):
@@ -219,7 +247,6 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 y = [found[mark]["mean"] for found in row["ratios"].values()]
                 e = [found[mark]["std"] or 0.0 for found in row["ratios"].values()]
                 panel.errorbar(x, y, yerr=e, label=f"{row['form']} form", markersize=6, capsize=2, **looks[row["form"]])
-                steps = row["steps"][-1]
             panel.set_xscale("log")
             panel.set_xticks(RATIOS, [f"{r:g}" for r in RATIOS])
             panel.minorticks_off()
@@ -242,7 +269,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main(
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 20000,
-    muon_steps: Annotated[int, typer.Option(min=1, help="the same for Muon, whose step is some 20 times slower")] = 20000,
+    muon_steps: Annotated[int, typer.Option(min=1, help="the same for Muon, whose steps are slow")] = 20000,
     seed: Annotated[list[int] | None, typer.Option(help="may be repeated")] = None,
     out: Annotated[Path | None, typer.Option(help="another record file; draws no picture")] = None,
 ) -> None:

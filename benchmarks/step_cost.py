@@ -104,19 +104,16 @@ def training_arm(name: str, recipe: dt.Recipe | None, seed: int) -> Arm:
 def training_recipe(form: Form, fit: bool) -> dt.Recipe:
     """The psg-w4 preset, its grids held from the start or fitted in every step; weights are clipped from the start."""
     mechanism = dt.PSG(form=form, clip_start=0)
-    cadence = {"fit_every": 1, "fit_until": 1.0} if fit else {"fit_until": 0}
-    grid8 = dt.Uniform(bits=8)
-    return dt.Recipe(
-        [
-            dt.Rule(match="@first", target=grid8, mechanism=mechanism, pinned=True, **cadence),
-            dt.Rule(match="@last", target=grid8, mechanism=mechanism, pinned=True, **cadence),
-            dt.Rule(match="weight$", target=dt.Uniform(bits=4), mechanism=mechanism, **cadence),
-        ]
-    )
+    until = 1.0 if fit else 0
+
+    def rule(match: str, bits: int) -> dt.Rule:
+        return dt.Rule(match=match, target=dt.Uniform(bits=bits), mechanism=mechanism, fit_every=1, fit_until=until)
+
+    return dt.Recipe([rule("@first", 8), rule("@last", 8), rule("weight$", 4)])
 
 
 def training_row(blocks: int, block: int, seed: int) -> dict[str, Any]:
-    """Plain, both forms, and a fit in every step (whose extra time a default run pays every 100 steps for 30 % of it)."""
+    """Plain, both forms, and a fit in every step (what a default run pays every 100 steps, for 30 % of it)."""
     arms = [
         training_arm("plain", None, seed),
         training_arm("gradient", training_recipe("gradient", fit=False), seed),
@@ -148,8 +145,8 @@ def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     """A rate so small that the weights, and with them the work, stay what they are."""
     if name == "SGD foreach":
         return torch.optim.SGD(model.parameters(), lr=1e-7, momentum=0.9, weight_decay=1e-4, foreach=True)
-    how = {"fused": True} if name == "AdamW fused" else {"foreach": True}
-    return torch.optim.AdamW(model.parameters(), lr=1e-7, weight_decay=1e-2, **how)
+    fused = name == "AdamW fused"
+    return torch.optim.AdamW(model.parameters(), lr=1e-7, weight_decay=1e-2, fused=fused, foreach=not fused)
 
 
 def optimizer_arm(name: str, optimizer: str, form: Form | None, shape: tuple[int, int, int], seed: int) -> Arm:
@@ -186,8 +183,10 @@ def optimizer_rows(blocks: int, block: int, shape: tuple[int, int, int], seed: i
         found = take_turns(arms, blocks, block, warmup=1)
         del arms
         gc.collect()
-        memory = {name: memory_of(optimizer, form, shape, seed) for name, form in (("plain", None), *zip(FORMS, FORMS, strict=True))}
-        rows.append({"optimizer": optimizer, "weights": shape[0] * shape[1] * shape[2], "arms": found, "memory": memory})
+        rivals: list[tuple[str, Form | None]] = [("plain", None), ("gradient", "gradient"), ("update", "update")]
+        memory = {name: memory_of(optimizer, form, shape, seed) for name, form in rivals}
+        weights = shape[0] * shape[1] * shape[2]
+        rows.append({"optimizer": optimizer, "weights": weights, "arms": found, "memory": memory})
         print(optimizer, {k: round(v["ratio"]["median"], 2) for k, v in found.items()}, memory)
     return rows
 
@@ -214,7 +213,7 @@ def peak_passing_bytes(step: Callable[[], None]) -> int:
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
+        now += event.nbytes()  # type: ignore[attr-defined]
         peak = max(peak, now)
     return peak
 
@@ -235,7 +234,7 @@ def memory_of(optimizer: str, form: Form | None, shape: tuple[int, int, int], se
 def main(
     blocks: Annotated[int, typer.Option(min=1, help="blocks an arm")] = 15,
     block: Annotated[int, typer.Option(min=1, help="steps a block")] = 2,
-    count: Annotated[int, typer.Option(min=1, help="matrices of the optimizer step, 3.1 million weights each")] = MATRICES[0],
+    count: Annotated[int, typer.Option(min=1, help="matrices of 3.1 million weights each")] = MATRICES[0],
     threads: Annotated[int, typer.Option(min=1)] = 2,
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="another record file")] = None,
@@ -262,7 +261,8 @@ def main(
         out=out,
     ) as results:
         results["training"] = training_row(blocks, block, seed)
-        print({k: (round(v["ratio"]["median"], 3), round(v["seconds"], 4)) for k, v in results["training"]["arms"].items()})
+        for name, arm in results["training"]["arms"].items():
+            print(name, round(arm["ratio"]["median"], 3), round(arm["seconds"], 4))
         gc.collect()
         results["optimizer"] = optimizer_rows(blocks, block, shape, seed)
 

@@ -1,6 +1,6 @@
 """A mechanism of strength 0 is no mechanism: training is the base optimizer's, bit for bit.
 
-    python -m benchmarks.strength_zero
+python -m benchmarks.strength_zero
 """
 
 from __future__ import annotations
@@ -18,11 +18,7 @@ from benchmarks import recording
 
 STEPS = 40
 BATCH = 16
-IMPLEMENTATIONS: dict[str, dict[str, bool]] = {
-    "loop": {"foreach": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-}
+IMPLEMENTATIONS = ("loop", "foreach", "fused")
 OPTIMIZERS = ("SGD momentum 0.9", "AdamW", "Muon with AdamW")
 FORMS: tuple[Literal["gradient", "update"], ...] = ("gradient", "update")
 
@@ -45,17 +41,17 @@ def network() -> nn.Sequential:
 
 def make_optimizers(name: str, model: nn.Module, implementation: str) -> list[torch.optim.Optimizer]:
     """Weight decay is on: it must stay the base optimizer's too."""
-    how = IMPLEMENTATIONS[implementation]
+    fused, foreach = implementation == "fused", implementation == "foreach"
     params = list(model.parameters())
     if name == "SGD momentum 0.9":
-        return [torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-3, **how)]
+        return [torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-3, fused=fused, foreach=foreach)]
     if name == "AdamW":
-        return [torch.optim.AdamW(params, lr=1e-3, weight_decay=1e-2, **how)]
+        return [torch.optim.AdamW(params, lr=1e-3, weight_decay=1e-2, fused=fused, foreach=foreach)]
     matrices = [p for p in params if p.dim() == 2]
     rest = [p for p in params if p.dim() != 2]
     return [
         torch.optim.Muon(matrices, lr=1e-2, weight_decay=1e-2),
-        torch.optim.AdamW(rest, lr=1e-3, weight_decay=1e-2, **how),
+        torch.optim.AdamW(rest, lr=1e-3, weight_decay=1e-2, fused=fused, foreach=foreach),
     ]
 
 
@@ -94,7 +90,9 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> int:
     return sum(a[k].numpy().tobytes() != b[k].numpy().tobytes() for k in a)
 
 
-def compare(optimizer: str, implementation: str, form: Literal["gradient", "update"], seed: int, steps: int) -> dict[str, Any]:
+def compare(
+    optimizer: str, implementation: str, form: Literal["gradient", "update"], seed: int, steps: int
+) -> dict[str, Any]:
     """One row: the base optimizer against itself, idle mechanisms, and a working one."""
     base = train(optimizer, implementation, None, seed, steps)
     rivals: dict[str, dt.PSG | None] = {
@@ -124,7 +122,7 @@ def main(
         question="Is training with a mechanism of strength 0, or before its start, bitwise the base optimizer's?",
         seeds=seeds,
         config={"steps": steps, "batch": BATCH, "target": "Uniform(bits=4)", "threads": 1},
-        notes="Tensors compared: weights, buffers, optimizer state, last gradients. Strength 1 is there to show that the "
+        notes="Tensors compared: weights, buffers, optimizer state, last gradients. Strength 1 shows that the "
         "comparison can fail; the base optimizer is run twice to show that it repeats itself.",
         out=out,
     ) as results:

@@ -1,4 +1,4 @@
-"""The tables in the docs, made from the records: `python -m benchmarks.tables` rewrites them, `--check` tells stale ones.
+"""The tables in the docs, made from the records: `python -m benchmarks.tables` rewrites them, `--check` only checks.
 
 A page holds `<!-- table:NAME -->` and `<!-- /table -->`; what stands between them belongs to this script.
 """
@@ -56,10 +56,11 @@ def origin(record: dict[str, Any], name: str) -> str:
     seeds = ", ".join(map(str, record["seeds"]))
     hardware = where["hardware"]
     machine = ", ".join(hardware["gpu"]) or f"{hardware['cpu']}, {hardware['threads']} threads"
-    load = where.get("load_average")
-    busy = f"; load average {max(load):.1f} on {hardware['cores']} cores" if load and max(load) > hardware["cores"] else ""
+    load, cores = max(where.get("load_average", [0.0])), hardware["cores"]
+    busy = f"; load average {load:.1f} on {cores} cores" if load > cores else ""
     torch = where["versions"].get("torch", "unknown")
-    return f"\nRecord `{name}`: `{record['command']}`; commit {commit}; seeds {seeds}; torch {torch}; {machine}{busy}.\n"
+    command = record["command"]
+    return f"\nRecord `{name}`: `{command}`; commit {commit}; seeds {seeds}; torch {torch}; {machine}{busy}.\n"
 
 
 def simple(name: str) -> Callable[[Callable[[dict[str, Any]], str]], Make]:
@@ -115,13 +116,14 @@ def psg_noise_check(records: Path) -> str:
     for row in record["results"]["check"]:
         marks = list(row["found"])
         ours = [f"{row['found'][m]['mean']:.3f}" for m in marks]
-        by_hand = [f"{x:.3f}" for x in row.get("by_hand", [])]
+        by_hand = [f"{x:.3f}" for x in row.get("by_hand", [])] or ["–"]
         noted = [f"{x:.3f}" for x in row["noted"]]
         name = f"{row['name']} ({row['optimizer']})"
         rows.append([name, " / ".join(noted), " / ".join(ours), " / ".join(by_hand)])
     steps = " / ".join(f"{int(m):,}" for m in marks)
     text = f"Mean distance to the grid in cells after {steps} steps; step of the grid 1, rate 0.05, paper's units.\n\n"
-    return text + markdown(["scale", "noted", "library", "loop without the library"], rows) + origin(record, "psg_noise")
+    text += markdown(["scale", "noted", "library", "last, by a loop without the library"], rows)
+    return text + origin(record, "psg_noise")
 
 
 @simple("strength_zero")
@@ -133,7 +135,7 @@ def strength_zero(record: dict[str, Any]) -> str:
         cells = [str(differing[k]) for k in ("base_again", "strength_zero", "not_started", "strength_one")]
         rows.append([f"{row['optimizer']}, {row['implementation']}, {row['form']} form", str(row["tensors"]), *cells])
     steps = record["config"]["steps"]
-    text = f"Tensors (weights, buffers, optimizer state, gradients; all seeds) that differ in any bit after {steps} steps.\n\n"
+    text = f"Tensors (weights, buffers, optimizer state, gradients) that differ in any bit after {steps} steps.\n\n"
     head = ["optimizer", "tensors", "base again", "strength 0", "not started", "strength 1 (must differ)"]
     return text + markdown(head, rows)
 
@@ -151,8 +153,10 @@ def warp(record: dict[str, Any]) -> str:
         ["form", *(f"{b} bits" for b in bits)],
         [[forms[f], *(f"{found[b]['largest_gap_cells']:.1e}" for b in bits)] for f, found in by_form.items()],
     )
-    text += "\nThe warp there and back, and the order in the learning rate of the gap between a PSG step and a gradient step "
-    text += "in the warped space (the theorem says 2).\n\n"
+    text += (
+        "\nThe warp there and back, and the order in the learning rate of the gap between a PSG step and a gradient "
+    )
+    text += "step in the warped space (the theorem says 2).\n\n"
     rows = []
     for trip in results["round_trip"]:
         orders = [f"{r['slope']:.4f} ({r['form']})" for r in results["order"] if r["warp"] == trip["warp"]]
@@ -169,13 +173,14 @@ def bytes_on_disk(record: dict[str, Any]) -> str:
     for row in record["results"]["rows"]:
         size, rest = row["sizes"], row["rest"]
         nominal = size["nominal_bits"] / 8
-        numbers = [nominal, size["codes"], size["params"], rest["batchnorm"], rest["other"], size["header"], size["file"]]
-        if sum(numbers[1:-1]) != size["file"]:
+        parts = [size["codes"], size["params"], rest["batchnorm"], rest["other"], size["header"]]
+        if sum(parts) != size["file"]:
             raise ValueError(f"bytes_on_disk: the parts of {row['preset']} do not add up to its file")
         share = f"{plain / size['file']:.2f}x"
         per_weight = f"{8 * size['file'] / size['weights']:.2f}"
-        rows.append([row["preset"], *(f"{n:,.0f}" for n in numbers), per_weight, share])
-    head = ["preset", "nominal", "codes", "params", "BatchNorm", "biases", "header", "file", "bits a weight, all in", "smaller"]
+        rows.append([row["preset"], *(f"{n:,.0f}" for n in (nominal, *parts, size["file"])), per_weight, share])
+    where = ["codes", "params", "BatchNorm", "biases", "header", "file"]
+    head = ["preset", "nominal", *where, "bits a weight, all in", "smaller"]
     text = f"Bytes of the compressed life of ResNet-32 ({plain:,} bytes as a plain safetensors file).\n\n"
     return text + markdown(head, rows)
 
@@ -194,11 +199,11 @@ def step_cost(record: dict[str, Any]) -> str:
     head = ["arm", "ms a step", "wall time", "CPU time"]
     text += markdown(head, [[name, f"{1e3 * arm['seconds']:.1f}", *ratio(arm)] for name, arm in training.items()])
     text += (
-        f"\nOne fit of all grids takes {1e3 * results['training']['one_fit_seconds']:.1f} ms; while grids are fitted every "
-        f"100 steps the gradient form's ratio is {results['training']['ratio_while_fitting']:.3f}.\n"
+        f"\nOne fit of all grids takes {1e3 * results['training']['one_fit_seconds']:.1f} ms; while grids are fitted "
+        f"every 100 steps the gradient form's ratio is {results['training']['ratio_while_fitting']:.3f}.\n"
     )
-    weights = results["optimizer"][0]["weights"]
-    text += f"\nAn optimizer step alone, {weights / 1e6:.1f} million weights, beside the same optimizer without PSG.\n\n"
+    millions = results["optimizer"][0]["weights"] / 1e6
+    text += f"\nAn optimizer step alone, {millions:.1f} million weights, beside the same optimizer without PSG.\n\n"
     rows = []
     for row in results["optimizer"]:
         plain = row["memory"]["plain"]
@@ -241,12 +246,13 @@ def number(record: dict[str, Any], key: str, digits: int) -> str:
 
 def origins(found: dict[str, dict[str, Any]]) -> str:
     """Commits, seeds and machine of several records in one line."""
-    commits = sorted({(r["environment"]["commit"] or "none")[:9] + ("+" if r["environment"]["dirty"] else "") for r in found.values()})
-    seeds = sorted({s for r in found.values() for s in r["seeds"]})
-    epochs = sorted({r["config"]["epochs"] for r in found.values()})
-    machines = sorted({", ".join(r["environment"]["hardware"]["gpu"]) or r["environment"]["hardware"]["cpu"] for r in found.values()})
+    places = [r["environment"] for r in found.values()]
+    commits = sorted({(p["commit"] or "none")[:9] + ("+" if p["dirty"] else "") for p in places})
+    machines = sorted({", ".join(p["hardware"]["gpu"]) or p["hardware"]["cpu"] for p in places})
+    seeds = ", ".join(map(str, sorted({s for r in found.values() for s in r["seeds"]})))
+    epochs = ", ".join(map(str, sorted({r["config"]["epochs"] for r in found.values()})))
     return (
-        f"\nRecords `psg-cifar100-*`: {epochs[0] if len(epochs) == 1 else epochs} epochs; seeds {seeds}; commits "
+        f"\nRecords `psg-cifar100-*`: {epochs} epochs; seeds {seeds}; commits "
         f"{', '.join(commits)} (+: uncommitted changes); {', '.join(machines)}.\n"
     )
 
@@ -265,7 +271,7 @@ def psg_cifar100(records: Path) -> str:
             row += [number(record, f"{life}.data_free.accuracy", 2), number(record, f"{life}.batchnorm.accuracy", 2)]
         rows.append(row)
     columns = [f"W{bits}{how}" for bits in WIDTHS for how in ("", " BN")]
-    text = "Test accuracy (%); W4: rounded to 4 bits without data, BN: with BatchNorm re-estimated on training images.\n\n"
+    text = "Test accuracy (%); W4: rounded to 4 bits without data; BN: BatchNorm re-estimated on training images.\n\n"
     return text + markdown(["rival", "full", *columns], rows) + origins(found)
 
 
@@ -283,9 +289,7 @@ def psg_cifar100_weights(records: Path) -> str:
             row += [number(record, f"{life}.error", 5), number(record, f"{life}.wasserstein", 5)]
         rows.append(row)
     columns = [f"W{bits} {what}" for bits in WIDTHS for what in ("error", "gap")]
-    text = (
-        "Means over layers; error: |w - q|² / |w|²; gap: 1-Wasserstein distance between the weights of the two lives.\n\n"
-    )
+    text = "Means over layers; error: |w - q|² / |w|²; gap: 1-Wasserstein distance of the two lives' weights.\n\n"
     return text + markdown(["rival", *columns], rows) + origins(found)
 
 
@@ -330,6 +334,26 @@ def demo_psg(records: Path) -> str:
     return text + markdown(["trained by", *lives], rows) + origin(record, "demo-psg")
 
 
+@table("psg-defaults")
+def psg_defaults(records: Path) -> str:
+    """One factor at a time on held-out training images, a table a task."""
+    parts = []
+    for path in sorted(records.glob("psg-defaults-*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        rows = []
+        for entry in record["results"]["summary"]:
+            lives = [spread(entry[life], 2) for life in ("full", "data_free", "batchnorm")]
+            gap = "" if entry["variant"] == "base" else spread(entry["data_free_minus_base"], 2)
+            trained = f"{entry['trainings']}" + (f", {entry['diverged']} diverged" if entry["diverged"] else "")
+            widths = ", ".join(map(str, entry["widths"]))
+            rows.append([entry["variant"], widths, trained, *lives, gap])
+        head = ["variant", "bits", "trainings", "full", "data-free", "BatchNorm re-estimated", "data-free minus base"]
+        task = record["config"]["task"]
+        title = f"**{task}**: held-out accuracy (%), mean over widths, then mean and spread over seeds.\n\n"
+        parts.append(title + markdown(head, rows) + origin(record, path.stem))
+    return "\n".join(parts) or NOTHING
+
+
 @table("records")
 def index(records: Path) -> str:
     """All records."""
@@ -341,7 +365,8 @@ def index(records: Path) -> str:
         memory = cost.get("peak_memory_bytes", {}).get("process", 0) / 1e6
         seconds = f"{cost['seconds']:,.0f}" if "seconds" in cost else "–"
         link = f"[{path.stem}](../benchmarks/records/{path.name})"
-        rows.append([link, record["question"], f"`{record['command']}`", commit, str(len(record["seeds"])), seconds, f"{memory:,.0f}"])
+        costs = [str(len(record["seeds"])), seconds, f"{memory:,.0f}"]
+        rows.append([link, record["question"], f"`{record['command']}`", commit, *costs])
     if not rows:
         return NOTHING
     return markdown(["record", "question", "command", "commit", "seeds", "seconds", "peak memory (MB)"], rows)
@@ -351,9 +376,13 @@ def index(records: Path) -> str:
 
 
 def pages(root: Path) -> list[Path]:
-    """README.md and all of docs."""
+    """README.md, and all pages of docs and papers."""
     readme = root / "README.md"
-    return [*([readme] if readme.exists() else []), *sorted((root / "docs").rglob("*.md"))]
+    return [
+        *([readme] if readme.exists() else []),
+        *sorted((root / "docs").rglob("*.md")),
+        *sorted((root / "papers").rglob("*.md")),
+    ]
 
 
 def fresh(text: str, records: Path) -> str:

@@ -1,4 +1,4 @@
-"""Promises across processes: DDP is one process, FSDP2 fits the same numbers on every rank and trains to the same weights.
+"""Promises across processes: DDP is one process, FSDP2 fits the same numbers on every rank to the same weights.
 
 Each test starts its processes once and looks at many things in them; what a rank finds comes back through a file.
 """
@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 import detent as dt
 
@@ -25,9 +25,7 @@ RULES: dict[str, dt.Recipe] = {
     # Channel scales of a tensor cut by rows, first and last layer by their own rules.
     "psg": dt.Recipe(
         [
-            dt.Rule(
-                match="@first", target=dt.Uniform(bits=3, granularity="channel"), mechanism=dt.PSG(clip_norm=0.5)
-            ),
+            dt.Rule(match="@first", target=dt.Uniform(bits=3, granularity="channel"), mechanism=dt.PSG(clip_norm=0.5)),
             dt.Rule(match="weight", target=dt.Uniform(bits=3), mechanism=dt.PSG(clip_norm=0.5), fit_every=3),
         ]
     ),
@@ -52,12 +50,13 @@ RULES: dict[str, dt.Recipe] = {
 def net() -> nn.Sequential:
     torch.manual_seed(1)
     # Seven and two rows: uneven over two and three ranks, and on three ranks one holds none of the last weight.
-    return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2))
+    # In float64 the order of a sum is seen in the last digits only, and the comparison with one process is sharp.
+    return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2)).double()
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
-    return torch.randn(12, 6, generator=generator), torch.randn(12, 2, generator=generator)
+    return torch.randn(12, 6, generator=generator).double(), torch.randn(12, 2, generator=generator).double()
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -90,9 +89,7 @@ def ending(run: dt.Run, model: nn.Module, rank: int, world: int) -> dict[str, An
         with run.compressed():
             small = model(inputs)
             weights = {name: gathered(p) for name, p in named(model).items()}
-        with run.compressed(bits=2) if "prune" not in str(run.plan.recipe.rules[0].target).lower() and _has_bits(
-            run
-        ) else run.compressed():
+        with run.compressed(bits=2 if _has_bits(run) else None):
             two = model(inputs)
         back = model(inputs)
     codes = run.encoded()
@@ -134,8 +131,8 @@ def _child(rank: int, world: int, folder: str, job: Callable[[int, int, Path], A
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message=".*was not provided|.*barrier.*", category=UserWarning)
     torch.manual_seed(0)
-    store = torch.distributed.FileStore(os.path.join(folder, "store"), world)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    where = f"file://{os.path.join(folder, 'store')}"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=world)
     try:
         torch.save(job(rank, world, Path(folder)), os.path.join(folder, f"rank{rank}.pt"))
     finally:
@@ -145,7 +142,7 @@ def _child(rank: int, world: int, folder: str, job: Callable[[int, int, Path], A
 def on_ranks(world: int, folder: Path, job: Callable[[int, int, Path], Any]) -> list[Any]:
     """Run a job on several ranks of this machine; what each returns."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.spawn(_child, args=(world, str(folder), job), nprocs=world)
+    spawn(_child, args=(world, str(folder), job), nprocs=world)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
 
@@ -183,8 +180,8 @@ def ddp_job(rank: int, world: int, folder: Path) -> dict[str, Any]:
 
 
 def fsdp_job(rank: int, world: int, folder: Path) -> dict[str, Any]:
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     found: dict[str, Any] = {}
     for case, (rules, make) in CASES.items():
@@ -195,7 +192,7 @@ def fsdp_job(rank: int, world: int, folder: Path) -> dict[str, Any]:
         if world == 2:
             weights, held = get_state_dict(model, optimizer)
             state = {"model": weights, "optimizer": held, "run": run.state_dict()}
-            dcp.save(state, checkpoint_id=folder.parent / "saved" / case)
+            save(state, checkpoint_id=folder.parent / "saved" / case)
         train(model, optimizer, range(5, STEPS), rank, world)
         found[case] = ending(run, model, rank, world)
     found["refusals"] = refusals(rank, world)
@@ -242,8 +239,8 @@ def refusals(rank: int, world: int) -> dict[str, Any]:
 
 def resume_job(rank: int, world: int, folder: Path) -> dict[str, Any]:
     """Go on at three ranks from what two ranks saved after five steps."""
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     found = {}
     for case, (rules, make) in CASES.items():
@@ -255,7 +252,7 @@ def resume_job(rank: int, world: int, folder: Path) -> dict[str, Any]:
         run = dt.attach(model, optimizer, RULES[rules], total_steps=STEPS)
         weights, held = get_state_dict(model, optimizer)
         state = {"model": weights, "optimizer": held, "run": run.state_dict()}
-        dcp.load(state, checkpoint_id=folder.parent / "saved" / case)
+        load(state, checkpoint_id=folder.parent / "saved" / case)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         run.load_state_dict(state["run"])
         assert run.clock == 5
@@ -289,7 +286,8 @@ def assert_ranks_agree_with_one_process(ranks: list[dict[str, Any]], case: str, 
         outputs = mine["outputs"]
         assert torch.equal(outputs["full"], outputs["back"]), "the full life did not come back"
         if rules != "ste" and rules != "prune":
-            assert not torch.allclose(outputs["full"], outputs["small"], atol=1e-3), "stale weights in a no-grad forward"
+            gap = (outputs["full"] - outputs["small"]).abs().max()
+            assert float(gap) > 1e-3, "stale weights in a no-grad forward"
         for name, value in outputs.items():
             torch.testing.assert_close(value, one["outputs"][name], rtol=tolerance, atol=tolerance)
     if rules.endswith("prune"):
@@ -310,22 +308,20 @@ def three(two: tuple[Path, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_ddp_is_one_process(two: tuple[Path, list[dict[str, Any]]], case: str) -> None:
-    assert_ranks_agree_with_one_process([found["ddp"] for found in two[1]], case, 2e-4)
+    assert_ranks_agree_with_one_process([found["ddp"] for found in two[1]], case, 1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_fsdp_is_one_process(two: tuple[Path, list[dict[str, Any]]], case: str) -> None:
-    assert_ranks_agree_with_one_process([found["fsdp"] for found in two[1]], case, 2e-4)
+    assert_ranks_agree_with_one_process([found["fsdp"] for found in two[1]], case, 1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_checkpoint_of_two_ranks_goes_on_at_three(three: list[dict[str, Any]], case: str) -> None:
-    assert_ranks_agree_with_one_process(three, case, 2e-4)
+    assert_ranks_agree_with_one_process(three, case, 1e-6)
 
 
-def test_ranks_refuse_and_skip_together(
-    two: tuple[Path, list[dict[str, Any]]], three: list[dict[str, Any]]
-) -> None:
+def test_ranks_refuse_and_skip_together(two: tuple[Path, list[dict[str, Any]]], three: list[dict[str, Any]]) -> None:
     for ranks in ([found["fsdp"] for found in two[1]], three):
         for rank, found in enumerate(ranks):
             said = found["refusals"]

@@ -17,12 +17,12 @@ import detent as dt
 STEPS = 12
 
 
-def net() -> nn.Sequential:
+def net() -> Any:  # an nn.Sequential, whose members no type checker knows
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
-def normed() -> nn.Sequential:
+def normed() -> Any:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
 
@@ -93,7 +93,7 @@ RESUMES: dict[str, tuple[Callable[[nn.Module], torch.optim.Optimizer], dt.Recipe
 }
 
 
-def resumed(name: str, cut: int, carry: Callable[[dict[str, Any]], dict[str, Any]] = through_a_file) -> dict[str, Tensor]:
+def resumed(name: str, cut: int, carry: Callable[[Any], Any] = through_a_file) -> dict[str, Tensor]:
     make, rules = RESUMES[name]
     model = net()
     optimizer = make(model)
@@ -230,7 +230,8 @@ def test_state_dict_of_the_run_holds_all_optimizers() -> None:
         run = dt.attach(model, optimizers, recipe(dt.STE()), total_steps=STEPS)
         train(model, optimizers, range(cut or STEPS))
         if cut:
-            saved = through_a_file({"model": model.state_dict(), "run": run.state_dict(), "adam": optimizers[1].state_dict()})
+            saved = {"model": model.state_dict(), "run": run.state_dict(), "adam": optimizers[1].state_dict()}
+            saved = through_a_file(saved)
             model = net()
             params = list(model.parameters())
             optimizers = [torch.optim.SGD(params[:2], lr=0.1), torch.optim.AdamW(params[2:], lr=0.02)]
@@ -249,7 +250,8 @@ def test_state_dict_of_the_run_holds_all_optimizers() -> None:
 @pytest.mark.parametrize("cut", [2, 7])
 def test_torch_distributed_checkpoint_saves_and_loads_the_run(name: str, cut: int, tmp_path: Path) -> None:
     """It reads into a template: a fresh run must offer every key, also of memory that was not there yet."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_loader import load
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     make, rules = RESUMES[name]
     ends = []
@@ -263,14 +265,14 @@ def test_torch_distributed_checkpoint_saves_and_loads_the_run(name: str, cut: in
             momentum.pop("detent")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns that no process group is there
-                dcp.save({"model": model.state_dict(), "run": run.state_dict()}, checkpoint_id=tmp_path)
+                save({"model": model.state_dict(), "run": run.state_dict()}, checkpoint_id=tmp_path)
             model = net()
             optimizer = make(model)
             run = dt.attach(model, optimizer, rules, total_steps=STEPS)
             template = {"model": model.state_dict(), "run": run.state_dict()}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                dcp.load(template, checkpoint_id=tmp_path)
+                load(template, checkpoint_id=tmp_path)
             model.load_state_dict(template["model"])
             optimizer.load_state_dict(momentum)
             run.load_state_dict(template["run"])
@@ -331,7 +333,7 @@ class Breaks(torch.optim.SGD):
 
     broken: str = ""
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         where, self.broken = self.broken, ""
         if where == "before":
             raise OSError("the disk is full")
@@ -630,6 +632,27 @@ def test_replaced_parameters_that_do_not_fit_are_named() -> None:
         run.rebind()
 
 
+def test_fsdp1_is_refused_in_words() -> None:
+    class FullyShardedDataParallel(nn.Module):  # the one trait of the real one that its module tree shows
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self._fsdp_wrapped_module = inner
+
+    model = FullyShardedDataParallel(net())
+    with pytest.raises(ValueError, match="FSDP1.*use torch.distributed.fsdp.fully_shard"):
+        dt.attach(model, sgd(model), recipe(), total_steps=STEPS)
+
+
+def test_a_model_made_in_inference_mode_has_a_compressed_life() -> None:
+    with torch.inference_mode():
+        model = net()
+        run = dt.compress(model, recipe())
+        before = everything(model)
+        with run.compressed():
+            assert len(model[0].weight.unique()) <= 7
+        assert_same(everything(model), before)
+
+
 def test_a_model_on_the_meta_device_is_attached_now_and_fitted_at_the_first_step() -> None:
     ends = []
     for late in (False, True):
@@ -652,7 +675,7 @@ def test_a_model_on_the_meta_device_is_attached_now_and_fitted_at_the_first_step
 # -------------------------------------------------------------------------------------------------------- two lives
 
 
-def trained(mechanism: dt.Mechanism | None = None, **options: Any) -> tuple[nn.Sequential, torch.optim.Optimizer, dt.Run]:
+def trained(mechanism: dt.Mechanism | None = None, **options: Any) -> tuple[Any, torch.optim.Optimizer, dt.Run]:
     model = normed()
     optimizer = sgd(model)
     run = dt.attach(model, optimizer, recipe(mechanism, **options), total_steps=STEPS)
@@ -806,7 +829,7 @@ def test_finalize_is_exact_and_over(mechanism: dt.Mechanism, target: dt.Target) 
         assert torch.equal(encoded.target.project(codes[name], encoded.params), codes[name])
     if isinstance(target, dt.TopK):
         kept = sum(int((value != 0).sum()) for value in codes.values())
-        assert kept == sum(round(0.25 * n) for n in (([48 + 24]) if target.scope == "model" else (48, 24)))
+        assert kept == sum(round(0.25 * n) for n in ([48 + 24] if target.scope == "model" else [48, 24]))
     assert "detent" not in optimizer.state_dict()
     train(model, optimizer, [3])
     assert run.clock == 3, "the run is over"

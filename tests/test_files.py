@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import detent as dt
 from detent import pack
-from detent.pack import container
+from detent.pack import atomic, bits
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -91,8 +91,10 @@ def mixed_run(recalibrate: bool = True) -> dt.Run:
     model.bn(torch.randn(4, 6, 5, 5) + 1)  # statistics of its own
     run = dt.compress(model, RECIPE)
     if recalibrate:
-        for choice in ({}, {"bits": 2}, {"recipe": PRUNED}):
-            run.recalibrate([torch.randn(3, 4, 6, 6)], **choice)
+        batches = [torch.randn(3, 4, 6, 6)]
+        run.recalibrate(batches)
+        run.recalibrate(batches, bits=2)
+        run.recalibrate(batches, recipe=PRUNED)
     return run
 
 
@@ -162,7 +164,7 @@ def test_bits_are_packed_as_one_long_number(case: tuple[int, list[int]]) -> None
 def test_blocks_join_without_a_seam(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(width).integers(0, 2**width, 83)
     whole = pack.pack_bits(values, width)
-    monkeypatch.setattr(container, "_BLOCK", 16)
+    monkeypatch.setattr(bits, "_BLOCK", 16)
     assert pack.pack_bits(values, width) == whole
     assert pack.unpack_bits(whole, 83, width).tolist() == values.tolist()
 
@@ -209,7 +211,7 @@ def test_any_target_dtype_and_shape_comes_back(
     for life, wanted in (("both", ("full", "compressed")), ("compressed", ("compressed",))):
         assert dt.save(run, path, life) == path.stat().st_size  # type: ignore[arg-type]
         for load in wanted:
-            twin = scrambled(model)
+            twin: Any = scrambled(model)
             dt.load(path, twin, load)  # type: ignore[arg-type]
             assert snapshot(twin) == (full if load == "full" else compressed)
             assert twin.weight.stride() == model.weight.stride()
@@ -236,13 +238,13 @@ def test_both_lives_of_a_mixed_model(tmp_path: Path, choice: dict[str, Any], rec
         ("both", "compressed", compressed),
         ("small", "compressed", compressed),
     ):
-        twin = scrambled(run.model)
-        twin.cache.fill_(7.0)  # type: ignore[operator]
+        twin: Any = scrambled(run.model)
+        twin.cache.fill_(7.0)
         header = dt.load(tmp_path / file, twin, life)  # type: ignore[arg-type]
         assert snapshot(twin) == wanted
-        assert bool((twin.cache == 7.0).all()), "a non-persistent buffer is not the file's business"  # type: ignore[operator]
-        assert twin.conv.weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr]
-        assert twin.head.weight is twin.embed.weight  # type: ignore[union-attr]
+        assert bool((twin.cache == 7.0).all()), "a non-persistent buffer is not the file's business"
+        assert twin.conv.weight.is_contiguous(memory_format=torch.channels_last)
+        assert twin.head.weight is twin.embed.weight
         assert header == pack.read_header(tmp_path / file)
         assert header.card["batchnorm"] == ("re-estimated" if recalibrate else "own")
 
@@ -292,6 +294,8 @@ def test_a_normalisation_at_the_root_keeps_its_second_statistics(tmp_path: Path)
         compressed = snapshot(model)
     dt.save(run, tmp_path / "f")
     dt.load(tmp_path / "f", model, "compressed")
+    assert snapshot(model) == compressed
+    run.finalize()
     assert snapshot(model) == compressed
 
 
@@ -385,17 +389,17 @@ def test_sizes_add_up(tmp_path: Path, life: Any) -> None:
     total = dt.save(run, tmp_path / "f", life)
     found = pack.sizes(tmp_path / "f")
     model: Any = run.model
-    bits = {"conv.weight": 4, "up.weight": 3, "low.weight": 5}
-    grids = sum(model.get_parameter(name).numel() * width for name, width in bits.items())
+    widths = {"conv.weight": 4, "up.weight": 3, "low.weight": 5}
+    grids = sum(model.get_parameter(name).numel() * width for name, width in widths.items())
     kept = round(0.4 * 24)
     assert found["nominal_bits"] == grids + 24 + 32 * kept
-    assert found["weights"] == sum(model.get_parameter(name).numel() for name in bits) + 24
-    assert found["codes"] == sum(-(-model.get_parameter(n).numel() * w // 8) for n, w in bits.items()) + 3 + 4 * kept
+    assert found["weights"] == sum(model.get_parameter(name).numel() for name in widths) + 24
+    assert found["codes"] == sum(-(-model.get_parameter(n).numel() * w // 8) for n, w in widths.items()) + 3 + 4 * kept
     assert found["params"] == 6 * 2 + 4 * 4 * -(-(model.up.weight.numel() // 4) // 5) + 4 * 2
     state = {name: t for name, t in model.state_dict().items() if not name.startswith(("shared_bn", "head"))}
     statistics = sum(t.nbytes for name, t in state.items() if name.startswith("bn.") and name.split(".")[1][0] in "rn")
     everything = sum(t.nbytes for t in state.values())
-    claimed = sum(state[name].nbytes for name in (*bits, "embed.weight"))
+    claimed = sum(state[name].nbytes for name in (*widths, "embed.weight"))
     assert found["full"] == (everything if life == "both" else 0)
     assert found["rest"] == (statistics if life == "both" else everything - claimed)
     assert found["file"] == total == sum(found[k] for k in ("header", "codes", "params", "rest", "full"))
@@ -404,9 +408,10 @@ def test_sizes_add_up(tmp_path: Path, life: Any) -> None:
 
 def test_the_header_of_a_deep_network_stays_small(tmp_path: Path) -> None:
     blocks = [nn.Sequential(nn.Conv2d(16, 16, 3, bias=False), nn.BatchNorm2d(16)) for _ in range(30)]
-    run = dt.compress(nn.Sequential(*blocks), dt.Recipe([dt.Rule(match="0.weight", target=dt.Uniform(bits=2))]))
+    model = scrambled(nn.Sequential(*blocks))  # equal tensors have equal checksums, which pack too well
+    run = dt.compress(model, dt.Recipe([dt.Rule(match="0.weight", target=dt.Uniform(bits=2))]))
     dt.save(run, tmp_path / "f", "compressed")
-    assert pack.sizes(tmp_path / "f")["header"] < 20 * 30 * 6, "20 bytes a tensor, with six tensors a block"
+    assert pack.sizes(tmp_path / "f")["header"] < 500 + 20 * len(pack.read_header(tmp_path / "f").tensors)
 
 
 # --- damage -------------------------------------------------------------------------------------------------------
@@ -715,30 +720,34 @@ def test_a_wrong_model_is_named_and_left_alone(
 
 
 def test_an_untied_model_takes_a_tied_file(tmp_path: Path) -> None:
-    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied: Any = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     tied[1].weight = tied[0].weight
     run = dt.compress(tied, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=2))]))
     dt.save(run, tmp_path / "f", "compressed")
     assert pack.read_header(tmp_path / "f").plan[0]["note"] == "tied: 1.weight"
-    free = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    free: Any = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     dt.load(tmp_path / "f", free, "compressed")
     with run.compressed():
         assert torch.equal(free[0].weight, tied[0].weight)
         assert torch.equal(free[1].weight, tied[0].weight)
 
 
+WRONG: Any = "neither"
+WRONG_NOTES: Any = {1: "a"}
+
+
 @pytest.mark.parametrize(
     ("act", "sentence"),
     [
         (lambda run, path: dt.load(path, run.model), "holds only the compressed life; load it with"),
-        (lambda run, path: dt.load(path, run.model, "half"), "load.life='half'.: must be"),
+        (lambda run, path: dt.load(path, run.model, WRONG), "load.life='neither'.: must be"),
         (lambda run, path: dt.load(path, run, "compressed"), "must be a torch.nn.Module, not Run"),
-        (lambda run, path: dt.save(run, path, "full"), "save.life='full'.: must be"),
+        (lambda run, path: dt.save(run, path, WRONG), "save.life='neither'.: must be"),
         (lambda run, path: dt.save(run, path, bits=2, recipe=PRUNED), "not both"),
         (lambda run, path: dt.save(run, path, notes={"a": torch.ones(1)}), "not plain JSON data"),
         (lambda run, path: dt.save(run, path, notes={"a": float("nan")}), "not plain JSON data"),
         (lambda run, path: dt.save(run, path, notes={"a": (1, 2)}), "must be plain JSON data"),
-        (lambda run, path: dt.save(run, path, notes={1: "a"}), "must be plain JSON data"),
+        (lambda run, path: dt.save(run, path, notes=WRONG_NOTES), "must be plain JSON data"),
         (lambda run, path: dt.save(run, path, notes={"a": "\ud800"}), "not plain JSON data"),
     ],
 )
@@ -878,7 +887,7 @@ for seed in (1, 2):
     runs.append(dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))])))
     wanted.append(model.weight.detach().clone())
 dt.save(runs[0], path)
-dice, alive, trials = random.Random(3), set(), 15
+dice, alive, trials = random.Random(3), set(), 10
 
 def child(trial):
     if trial == 0:      # killed when all is written and nothing is swapped
@@ -927,7 +936,7 @@ def test_only_abandoned_temporary_files_of_this_file_are_removed(tmp_path: Path)
     (tmp_path / ".f.000000000000.tmp").write_bytes(b"")  # another process may be about to lock it
     strange.append(".f.000000000000.tmp")
     with open(tmp_path / ".f.ba9876543210.tmp", "rb") as held:
-        assert container._lock(held.fileno())  # another process is at it
+        assert atomic.lock(held.fileno())  # another process is at it
         dt.save(run, tmp_path / "f")
     assert sorted(os.listdir(tmp_path)) == sorted([*strange, ".f.ba9876543210.tmp", "f"])
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import detent as dt
+from detent.recipe import from_spec, to_spec
 from detent.testing import check_mechanism, check_pair
 
 STEPS = 60
@@ -171,9 +173,9 @@ class _Bench:
         return weights, states
 
 
-# Stated rounding, as a share of the largest |w|, for the whole path of 60 steps: float64 as good as exact; float32 a
-# few hundred roundings of 6e-8, which PSG's slope (gain / r) lets grow.
-ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-4}
+# Stated rounding, as a share of the largest |w|, over a whole path of 60 steps: float64 as good as exact; float32 some
+# hundred roundings of 6e-8, because a step multiplies an error in w by 1 + lr * gain * g / r.
+ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-5}
 
 
 def _agree(fast: list[np.ndarray], slow: list[np.ndarray], dtype: torch.dtype) -> None:
@@ -234,7 +236,7 @@ def test_psg_on_the_gradient_is_the_reference(pull, dtype) -> None:
         clip_start=0.1,
     )
     rule = dt.Rule(match="weight", target=target, mechanism=mechanism, fit_every=7, fit_until=30)
-    optimizer = torch.optim.SGD(bench.layer.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-2)
+    optimizer = torch.optim.SGD(bench.layer.parameters(), lr=0.005, momentum=0.9, weight_decay=1e-2)
     fast, _ = bench.path(optimizer, rule)
     slow = reference.psg_gradient(
         w0,
@@ -245,7 +247,7 @@ def test_psg_on_the_gradient_is_the_reference(pull, dtype) -> None:
         gain=2.0,
         eps=lambda t: 0.05 * max(1 - t / 48, 0.0),
         clip_from=6,
-        optimizer=reference.SGD(0.01, 0.9, 1e-2),
+        optimizer=reference.SGD(0.005, 0.9, 1e-2),
     )
     _agree(fast, slow, dtype)
 
@@ -417,22 +419,23 @@ def test_a_step_that_raises_is_repaired() -> None:
         assert run.clock == 1
 
 
-def test_a_frozen_run_is_replaceable() -> None:
-    """Mechanisms are values: equal when their fields are, and changed by `replace`."""
+def test_mechanisms_are_values() -> None:
+    """Equal and hashed alike when their fields are, as recipes that are compared and cached need."""
     for mechanism in MECHANISMS.values():
-        assert replace(mechanism) == mechanism
-        assert len({mechanism, replace(mechanism)}) == 1
+        again = from_spec(to_spec(mechanism))
+        assert again == mechanism and again is not mechanism
+        assert len({mechanism, again}) == 1
 
 
 @pytest.mark.parametrize("form", ["gradient", "update"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_cutting_a_large_weight_into_pieces_changes_no_bit(monkeypatch, form, memory_format):
+def test_cutting_a_large_weight_into_pieces_changes_no_bit(monkeypatch, form, memory_format: Any) -> None:
     """PSG works on cache-sized pieces of large weights; the pieces must add up to the whole, bitwise."""
 
     def train(piece: int) -> torch.Tensor:
         monkeypatch.setattr("detent.mechanisms.gradient._PIECE", piece)
         torch.manual_seed(0)
-        model = torch.nn.Conv2d(7, 5, 3, bias=False).to(memory_format=memory_format)
+        model = torch.nn.Conv2d(7, 5, 3, bias=False).to(memory_format=memory_format)  # type: ignore[call-overload]
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
         rule = dt.Rule(match="weight", target=dt.Uniform(bits=3), mechanism=dt.PSG(form=form, clip_start=0))
         dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=5)

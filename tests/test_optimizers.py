@@ -1,4 +1,4 @@
-"""Promises about optimizers: strength 0 is bitwise the base one, and scalers, closures, decay and dummy steps behave."""
+"""Promises about optimizers: strength 0 is bitwise the base one; scalers, closures, decay and dummy steps behave."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import detent as dt
 Factory = Callable[[nn.Module], "torch.optim.Optimizer | list[torch.optim.Optimizer]"]
 
 
-def net() -> nn.Sequential:
+def net() -> Any:  # an nn.Sequential, whose members no type checker knows
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3))
 
@@ -242,7 +242,7 @@ class Odd(Lion):
     """Decay that does not go with the learning rate: neither coupled nor `lr * weight_decay`."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -323,7 +323,8 @@ def test_clip_in_the_loop_acts_before_scaling_and_clip_norm_after() -> None:
 def test_two_limits_in_one_optimizer_are_refused() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    rules = [dt.Rule(match=f"{i}.weight", target=dt.Uniform(bits=4), mechanism=dt.PSG(clip_norm=1.0 + i)) for i in (0, 2)]
+    target = dt.Uniform(bits=4)
+    rules = [dt.Rule(match=f"{i}.weight", target=target, mechanism=dt.PSG(clip_norm=1.0 + i)) for i in (0, 2)]
     dt.attach(model, optimizer, dt.Recipe(rules), total_steps=10)
     with pytest.raises(ValueError, match=r"different limits \[1.0, 3.0\]"):
         train(model, [optimizer], [0])
@@ -414,10 +415,11 @@ def test_a_closure_is_evaluated_once_with_gradients_on(mechanism: dt.Mechanism, 
         for tick in range(4):
             calls = []
 
-            def closure(tick: int = tick, calls: list[bool] = calls) -> Tensor:
+            def closure(held: Any = (model, optimizer, tick, calls)) -> Tensor:
+                shown, optimizer, tick, calls = held
                 calls.append(torch.is_grad_enabled())
                 optimizer.zero_grad()
-                return backward(model, tick)
+                return backward(shown, tick)
 
             if closures:
                 with torch.no_grad():
@@ -440,14 +442,14 @@ def test_lbfgs_is_refused_in_words() -> None:
 
 
 class Twice(torch.optim.SGD):
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         closure()
         return closure()
 
 
 class Sam(torch.optim.SGD):
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for p in group["params"]:
                 p.add_(p.grad, alpha=0.05)
@@ -539,7 +541,7 @@ def test_schedulers_drive_the_rate_of_attached_optimizers() -> None:
 class Doubled(torch.optim.SGD):
     """A subclass whose step calls its base's: torch then runs every hook twice."""
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         return super().step(closure)
 
 
@@ -566,7 +568,7 @@ def test_an_optimizer_inside_backward(mechanism: dt.Mechanism) -> None:
             of = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
             run = dt.attach(model, list(of.values()), grid(mechanism), total_steps=10)
 
-            def step(p: Tensor, of: dict[Any, torch.optim.Optimizer] = of) -> None:
+            def step(p: Tensor, of: dict[Any, Any] = of) -> None:
                 of[p].step()
                 of[p].zero_grad()
 
@@ -667,7 +669,7 @@ class Master(torch.optim.Optimizer):
         super().__init__(params, {"lr": 0.1})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for p in self.param_groups[0]["params"]:
             master = self.state[p].setdefault("master", p.detach().float().clone())
             master.sub_(p.grad.float(), alpha=0.1)

@@ -412,19 +412,32 @@ def test_unknown_fields_are_refused(name: str) -> None:
 
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["kind", "match", "target", "rules", "bits", "x"]), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["kind", "match", "target", "rules", "bits", "x"]), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 
 
 @settings(max_examples=60)
-@given(_JSON | st.builds(lambda entry: {"rules": [entry]}, _JSON) | st.builds(
-    lambda target: {"rules": [{"match": "a", "target": target}]},
-    st.fixed_dictionaries({"kind": st.sampled_from(["Uniform", "TopK", "PSG", "Linear", "Rule", "Zero"])}, optional={
-        "bits": _JSON, "keep": _JSON, "gain": _JSON, "first": _JSON, "range": _JSON,
-    }),
-))
+@given(
+    _JSON
+    | st.builds(lambda entry: {"rules": [entry]}, _JSON)
+    | st.builds(
+        lambda target: {"rules": [{"match": "a", "target": target}]},
+        st.fixed_dictionaries(
+            {"kind": st.sampled_from(["Uniform", "TopK", "PSG", "Linear", "Rule", "Zero"])},
+            optional={
+                "bits": _JSON,
+                "keep": _JSON,
+                "gain": _JSON,
+                "first": _JSON,
+                "range": _JSON,
+            },
+        ),
+    )
+)
 def test_any_data_is_a_recipe_or_a_sentence(data) -> None:
     """Whatever the YAML holds, the answer is a recipe or a ValueError, never another exception."""
     try:
@@ -437,3 +450,21 @@ def test_any_data_is_a_recipe_or_a_sentence(data) -> None:
         assert str(error)
         return
     assert dt.Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_a_rule_may_ask_for_a_weight_decay_and_attach_holds_the_optimizer_to_it():
+    """The published 2-bit setting trains without weight decay; an optimizer that has some is refused by name."""
+    model, recipe = mlp(), dt.Recipe.preset("psg-paper-w2")
+    asked = [name for name, _ in model.named_parameters() if name.endswith("weight")]
+    wrong = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-4)
+    with pytest.raises(
+        ValueError, match=r"has weight decay 0\.0001, but its rule .* asks for 0\.0; build the optimizer"
+    ):
+        dt.attach(model, wrong, recipe, total_steps=10)
+    right = torch.optim.SGD(recipe.param_groups(model, lr=0.1, weight_decay=1e-4))
+    run = dt.attach(model, right, recipe, total_steps=10)
+    plain = {id(p) for group in right.param_groups if group["weight_decay"] for p in group["params"]}
+    assert {id(dict(model.named_parameters())[name]) for name in asked if name != "0.bias"}.isdisjoint(plain)
+    assert run.clock == 0
+    with pytest.raises(ValueError, match=r"weight_decay=-1"):
+        dt.Rule(match="w", target=dt.Uniform(bits=4), weight_decay=-1)

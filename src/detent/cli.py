@@ -96,9 +96,12 @@ def demo(
             TextColumn("steps"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=Console(stderr=True)) as progress:
+        progress = Progress(*columns, console=Console(stderr=True))
+        with contextlib.ExitStack() as shown:
 
             def watch(label: str, total: int) -> Callable[[], None]:
+                if not progress.tasks:  # only now: what is refused before training should leave no empty bar
+                    shown.enter_context(progress)
                 task = progress.add_task(label, total=total)
                 return lambda: progress.advance(task)
 

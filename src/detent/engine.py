@@ -191,6 +191,12 @@ class Run:
                 where = "no attached optimizer" if not found else f"{len(found)} places of the attached optimizers"
                 raise ValueError(f"{name!r} is claimed by the recipe but sits in {where}; it must sit in exactly one")
             driver, entry.group = found[0]
+            asked, given = entry.rule.weight_decay, driver.optimizer.param_groups[entry.group].get("weight_decay", 0.0)
+            if asked is not None and float(given) != asked:
+                raise ValueError(
+                    f"{name!r} has weight decay {float(given)}, but its rule (match={entry.rule.match!r}) asks for {asked}; "
+                    "build the optimizer from recipe.param_groups(model, ...)"
+                )
             driver.entries.append(entry)
 
     def _start(self, hooks: bool) -> None:
@@ -448,8 +454,9 @@ class Run:
     # --- keeping up with the outside ------------------------------------------------------------------------------
 
     def _adopt(self, driver: _Driver | None = None) -> None:
-        for entry in self._entries if driver is None else driver.entries:
-            entry.adopt()
+        for each in self._drivers if driver is None else [driver]:
+            for entry in each.entries:
+                entry.adopt()
 
     def _repair(self, driver: _Driver) -> None:
         """Put the weights back as a forward pass may see them if the step before raised half-way."""
@@ -607,7 +614,7 @@ class Run:
     def _life(self, bits: int | None, recipe: Recipe | None) -> list[tuple[Entry, Target, Params]]:
         """What each claimed tensor is in a compressed life; collective under sharding."""
         if self._inside:
-            raise RuntimeError("a compressed life inside run.compressed(): leave the first one before asking for another")
+            raise RuntimeError("a compressed life inside run.compressed(): leave the first one before asking again")
         self._settle()
         if bits is not None and recipe is not None:
             raise ValueError("give bits= or recipe=, not both")

@@ -257,7 +257,7 @@ def _normalisations(model: nn.Module) -> dict[str, nn.Module]:
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return {
-        f"{name}.{buffer}": value
+        (f"{name}.{buffer}" if name else buffer): value
         for name, module in _normalisations(model).items()
         for buffer, value in module.named_buffers(recurse=False)
     }

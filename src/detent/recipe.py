@@ -41,6 +41,8 @@ class Rule:
         pinned: `run.compressed(bits=...)` leaves this rule's target as it is.
         fit_every: steps between fits of the target, >= 1; `None` for the mechanism's default.
         fit_until: moment after which the fit is frozen; `None` for the mechanism's default.
+        weight_decay: the weight decay this rule is meant for, >= 0: `Recipe.param_groups` gives it to the optimizer and
+            `attach` refuses any other; `None` for whatever the optimizer has.
 
     Raises:
         ValueError: an invalid regular expression, or a rule with both or neither of `target` and `keep`.
@@ -58,6 +60,7 @@ class Rule:
     pinned: bool = False
     fit_every: int | None = None
     fit_until: Moment | None = None
+    weight_decay: float | None = None
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}
 
@@ -79,6 +82,8 @@ class Rule:
             raise ValueError(f"Rule(fit_every={self.fit_every}): must be >= 1 step")
         if self.fit_until is not None:
             step_at(self.fit_until, 1, "Rule.fit_until")
+        if self.weight_decay is not None and not self.weight_decay >= 0:
+            raise ValueError(f"Rule(weight_decay={self.weight_decay}): must be >= 0 or None")
         if self.mechanism is not None and self.target is not None:
             for target in (self.target, self.mechanism.pull):
                 reason = None if target is None else self.mechanism.check(target)
@@ -155,7 +160,8 @@ class Recipe:
 
         Names: psg-w8, psg-w6, psg-w4, psg-w3, psg-w2 (PSG onto a b-bit grid, first and last weight at 8 bits),
         psg-prune90 (PSG towards zero, then the 10 % largest of the whole model), psg-paper-w4, -w3, -w2 (the
-        published form: running min-max range, lambda_s = 150, linear biases too, first and last at 8 bits when b <= 3).
+        published form: running min-max range, lambda_s = 150, linear biases too, first and last at 8 bits when b <= 3, and
+        at 2 bits no weight decay: build the optimizer from `param_groups`).
 
         Raises:
             ValueError: an unknown name, with the nearest known one.
@@ -201,6 +207,29 @@ class Recipe:
         """
         rules = [{k: v for k, v in to_spec(rule).items() if k != "kind"} for rule in self.rules]
         return yaml.safe_dump({"rules": rules}, sort_keys=False, width=120)
+
+    def param_groups(self, model: nn.Module, **options: Any) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer, with the weight decay that rules ask for.
+
+        Args:
+            model: the model.
+            options: optimizer options that every group gets (lr, weight_decay, ...); a rule's weight decay wins.
+
+        Example:
+            >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+            >>> groups = Recipe.preset("psg-paper-w2").param_groups(net, lr=0.1, weight_decay=1e-4)
+            >>> [(len(group["params"]), group["weight_decay"]) for group in groups]
+            [(3, 0.0), (3, 0.0001)]
+        """
+        plan = self.resolve(model)
+        asked = {claim.name: plan.rule_of(claim).weight_decay for claim in plan.claimed}
+        groups: dict[float | None, list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            groups.setdefault(asked.get(canonical_name(name)), []).append(parameter)
+        return [
+            {**options, **({} if decay is None else {"weight_decay": decay}), "params": parameters}
+            for decay, parameters in groups.items()
+        ]
 
     def resolve(self, model: nn.Module) -> Plan:
         """Decide for every parameter of a model; touches no weights, works on the meta device.
@@ -500,6 +529,7 @@ def _paper_preset(bits: int) -> Callable[[], Recipe]:
                 pinned=pinned,
                 fit_every=1,
                 fit_until=1.0,
+                weight_decay=0.0 if bits == 2 else None,
             )
 
         ends = [rule(where, 8, True) for where in ("@first", "@last")] if bits <= 3 else []

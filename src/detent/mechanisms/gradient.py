@@ -49,7 +49,8 @@ class PSG(Mechanism):
     where c is the cell width and r the typical distance c / 4, so `strength` and `gain` mean the same for every
     layer, bit-width and granularity. Where the set has no cells, r is the group's mean |w| and c = 4 r. Weights
     that the target leaves free (survivors of a sparse target) keep s = 1. s is never negative, so no gradient
-    changes its sign. Weight decay stays outside s. The forward pass always sees the full-precision weights.
+    changes its sign. Weight decay stays outside s (in the update form: decoupled decay; what an optimizer folds into
+    its gradient cannot be told apart afterwards). The forward pass always sees the full-precision weights.
 
     Args:
         strength: 0 is the base optimizer, bitwise; 1 is pure PSG. Number in [0, 1] or a schedule.

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
-import secrets
 import stat
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +27,8 @@ from torch import Tensor, nn
 from detent import sharding
 from detent.engine import Run
 from detent.lives import Encoded
+from detent.pack.atomic import destination, replace_file
+from detent.pack.bits import bytes_of, pack_bits, tensor_of, unpack_bits
 from detent.pack.header import (
     BLOB,
     BUFFER,
@@ -52,89 +52,9 @@ from detent.pack.header import (
 from detent.recipe import Recipe, canonical_name, short, to_spec
 from detent.targets import Codes, Params, Stream, Target
 
-__all__ = ["FormatError", "Header", "load", "pack_bits", "read_header", "save", "sizes", "unpack_bits"]
+__all__ = ["load", "read_header", "save", "sizes"]
 
-_BLOCK = 1 << 20  # values packed at a time; a multiple of 8, so that blocks end on whole bytes
 _LONGEST_HEADER = 1 << 24  # a hundred thousand tensors; more is an attack on the reader's memory
-
-
-# --- bits ---------------------------------------------------------------------------------------------------------
-
-
-def pack_bits(values: np.ndarray, width: int) -> bytes:
-    """Integers as a string of bits: bit k of value i is bit `i * width + k`, counted from the lowest of byte 0.
-
-    Args:
-        values: 1-D, integers in [0, 2**width).
-        width: bits a value, 1 to 16.
-
-    Raises:
-        ValueError: a width or value out of range.
-
-    Example:
-        >>> pack_bits(np.array([1, 2, 3]), 2).hex()     # 0b00_11_10_01
-        '39'
-    """
-    if not 1 <= width <= 16:
-        raise ValueError(f"width={width}: must be 1 to 16 bits")
-    if values.size and not 0 <= int(values.min()) <= int(values.max()) < 2**width:
-        raise ValueError(f"values from {values.min()} to {values.max()} do not fit into {width} bits")
-    octets = 1 if width <= 8 else 2
-    plain = np.ascontiguousarray(values).astype("<u1" if octets == 1 else "<u2")
-    if width == 8 * octets:
-        return plain.tobytes()
-    packed = []
-    for first in range(0, plain.size, _BLOCK):
-        block = plain[first : first + _BLOCK].view(np.uint8).reshape(-1, octets)
-        bits = np.unpackbits(block, axis=1, bitorder="little")[:, :width]
-        packed.append(np.packbits(bits.reshape(-1), bitorder="little").tobytes())
-    return b"".join(packed)
-
-
-def unpack_bits(data: bytes | np.ndarray, count: int, width: int) -> np.ndarray:
-    """The inverse of `pack_bits`, as uint8 up to 8 bits and uint16 above.
-
-    Args:
-        data: exactly the bytes that `pack_bits` gave.
-        count: number of values.
-        width: bits a value, 1 to 16.
-
-    Raises:
-        ValueError: a width out of range, or another number of bytes than count and width ask for.
-
-    Example:
-        >>> unpack_bits(bytes.fromhex("39"), 3, 2)
-        array([1, 2, 3], dtype=uint8)
-    """
-    if not 1 <= width <= 16:
-        raise ValueError(f"width={width}: must be 1 to 16 bits")
-    raw = np.frombuffer(data, dtype=np.uint8)
-    if raw.size != -(-count * width // 8):
-        raise ValueError(f"{count} values of {width} bits do not take {raw.size} bytes")
-    octets = 1 if width <= 8 else 2
-    if width == 8 * octets:
-        return raw.view("<u1" if octets == 1 else "<u2").copy()
-    out = np.empty(count, dtype="<u1" if octets == 1 else "<u2")
-    for first in range(0, count, _BLOCK):
-        past = min(first + _BLOCK, count)
-        piece = raw[first * width // 8 : -(-past * width // 8)]
-        bits = np.unpackbits(piece, count=(past - first) * width, bitorder="little").reshape(-1, width)
-        wide = np.packbits(bits, axis=1, bitorder="little")
-        out[first:past] = np.ascontiguousarray(wide).view(out.dtype).reshape(-1)
-    return out
-
-
-def _bytes_of(tensor: Tensor) -> np.ndarray:
-    """The bytes of a tensor in row-major order."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def _tensor_of(data: np.ndarray, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """The inverse of `_bytes_of`, in memory of its own."""
-    tensor = torch.empty(tuple(shape), dtype=dtype)
-    if data.size:
-        tensor.reshape(-1).view(torch.uint8).numpy()[:] = data
-    return tensor
 
 
 # --- what a model holds -------------------------------------------------------------------------------------------
@@ -158,6 +78,7 @@ def _held(model: nn.Module) -> _Held:
     Raises:
         ValueError: something that a file cannot hold.
     """
+    sharding.refuse_flattened(model)
     held, first_name, by_name = _Held(), dict[int, str](), dict[str, Tensor]()
     for path, module in model.named_modules(remove_duplicate=False):
         if type(module).get_extra_state is not nn.Module.get_extra_state:
@@ -173,7 +94,7 @@ def _held(model: nn.Module) -> _Held:
             if first != name:
                 held.aliases[name] = first
                 continue
-            reason = _unfit(own, tensor)
+            reason = _unfit(tensor)
             if reason or not name:
                 raise ValueError(f"{name!r} {reason or 'has only wrapper names'}, which a file cannot hold")
             held.tensors[name] = tensor
@@ -182,12 +103,10 @@ def _held(model: nn.Module) -> _Held:
     return held
 
 
-def _unfit(own: str, tensor: Tensor) -> str:
+def _unfit(tensor: Tensor) -> str:
     """Why a file cannot hold a tensor, or nothing."""
     if isinstance(tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
         return "is not initialised yet"
-    if own == "_flat_param" or own.startswith("_flat_param_"):
-        return "is sharded by the old FullyShardedDataParallel; use fully_shard"
     if tensor.is_meta:
         return "lies on the meta device and has no data"
     if tensor.layout != torch.strided or tensor.is_quantized:
@@ -251,7 +170,7 @@ def save(
         raise RuntimeError("save inside run.compressed(): leave the compressed life first, the file needs both")
     if sys.byteorder != "little":
         raise ValueError("save: files are little-endian and this machine is not")
-    where = _destination(path)
+    where = destination(path)
     kept = _checked_notes(notes)
     sharded = any(sharding._is_sharded(p) for p in run.model.parameters())
     content = _content(run, life, bits, recipe, kept)
@@ -293,8 +212,7 @@ def _content(run: Run, life: Life, bits: int | None, recipe: Recipe | None, note
     writer = _Writer()
     for name, item in encoded.items():
         writer.add_coded(name, item, held.tensors[name].dtype, pulled_by[name])
-    # The statistics of a compressed life come under the name that torch gives a shared module first, without aliases.
-    second = {name.lstrip("."): value for name, value in (found or {}).items()}
+    second = dict(found or {})
     for name, tensor in held.tensors.items():
         if life == "both":
             value = sharding.whole(tensor)
@@ -305,14 +223,13 @@ def _content(run: Run, life: Life, bits: int | None, recipe: Recipe | None, note
         elif name not in encoded:
             value = second[name] if name in second else sharding.whole(tensor)
             writer.add_rest(name, value, BUFFER if name in held.buffers else reasons[name])
-    assert second.keys() <= held.tensors.keys(), second.keys() - held.tensors.keys()
     own = any(getattr(m, "running_mean", None) is not None for m in run.model.modules())
     batchnorm = "re-estimated" if found else ("own" if own else "none")
     return writer.finish(life, batchnorm, held.aliases, notes)
 
 
 def _raw_row(value: Tensor, why: int) -> tuple[str, tuple[int, ...], str, int]:
-    return CODE_OF[value.dtype], tuple(value.shape), digest(_bytes_of(value)), why
+    return CODE_OF[value.dtype], tuple(value.shape), digest(bytes_of(value)), why
 
 
 @dataclass(kw_only=True)
@@ -335,7 +252,7 @@ class _Writer:
 
     def add_rest(self, name: str, value: Tensor, reason: str) -> None:
         self.rest[name] = _raw_row(value, self.why_index(reason))
-        self.blob_rest.append(_bytes_of(value).tobytes())
+        self.blob_rest.append(bytes_of(value).tobytes())
 
     def add_coded(self, name: str, item: Encoded, dtype: torch.dtype, mechanism: str) -> None:
         kind = (to_spec(item.target), mechanism)
@@ -344,12 +261,12 @@ class _Writer:
         numbers, streams = [], []
         for number in item.target.stored:
             value = item.params[number]
-            numbers.append((number, CODE_OF[value.dtype], tuple(value.shape), self._put(_bytes_of(value).tobytes())))
+            numbers.append((number, CODE_OF[value.dtype], tuple(value.shape), self._put(bytes_of(value).tobytes())))
         for stream in item.codes.streams:
             real = stream.values.is_floating_point()
             if real:
                 assert stream.width == 8 * stream.values.dtype.itemsize, (name, stream)
-                data = _bytes_of(stream.values).tobytes()
+                data = bytes_of(stream.values).tobytes()
             else:
                 data = pack_bits(stream.values.cpu().numpy(), stream.width)
             width = CODE_OF[stream.values.dtype] if real else stream.width
@@ -375,7 +292,7 @@ class _Writer:
             "full": self.full,
             "notes": notes,
         }
-        # Names repeat so much that this takes a header to a quarter: 9 % of a 2-bit ResNet-32 otherwise.
+        # Names repeat so much that this takes a header to a quarter; it was 9 % of a 2-bit ResNet-32.
         plain = json.dumps(head, separators=(",", ":"), allow_nan=False).encode()
         text = base64.b64encode(zlib.compress(plain, 9)).decode()
         try:
@@ -412,22 +329,7 @@ def _on_first_rank(write: Callable[[], int]) -> int:
     return outcome[0]
 
 
-def _destination(path: str | os.PathLike[str]) -> Path:
-    """Where the bytes go: links are followed, so that a link stays one."""
-    where = Path(os.path.realpath(path))
-    try:
-        is_folder, has_folder = where.is_dir(), where.parent.is_dir()
-    except OSError as error:
-        raise type(error)(f"cannot save to {path}: {error.strerror}") from error
-    if is_folder:
-        raise IsADirectoryError(f"cannot save to {path}: it is a folder; name a file in it")
-    if not has_folder:
-        raise FileNotFoundError(f"cannot save to {path}: there is no folder {where.parent}; make it first")
-    return where
-
-
 def _write(where: Path, content: _Content) -> int:
-    """Write next to the old file, flush to the disk, then swap: at no moment is there half a file under the name."""
     entries, seen = {}, set()
     for name, tensor in content.entries.items():
         plain = tensor.detach().cpu().contiguous()
@@ -436,67 +338,8 @@ def _write(where: Path, content: _Content) -> int:
         entries[name] = plain.clone() if pointer in seen else plain
         seen.add(pointer)
     data = safetensors.torch.save(entries, content.metadata)
-    try:
-        _sweep(where)
-        with _temporary(where) as (temporary, file):
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, where)
-        if os.name == "posix":
-            folder = os.open(where.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise type(error)(f"cannot save to {where}: {why}; what was there before is untouched") from error
+    replace_file(where, data)
     return len(data)
-
-
-@contextlib.contextmanager
-def _temporary(where: Path) -> Iterator[tuple[Path, Any]]:
-    """A locked file beside the destination, which is gone afterwards whatever happens but `kill -9`."""
-    temporary = where.with_name(f".{where.name}.{secrets.token_hex(6)}.tmp")
-    # Not tempfile: it makes files that only their owner can read, whatever the umask says.
-    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            _lock(file.fileno())
-            yield temporary, file
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-
-
-def _lock(descriptor: int) -> bool:
-    """Whether this process now holds the file, as far as this system can tell."""
-    try:
-        import fcntl
-    except ImportError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        return False
-    return True
-
-
-def _sweep(where: Path) -> None:
-    """Remove what a killed save of the same file left behind: temporary files that no process holds any more.
-
-    Empty ones are let be: a save writes only once it holds the lock, so an empty file may be one just begun.
-    """
-    prefix, suffix = f".{where.name}.", ".tmp"
-    for name in os.listdir(where.parent):
-        if not (name.startswith(prefix) and name.endswith(suffix) and len(name) == len(prefix + suffix) + 12):
-            continue
-        with contextlib.suppress(OSError), open(where.with_name(name), "rb") as file:
-            if _lock(file.fileno()) and os.fstat(file.fileno()).st_size:
-                os.unlink(where.with_name(name))
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -684,7 +527,7 @@ class _Opened:
         found = {}
         for name, row in self.head.full.items():
             found[name] = self.handle.get_tensor(name)
-            self._verify(name, _bytes_of(found[name]), row.digest)
+            self._verify(name, bytes_of(found[name]), row.digest)
         return found
 
     def compressed(self) -> dict[str, Tensor]:
@@ -704,7 +547,7 @@ class _Opened:
         found: dict[str, Tensor] = {}
         for name, row in head.coded.items():
             numbers = {
-                number.name: _tensor_of(
+                number.name: tensor_of(
                     take(f"{name}:{number.name}", raw_bytes(number), number.digest), DTYPES[number.dtype], number.shape
                 )
                 for number in row.params
@@ -716,16 +559,16 @@ class _Opened:
                     plain = unpack_bits(data, stream.numel, stream.kind)
                     values = torch.from_numpy(plain if plain.dtype == np.uint8 else plain.astype(np.int32))
                 else:
-                    values = _tensor_of(data, DTYPES[stream.kind], (stream.numel,))
+                    values = tensor_of(data, DTYPES[stream.kind], (stream.numel,))
                 streams.append(Stream(name=stream.name, values=values, width=stream_width(stream)))
             params = Params(tensors=numbers, layout=layout_of(row))
             found[name] = self._decode(name, row, targets[row.target], params, Codes(streams=tuple(streams)))
         for name, raw in head.rest.items():
-            found[name] = _tensor_of(take(name, raw_bytes(raw), raw.digest), DTYPES[raw.dtype], raw.shape)
+            found[name] = tensor_of(take(name, raw_bytes(raw), raw.digest), DTYPES[raw.dtype], raw.shape)
         for name, raw in head.full.items():
             if name not in found:
                 found[name] = self.handle.get_tensor(name)
-                self._verify(name, _bytes_of(found[name]), raw.digest)
+                self._verify(name, bytes_of(found[name]), raw.digest)
         return found
 
     def _verify(self, name: str, data: np.ndarray, expected: str) -> None:
