@@ -194,8 +194,8 @@ class Run:
             asked, given = entry.rule.weight_decay, driver.optimizer.param_groups[entry.group].get("weight_decay", 0.0)
             if asked is not None and float(given) != asked:
                 raise ValueError(
-                    f"{name!r} has weight decay {float(given)}, but its rule (match={entry.rule.match!r}) asks for {asked}; "
-                    "build the optimizer from recipe.param_groups(model, ...)"
+                    f"{name!r} has weight decay {float(given)}, but its rule (match={entry.rule.match!r}) asks for "
+                    f"{asked}; build the optimizer from recipe.param_groups(model, ...)"
                 )
             driver.entries.append(entry)
 

@@ -160,8 +160,8 @@ class Recipe:
 
         Names: psg-w8, psg-w6, psg-w4, psg-w3, psg-w2 (PSG onto a b-bit grid, first and last weight at 8 bits),
         psg-prune90 (PSG towards zero, then the 10 % largest of the whole model), psg-paper-w4, -w3, -w2 (the
-        published form: running min-max range, lambda_s = 150, linear biases too, first and last at 8 bits when b <= 3, and
-        at 2 bits no weight decay: build the optimizer from `param_groups`).
+        published form: running min-max range, lambda_s = 150, linear biases too, first and last at 8 bits when b <= 3,
+        and at 2 bits no weight decay: build the optimizer from `param_groups`).
 
         Raises:
             ValueError: an unknown name, with the nearest known one.
