@@ -168,6 +168,9 @@ CASES: dict[str, tuple[str, Callable[[nn.Module], torch.optim.Optimizer]]] = {
 }
 
 
+RESUMED = ("psg-adamw", "ste-adamw", "prune-sgd")
+
+
 def ddp_job(rank: int, world: int, folder: Path) -> dict[str, Any]:
     found = {}
     for case, (rules, make) in CASES.items():
@@ -189,7 +192,7 @@ def fsdp_job(rank: int, world: int, folder: Path) -> dict[str, Any]:
         optimizer = make(model)
         run = dt.attach(model, optimizer, RULES[rules], total_steps=STEPS)
         train(model, optimizer, range(5), rank, world)
-        if world == 2:
+        if case in RESUMED:
             weights, held = get_state_dict(model, optimizer)
             state = {"model": weights, "optimizer": held, "run": run.state_dict()}
             save(state, checkpoint_id=folder.parent / "saved" / case)
@@ -243,7 +246,8 @@ def resume_job(rank: int, world: int, folder: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict_loader import load
 
     found = {}
-    for case, (rules, make) in CASES.items():
+    for case in RESUMED:
+        rules, make = CASES[case]
         model = sharded(world)
         with torch.no_grad():
             for p in model.parameters():
@@ -316,7 +320,7 @@ def test_fsdp_is_one_process(two: tuple[Path, list[dict[str, Any]]], case: str) 
     assert_ranks_agree_with_one_process([found["fsdp"] for found in two[1]], case, 1e-6)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", RESUMED)
 def test_a_checkpoint_of_two_ranks_goes_on_at_three(three: list[dict[str, Any]], case: str) -> None:
     assert_ranks_agree_with_one_process(three, case, 1e-6)
 

@@ -306,15 +306,18 @@ def test_weights_loaded_behind_our_back_are_noticed(mechanism: dt.Mechanism) -> 
     assert run.clock == 3
 
 
-def test_adopting_after_the_fit_is_over_keeps_the_grid() -> None:
+@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE()], ids=["psg", "ste"])
+def test_adopting_after_the_fit_is_over_keeps_the_grid(mechanism: dt.Mechanism) -> None:
     model = net()
     optimizer = sgd(model)
-    run = dt.attach(model, optimizer, recipe(dt.PSG(), fit_every=1, fit_until=2), total_steps=STEPS)
+    run = dt.attach(model, optimizer, recipe(mechanism, fit_every=1, fit_until=2), total_steps=STEPS)
     train(model, optimizer, range(3))
     before = run.encoded()["0.weight"].params["scale"].clone()
-    model.load_state_dict({name: value * 2 for name, value in everything(model).items()})
+    model.load_state_dict({name: value * 1.7 for name, value in everything(model).items()})
     run.rebind(adopt=True)
     assert torch.equal(run.encoded()["0.weight"].params["scale"], before)
+    if isinstance(mechanism, dt.STE):
+        assert torch.equal(model[0].weight, compressed_of(run)["0.weight"]), "the latent starts afresh, on the old grid"
     train(model, optimizer, [3])
 
 

@@ -225,7 +225,7 @@ _PULLS = {"grid": (dt.Uniform(bits=3, range="minmax"), _fit_grid(3)), "zero": (d
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("pull", _PULLS)
 def test_psg_on_the_gradient_is_the_reference(pull, dtype) -> None:
-    """Schedules of strength and eps, a fit every 7 steps until step 30, clipping from step 6 on, SGD with momentum."""
+    """Schedules of strength and eps, a fit every 7 steps until step 30, clipping (and a fit) from step 6, SGD momentum."""
     target, fit = _PULLS[pull]
     bench = _Bench(dtype)
     w0, gradients = bench.start(), bench.given()
@@ -242,7 +242,7 @@ def test_psg_on_the_gradient_is_the_reference(pull, dtype) -> None:
         w0,
         gradients,
         fit=fit,
-        fit_at=lambda t: t % 7 == 0 and t < 30,
+        fit_at=lambda t: (t % 7 == 0 or t == 6) and t < 30,
         strength=lambda t: 0.2 + 0.8 * min(max((t - 10) / 40, 0.0), 1.0),
         gain=2.0,
         eps=lambda t: 0.05 * max(1 - t / 48, 0.0),
@@ -445,3 +445,21 @@ def test_cutting_a_large_weight_into_pieces_changes_no_bit(monkeypatch, form, me
         return model.weight.detach().clone()
 
     assert torch.equal(train(1 << 30), train(17))
+
+
+@pytest.mark.parametrize("mechanism", [dt.PSG(clip_start=7), dt.Clip(start=7)])
+def test_clipping_starts_from_the_range_of_the_weights_as_they_are(mechanism):
+    """A range fitted at the start would hold a growing weight at its initial size; the naive way fails here."""
+    model = torch.nn.Linear(8, 8, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    rule = dt.Rule(match="weight", target=dt.Uniform(bits=8, range="minmax"), mechanism=mechanism, fit_until=50)
+    dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=100)
+    for _ in range(7):
+        model.weight.grad = torch.zeros(8, 8)
+        with torch.no_grad():
+            model.weight.grad.copy_(-model.weight)  # doubles every weight that is not exactly on its level
+        optimizer.step()
+    grown = float(model.weight.detach().abs().max())
+    model.weight.grad = torch.full((8, 8), 1e-9)
+    optimizer.step()
+    assert float(model.weight.detach().abs().max()) == pytest.approx(grown, rel=1e-5)

@@ -486,6 +486,7 @@ def main(
     seed: Annotated[list[int] | None, typer.Option(help="may be repeated; 0, 1 and 2 by default")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="instead of the task's own")] = None,
     subset: Annotated[int | None, typer.Option(min=64, help="train on this many images only")] = None,
+    train: Annotated[bool, typer.Option(help="--no-train writes the records of what is finished")] = True,
 ) -> None:
     """Trains what is not in ``--out`` yet and writes a record for each task."""
     torch.set_num_threads(1)
@@ -502,8 +503,9 @@ def main(
         file = out / f"{name}-{_plan_key(plan)}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         rows = _cached(file)
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for number in seed or (0, 1, 2):
+        if train:
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))  # without a line that was cut off
+        for number in (seed or (0, 1, 2)) if train else ():
             bench = Bench.of(plan, number, data_dir, out / "cache")
             for each, width in _jobs(variant, bits, number, rows):
                 fresh = [row | {"code": code} for row in train_one(bench, VARIANTS[each], width)]
@@ -511,6 +513,8 @@ def main(
                 with file.open("a") as lines:
                     lines.writelines(json.dumps(row) + "\n" for row in fresh)
                 console.print(*(_line(name, row) for row in fresh), sep="\n", highlight=False)
+            _write(name, plan, rows, records / f"psg-defaults-{name}.json", command)
+        if not train:
             _write(name, plan, rows, records / f"psg-defaults-{name}.json", command)
 
 

@@ -520,4 +520,5 @@ def _draw_layer(axes: Any, spread: _Spread, n: int) -> None:
     axes.set_xticks(range(-n, n + 1), [f"{level:+d}" if level else "0" for level in range(-n, n + 1)])
     axes.set(xlabel="weight in steps of the grid (dotted: its levels)", xlim=(-edge, edge), ylabel="% of weights")
     if beyond >= 0.05:
-        axes.text(0.98, 0.95, f"{beyond:.1f} % lie outside", transform=axes.transAxes, ha="right", fontsize=9)
+        text = axes.text(0.98, 0.95, f"{beyond:.1f} % lie outside", transform=axes.transAxes, ha="right", fontsize=9)
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})

@@ -164,10 +164,7 @@ class Run:
         self._closed = False
         self._awaiting_state = False
         self._statistics: dict[str, Statistics] = {}
-        named = named_parameters(model)
-        self._entries = [
-            Entry(claim=claim, rule=plan.rule_of(claim), param=named[claim.name]) for claim in plan.claimed
-        ]
+        self._entries = lives.entries_of(model, plan, {})
         self._drivers = [_Driver(optimizer=each, entries=[]) for each in attached]
         if attached:
             self._assign()
@@ -191,12 +188,7 @@ class Run:
                 where = "no attached optimizer" if not found else f"{len(found)} places of the attached optimizers"
                 raise ValueError(f"{name!r} is claimed by the recipe but sits in {where}; it must sit in exactly one")
             driver, entry.group = found[0]
-            asked, given = entry.rule.weight_decay, driver.optimizer.param_groups[entry.group].get("weight_decay", 0.0)
-            if asked is not None and float(given) != asked:
-                raise ValueError(
-                    f"{name!r} has weight decay {float(given)}, but its rule (match={entry.rule.match!r}) asks for "
-                    f"{asked}; build the optimizer from recipe.param_groups(model, ...)"
-                )
+            entry.check_decay(driver.optimizer.param_groups[entry.group])
             driver.entries.append(entry)
 
     def _start(self, hooks: bool) -> None:
@@ -435,7 +427,8 @@ class Run:
             every, until = mine[0].cadence(self._total_steps)
             phase = every - 1 if mine[0].mechanism.fit_at_end and not first else 0
             missing = any(entry.pull_params is None for entry in mine)
-            due = driver.step % every == phase and (until is None or driver.step < until)
+            wanted = driver.step % every == phase or mine[0].mechanism.wants_fit(self._clock(driver))
+            due = wanted and (until is None or driver.step < until)
             if not (missing or due):
                 continue
             if mine[0].pull.scope == "model":
@@ -638,13 +631,7 @@ class Run:
 
     def _life_of(self, recipe: Recipe) -> list[tuple[Entry, Target, Params]]:
         sharding.reshard(self.model)
-        plan = recipe.resolve(self.model)
-        named = named_parameters(self.model)
-        latents = {entry.name: entry.state for entry in self._entries}
-        entries = [
-            Entry(claim=c, rule=plan.rule_of(c), param=named[c.name], state=latents.get(c.name, {}))
-            for c in plan.claimed
-        ]
+        entries = lives.entries_of(self.model, recipe.resolve(self.model), {e.name: e.state for e in self._entries})
         fit_target(entries)
         return [(entry, entry.target, entry.params) for entry in entries if entry.params is not None]
 

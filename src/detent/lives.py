@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from detent import sharding
 from detent.mechanisms import Clock, Mechanism
-from detent.recipe import Claim, Rule, canonical_name
+from detent.recipe import Claim, Plan, Rule, canonical_name
 from detent.schedules import Schedule, step_at
 from detent.targets import Codes, Params, Target
 
@@ -21,6 +21,7 @@ __all__ = [
     "Entry",
     "Statistics",
     "distance_row",
+    "entries_of",
     "fit_pull",
     "fit_target",
     "install",
@@ -123,6 +124,19 @@ class Entry:
             elif name.endswith("start") and value is not None:  # by convention a moment
                 step_at(value, total_steps, f"{type(self.mechanism).__name__}.{name}")
 
+    def check_decay(self, options: Mapping[str, Any]) -> None:
+        """Refuse a parameter group whose weight decay is not the one that the rule asks for.
+
+        Raises:
+            ValueError: naming the parameter.
+        """
+        asked, given = self.rule.weight_decay, float(options.get("weight_decay", 0.0) or 0.0)
+        if asked is not None and given != asked:
+            raise ValueError(
+                f"{self.name!r} has weight decay {given}, but its rule (match={self.rule.match!r}) asks for {asked}; "
+                "build the optimizer from recipe.param_groups(model, ...)"
+            )
+
     def follow(self, param: Tensor) -> None:
         """Go on with another object for the same parameter; memory kept for the whole is cut to what is held here."""
         self.param = param
@@ -196,6 +210,15 @@ class Entry:
             return act(w, params.local(*rows))
         result = act(sharding.whole(sharding.as_sharded(w, self.param)), params)
         return None if result is None else result[slice(*rows)].clone()
+
+
+def entries_of(model: nn.Module, plan: Plan, states: Mapping[str, dict[str, Tensor]]) -> list[Entry]:
+    """The claimed parameters of a plan, with the memory that mechanisms have of them already."""
+    named = named_parameters(model)
+    return [
+        Entry(claim=claim, rule=plan.rule_of(claim), param=named[claim.name], state=states.get(claim.name, {}))
+        for claim in plan.claimed
+    ]
 
 
 def fit_pull(entries: list[Entry]) -> None:

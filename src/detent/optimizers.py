@@ -134,7 +134,7 @@ def check_finite_gradients(named: Mapping[str, Tensor], claimed: Sequence[Tensor
             raise RuntimeError(f"{name!r} has a sparse gradient, which no mechanism can scale; use sparse=False")
     bad: list[str] = []
     if grads:
-        norms = torch._foreach_norm(list(grads.values()))  # type: ignore[attr-defined]
+        norms = torch._foreach_norm(list(grads.values()))
         # A norm may overflow where no entry is bad, so only the entries decide.
         if not bool(torch.isfinite(torch.stack([norm.float() for norm in norms]).sum())):
             bad = [name for name, grad in grads.items() if not bool(torch.isfinite(grad).all())]

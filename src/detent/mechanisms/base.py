@@ -109,6 +109,10 @@ class Mechanism(abc.ABC):
         """Fit in the last step of a period instead of the first."""
         return False
 
+    def wants_fit(self, clock: Clock) -> bool:
+        """Whether this step needs a fresh fit although its period is not over."""
+        return False
+
     @property
     def norm_limit(self) -> float | None:
         """Largest total gradient norm after `before_step`, or `None`; the engine clips to it."""

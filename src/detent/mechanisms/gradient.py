@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from detent.mechanisms.base import Clock, Mechanism, Slot
-from detent.mechanisms.projection import clip_to_range, clipping
+from detent.mechanisms.projection import clip_to_range, clipping, clipping_begins
 from detent.schedules import Linear, Moment, Number, Schedule, step_at, value_at
 from detent.targets import Params, Target, Uniform, Zero
 from detent.targets.base import compute_dtype
@@ -54,11 +54,12 @@ class PSG(Mechanism):
 
     Args:
         strength: 0 is the base optimizer, bitwise; 1 is pure PSG. Number in [0, 1] or a schedule.
-        gain: mean factor on the learning rate, > 0. Clicking goes with (learning rate * gain)^2.
+        gain: mean factor on the learning rate, > 0. Clicking goes with (learning rate * gain)^2, but so does the risk:
+            4 is what the published lambda_s = 150 amounts to at 4 bits; a net with BatchNorm may take more.
         eps: smallest distance, as a fraction of the cell, >= 0. Number or schedule; ending at 0 lets clusters close.
         clip: keep the weights inside the range of a bounded target, after each step from `clip_start` on.
-        clip_start: moment (step or fraction of training) clipping starts; `None` for when the fit is frozen. Earlier,
-            a range that is still being fitted can shrink but never grow again.
+        clip_start: moment (step or fraction of training) clipping starts, with a fresh fit; `None` for when the fit is
+            frozen. While clipping and fitting both go on, a range may still shrink but not grow.
         start: moment PSG starts; before it the base optimizer runs untouched.
         form: "gradient" scales the gradient (the paper), "update" scales the step the optimizer took, "auto" is
             "gradient" under SGD and "update" under every other optimizer: a normalising optimizer divides a scaled
@@ -90,10 +91,10 @@ class PSG(Mechanism):
     """
 
     strength: Number = 1.0
-    gain: float = 12.0
+    gain: float = 4.0
     eps: Number = field(default=_EPS)
     clip: bool = True
-    clip_start: Moment | None = None
+    clip_start: Moment | None = 0.1
     start: Moment = 0.0
     form: Literal["auto", "gradient", "update"] = "auto"
     clip_norm: float | None = None
@@ -147,6 +148,9 @@ class PSG(Mechanism):
     @property
     def norm_limit(self) -> float | None:
         return self.clip_norm
+
+    def wants_fit(self, clock: Clock) -> bool:
+        return self.clip and clipping_begins(self.clip_start, clock)
 
     def active(self, clock: Clock) -> bool:
         started = clock.step >= step_at(self.start, clock.total_steps, "PSG.start")

@@ -23,6 +23,11 @@ def clip_to_range(w: Tensor, target: Target, params: Params) -> None:
         torch.clamp_(w, min=-limits, max=limits)
 
 
+def clipping_begins(start: Moment | None, clock: Clock) -> bool:
+    """Whether clipping starts in this step: the range must then be that of the weights as they are, not an old one."""
+    return start is not None and clock.step == step_at(start, clock.total_steps, "clip start")
+
+
 def clipping(start: Moment | None, slot: Slot, clock: Clock) -> bool:
     """Whether weights are clipped in this step: from `start` on, or once the fit is frozen if that is `None`."""
     return slot.frozen if start is None else clock.step >= step_at(start, clock.total_steps, "clip start")
@@ -37,14 +42,14 @@ class Clip(Mechanism):
     The plain rival of PSG: a few outliers hold most of the rounding error, and this alone removes them.
 
     Args:
-        start: moment (step or fraction of training) clipping starts; `None` for when the fit is frozen.
+        start: moment (step or fraction of training) clipping starts, with a fresh fit; `None` for when the fit is frozen.
 
     Example:
         >>> import detent as dt
         >>> rule = dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.Clip())
     """
 
-    start: Moment | None = None
+    start: Moment | None = 0.1
 
     keeps_full_life: ClassVar[bool] = True
 
@@ -55,6 +60,9 @@ class Clip(Mechanism):
     @property
     def fit_until(self) -> Moment | None:
         return 0.3
+
+    def wants_fit(self, clock: Clock) -> bool:
+        return clipping_begins(self.start, clock)
 
     def check(self, target: Target) -> str | None:
         if type(target).limits is Target.limits:
