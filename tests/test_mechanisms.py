@@ -225,7 +225,7 @@ _PULLS = {"grid": (dt.Uniform(bits=3, range="minmax"), _fit_grid(3)), "zero": (d
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("pull", _PULLS)
 def test_psg_on_the_gradient_is_the_reference(pull, dtype) -> None:
-    """Schedules of strength and eps, a fit every 7 steps until step 30, clipping (and a fit) from step 6, SGD momentum."""
+    """Schedules of strength and eps, a fit every 7 steps until step 30, clipping and a fit from step 6, momentum."""
     target, fit = _PULLS[pull]
     bench = _Bench(dtype)
     w0, gradients = bench.start(), bench.given()

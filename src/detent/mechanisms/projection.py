@@ -42,7 +42,8 @@ class Clip(Mechanism):
     The plain rival of PSG: a few outliers hold most of the rounding error, and this alone removes them.
 
     Args:
-        start: moment (step or fraction of training) clipping starts, with a fresh fit; `None` for when the fit is frozen.
+        start: moment (step or fraction of training) clipping starts, with a fresh fit; `None` for when the fit is
+            frozen.
 
     Example:
         >>> import detent as dt
