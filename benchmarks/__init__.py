@@ -17,8 +17,6 @@ __all__ = ["PICTURES", "RECORDS", "ROOT", "recording"]
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "records"
 PICTURES = ROOT / "docs" / "pictures"
-# What a measurement is made of. A changed page or an older record does not change a number.
-CODE = ("src", "papers", "tests/reference.py", "benchmarks/*.py")
 
 
 @contextmanager
@@ -33,7 +31,8 @@ def recording(
 ) -> Iterator[dict[str, Any]]:
     """Measures the block and writes ``records/NAME.json`` with what the block put into the dict it gets.
 
-    Commit and dirtiness are those at the start, when the code was loaded; dirty means code differs from the commit.
+    Commit and dirtiness are those at the start, when the code was loaded; dirty means that a file this process loaded
+    as code differs from the commit. (Changed pages and other records change no number.)
 
     Args:
         name: of the record and, with "_" for "-", of the script in this folder.
@@ -48,19 +47,21 @@ def recording(
     script = name.replace("-", "_")
     command = shlex.join(["python", "-m", f"benchmarks.{script}", *sys.argv[1:]])
     before, load = environment(ROOT), os.getloadavg()[0]
-    changed = _changed_code()
+    changed = _changed_files()
     results: dict[str, Any] = {}
     record = Record(name=name, question=question, command=command, seeds=seeds, config=config, notes=notes)
     with record:
         yield results
     path = out or RECORDS / f"{name}.json"
     written = record.write(path, results)
-    where = {"commit": before["commit"], "dirty": bool(changed), "dirty_files": changed}
+    loaded = {str(getattr(module, "__file__", None)) for module in list(sys.modules.values())}
+    dirty = [name for name in changed if str(ROOT / name) in loaded]
+    where = {"commit": before["commit"], "dirty": bool(dirty), "dirty_files": dirty}
     written["environment"] |= where | {"load_average": [load, os.getloadavg()[0]]}
     path.write_text(json.dumps(written, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
-def _changed_code() -> list[str]:
-    command = ["git", "status", "--porcelain", "--", *CODE]
+def _changed_files() -> list[str]:
+    command = ["git", "status", "--porcelain", "--untracked-files=all"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return sorted(line[3:] for line in done.stdout.splitlines())

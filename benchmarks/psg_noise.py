@@ -8,6 +8,7 @@ Nothing in a loss can pull them: what is left of the mean distance to the grid (
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -65,9 +66,8 @@ def make_optimizer(name: str, params: list[nn.Parameter], lr: float) -> torch.op
     if name == "AdamW":
         return torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
     if name == "Lion":
-        from lion_pytorch import Lion  # only this benchmark needs it
-
-        return Lion(params, lr=lr, weight_decay=0.0)
+        # Only this benchmark needs it (pip install --no-deps lion-pytorch), so it is no dependency to be type-checked.
+        return importlib.import_module("lion_pytorch").Lion(params, lr=lr, weight_decay=0.0)
     return torch.optim.Muon(params, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
 

@@ -203,7 +203,7 @@ def fsdp_job(rank: int, world: int, folder: Path) -> dict[str, Any]:
 
 
 def refusals(rank: int, world: int) -> dict[str, Any]:
-    """A bad gradient in one rank's rows stops every rank; so does a gradient that is zero on one rank only not."""
+    """A bad gradient in the rows of one rank stops every rank; gradients that are zero on one rank alone stop none."""
     found: dict[str, Any] = {}
     model = sharded(world)
     optimizer = sgd(model)

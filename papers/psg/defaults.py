@@ -105,7 +105,7 @@ class Variant:
         name: unique.
         factor: what it differs in from the base ("base", "gain", ..., or "rival").
         mechanism: `None` for plain training.
-        fit_until: fraction of training after which the grid is frozen.
+        fit_until: fraction of training, or step, from which the grid is frozen.
         paper: the published form: running min-max range fitted at every step, linear biases on a grid of their own,
             no weight decay at 2 bits.
     """
@@ -130,6 +130,8 @@ def _variants() -> Iterator[Variant]:
     yield psg("clip", "clip off", clip=False)
     # Where a gain is too hot and where clipping starts are not independent: clipping also keeps weights from growing.
     yield from (psg("pair", f"gain {gain}, clip when frozen", gain=float(gain), clip_start=None) for gain in (4, 8))
+    yield psg("pair", "gain 4, clip from 0", gain=4.0, clip_start=0.0)
+    yield psg("pair", "gain 4, fit once", fit_until=1, gain=4.0)
     yield psg("clip", "clip from 0", clip_start=0.0)
     yield psg("eps", "eps 0", eps=0.0)
     yield psg("eps", "eps 0.02", eps=0.02)

@@ -241,21 +241,24 @@ def inspect(
         console = Console(soft_wrap=True)
         console.print(Text(f"{file}: format {header.version}, written by Detent {header.writer}, lives: {header.life}"))
         console.print(_bytes_table(found))
-        table = Table(title="Parameters")
-        for head in ("parameter", "shape", "becomes", "bits a weight", "bytes", "note"):
-            table.add_column(head, justify="right" if head in ("bits a weight", "bytes") else "left")
+        table = Table(title="Compressed parameters")
+        for head in ("parameter", "shape", "becomes", "pulled by"):
+            table.add_column(head, overflow="fold")
+        for head in ("bits a weight", "bytes"):
+            table.add_column(head, justify="right")
         for row in header.plan:
             tensor = header.tensors[row["parameter"]]
-            width = f"{tensor['bits_per_weight']:.2f}" if "bits_per_weight" in tensor else ""
-            note = Text("; ".join(part for part in (row["mechanism"], row["note"]) if part))
-            shape = "x".join(map(str, tensor["shape"]))
-            table.add_row(Text(row["parameter"]), shape, Text(tensor["becomes"]), width, f"{tensor['bytes']:,}", note)
+            if "bits_per_weight" in tensor:
+                cells = (row["parameter"], "x".join(map(str, tensor["shape"])), tensor["becomes"], row["mechanism"])
+                table.add_row(*map(Text, cells), f"{tensor['bits_per_weight']:.2f}", f"{tensor['bytes']:,}")
         console.print(table)
         card = header.card
         console.print(
             f"{card['compressed_weights']:,} of {card['weights']:,} weights compressed; BatchNorm statistics: "
             f"{card['batchnorm']}"
         )
+        for reason, names in card["full_precision"].items():
+            console.print(Text(f"In full precision ({reason}): {', '.join(names)}"))
         for key, value in card["notes"].items():
             console.print(Text(f"{key}: {value}"))
 
