@@ -46,9 +46,7 @@ MECHANISMS: dict[str, dt.Mechanism] = {
 
 # Pairs a mechanism refuses, with a piece of the sentence it says so in.
 REFUSED: dict[tuple[str, str], str] = {
-    (target, "clip"): "Clip keeps weights inside a range"
-    for target in TARGETS
-    if target.startswith(("zero", "topk"))
+    (target, "clip"): "Clip keeps weights inside a range" for target in TARGETS if target.startswith(("zero", "topk"))
 }
 
 # Pairs left out although nothing refuses them, with the reason.
