@@ -18,7 +18,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -139,7 +139,7 @@ def _variants() -> Iterator[Variant]:
     yield from (psg("fit_until", f"fit until {until}", until) for until in (0.1, 0.6, 1.0))
     yield from (psg("start", f"start {start}", start=start) for start in (0.1, 0.3))
     for gain in (4, 12, 1):
-        rival = MeanUnit(psg=dt.PSG(**BASE | {"gain": float(gain)}))
+        rival = MeanUnit(psg=replace(dt.PSG(**BASE), gain=float(gain)))
         yield Variant(name=f"mean unit, gain {gain}", factor="unit", mechanism=rival)
     for lambda_s in (150, 50, 20, 450):
         mechanism = dt.PSG.paper(lambda_s=float(lambda_s))

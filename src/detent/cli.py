@@ -244,7 +244,7 @@ def inspect(
         table = Table(title="Compressed parameters")
         for head in ("parameter", "shape", "becomes", "pulled by"):
             table.add_column(head, overflow="fold")
-        for head in ("bits a weight", "bytes"):
+        for head in ("bits", "bytes"):
             table.add_column(head, justify="right")
         for row in header.plan:
             tensor = header.tensors[row["parameter"]]
