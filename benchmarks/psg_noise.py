@@ -298,8 +298,8 @@ def main(
         question="Which form of PSG, scaling the gradient or the update, lets weights click under which optimizer?",
         seeds=seeds,
         config=config,
-        notes="Pure noise, no loss: it says whether weights click, not whether a network is better for it. Weights that "
-        "wander off the 8-bit grid (the share is `outside`) are left out of the mean.",
+        notes="Pure noise, no loss: it says whether weights click, not whether a network is better for it. Weights "
+        "that wander off the 8-bit grid (the share is `outside`) are left out of the mean.",
         out=out,
     ) as results:
         results["check"] = notes_check(seeds, steps)
