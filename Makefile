@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-chec
 .PHONY: help demo test lint format tables clean
 
 help:
-	@echo "make demo     train a small network that clicks into 4 bits, and show both of its lives"
+	@echo "make demo     train a small network that clicks into 2 bits, and show both of its lives"
 	@echo "make test     lint, types, doctests and tests"
 	@echo "make lint     ruff and pyright alone"
 	@echo "make format   rewrite the code the way lint wants it"

@@ -96,8 +96,9 @@ def psg_noise(record: dict[str, Any]) -> str:
         name = f"{row['optimizer']}, {'no PSG' if row['form'] == 'none' else row['form'] + ' form'}"
         eps = "" if row["eps"] is None else f"{row['eps']:g}"
         rows.append([name, eps, f"{row['steps'][-1]:,}", *(spread(row["ratios"][r][mark], 3) for r in ratios)])
+        rows[-1].append(f"{100 * row['outside']:.0f} %")
     text = "Mean distance to the grid in cells (0.25 is uniform: nothing clicked), by learning rate / cell.\n\n"
-    text += markdown(["optimizer", "eps", "steps", *ratios], rows)
+    text += markdown(["optimizer", "eps", "steps", *ratios, "left the grid, at most"], rows)
     counts = results["verdict"]["closer"]
     same = results["verdict"]["equal_within_cells"]
     text += f"\nIn how many of the settings above each form ends closer to the grid (equal: within {same:g} cells).\n\n"

@@ -330,12 +330,13 @@ class Trainer:
         self.model.to(self.device).train()
         if experiment.channels_last:
             self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        recipe = load_recipe(experiment.recipe, folder)
+        params = self.model.parameters() if recipe is None else recipe.param_groups(self.model)
         self.optimizer: torch.optim.Optimizer = _import(experiment.optimizer.name, torch.optim)(
-            self.model.parameters(), **experiment.optimizer.args
+            params, **experiment.optimizer.args
         )
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-        recipe = load_recipe(experiment.recipe, folder)
         self.run: dt.Run | None = None
         if recipe is not None:
             self.run = dt.attach(self.model, self.optimizer, recipe, total_steps=self.total)

@@ -845,3 +845,111 @@ def test_memory_is_what_the_mechanism_says() -> None:
         _, optimizer, _ = trained(mechanism)
         held = optimizer.state_dict()["detent"]["weights"]["0.weight"]["state"]
         assert set(held) == wanted == set(mechanism.memory)
+
+
+# --- what a fresh review found -----------------------------------------------------------------------------------
+
+
+def _small(mechanism: dt.Mechanism, bits: int = 4) -> tuple[nn.Module, torch.optim.Optimizer, dt.Run]:
+    model = nn.Linear(6, 5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rule = dt.Rule(match="weight", target=dt.Uniform(bits=bits), mechanism=mechanism)
+    return model, optimizer, dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=20)
+
+
+def _one_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.randn(3, 6)).square().mean().backward()
+    optimizer.step()
+
+
+def test_rebind_without_adopt_does_not_silence_a_foreign_write():
+    model, optimizer, run = _small(dt.STE())
+    _one_step(model, optimizer)
+    model.load_state_dict({"weight": torch.full((5, 6), 5.0), "bias": torch.zeros(5)})
+    run.rebind()
+    with pytest.raises(RuntimeError, match=r"'weight' was written by someone else"):
+        _one_step(model, optimizer)
+
+
+def test_compress_notices_a_foreign_write():
+    model = nn.Linear(6, 5)
+    run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))]))
+    model.load_state_dict({name: value * 100 for name, value in model.state_dict().items()})
+    with pytest.raises(RuntimeError, match=r"'weight' was written by someone else"), run.compressed():
+        pass
+    run.rebind(adopt=True)
+    with run.compressed():
+        assert float(model.weight.detach().abs().max()) > 5
+
+
+def test_adopting_other_weights_drops_the_statistics_of_the_old_ones():
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
+    run = dt.compress(model, dt.Recipe([dt.Rule(match="0.weight", target=dt.Uniform(bits=4))]))
+    run.recalibrate([torch.randn(32, 6)])
+    assert run.statistics() is not None
+    run.rebind(adopt=True)
+    assert run.statistics() is None
+
+
+def test_the_trained_width_asked_for_by_number_is_the_trained_life():
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
+    run = dt.compress(model, dt.Recipe([dt.Rule(match="0.weight", target=dt.Uniform(bits=4))]))
+    run.recalibrate([torch.randn(32, 6)])
+    assert run.statistics(bits=4) is run.statistics()
+    assert run.statistics(bits=3) is None
+
+
+def test_state_fitted_for_another_target_is_refused_by_name():
+    saved = _small(dt.PSG(), bits=8)[2].state_dict()
+    run = _small(dt.PSG(), bits=2)[2]
+    with pytest.raises(
+        ValueError, match=r"'weight' was saved for Uniform\(bits=8\).*this recipe has Uniform\(bits=2\)"
+    ):
+        run.load_state_dict(saved)
+    saved["weights"]["other"] = saved["weights"]["weight"]
+    with pytest.raises(ValueError, match=r"'other' is in only one of them"):
+        run.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("field", ["strength", "eps"])
+def test_a_schedule_that_would_turn_s_negative_is_refused(field):
+    with pytest.raises(ValueError, match=rf"PSG\({field}="):
+        dt.PSG(**{field: dt.Linear(first=0.1, last=-0.5)})
+    with pytest.raises(ValueError, match=r"PSG\(strength="):
+        dt.PSG(strength=dt.Linear(first=0, last=2))
+
+
+def test_two_parameters_of_one_canonical_name_are_refused():
+    model = nn.ModuleDict({"fc": nn.Linear(2, 2), "module": nn.ModuleDict({"fc": nn.Linear(2, 2)})})
+    with pytest.raises(ValueError, match=r"canonical name 'fc\.weight'"):
+        dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))]).resolve(model)
+
+
+def test_a_clipped_norm_does_not_spread_the_nan_of_an_unclaimed_gradient():
+    model, optimizer, _ = _small(dt.PSG(clip_norm=1.0))
+    before = model.weight.detach().clone()
+    model.weight.grad, model.bias.grad = torch.ones(5, 6), torch.full((5,), float("nan"))
+    with pytest.raises(RuntimeError, match=r"gradient of 'bias' is not finite"):
+        optimizer.step()
+    assert torch.equal(model.weight, before)
+
+
+def test_a_pull_that_starts_late_goes_to_a_grid_fitted_then():
+    model, optimizer, run = _small(dt.PSG(start=0.5))
+    for _ in range(10):
+        _one_step(model, optimizer)
+    held = run.state_dict()["weights"]["weight"]["pull"]["scale"].clone()
+    with torch.no_grad():
+        model.weight.mul_(3)
+    run.rebind(adopt=True)
+    _one_step(model, optimizer)
+    assert not torch.equal(run.state_dict()["weights"]["weight"]["pull"]["scale"], held)
+
+
+def test_lazy_parameters_and_unknown_recipe_keys_are_named():
+    recipe = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))])
+    with pytest.raises(ValueError, match=r"'weight' has no shape yet"):
+        recipe.resolve(nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"no key 'ruels'; did you mean 'rules'"):
+        dt.Recipe.from_yaml("ruels:\n- {match: weight, keep: true}")

@@ -455,7 +455,7 @@ def _fingerprint() -> str:
     return digest.hexdigest()[:12]
 
 
-def _write(name: str, task: Task, rows: Sequence[Mapping[str, Any]], path: Path, command: str) -> None:
+def _write(name: str, task: Task, rows: Sequence[Mapping[str, Any]], path: Path, command: str, note: str) -> None:
     write_record(
         path,
         name=path.stem,
@@ -465,7 +465,7 @@ def _write(name: str, task: Task, rows: Sequence[Mapping[str, Any]], path: Path,
         config={"task": name, **task.plain(), "threads": torch.get_num_threads(), "calibrate": CALIBRATE},
         results={"summary": summarise_rows(rows), "rows": list(rows)},
         notes="Accuracies in % on images held out from the train split; the test split was not opened. Last epoch. "
-        "seconds are CPU seconds of one training, on a machine that did other work too.",
+        f"seconds are CPU seconds of one training, on a machine that did other work too. {note}".rstrip(),
         cost={"cpu_seconds": sum(row["seconds"] for row in rows), "code": sorted({row["code"] for row in rows})},
     )
 
@@ -489,6 +489,8 @@ def main(
     epochs: Annotated[int | None, typer.Option(min=1, help="instead of the task's own")] = None,
     subset: Annotated[int | None, typer.Option(min=64, help="train on this many images only")] = None,
     train: Annotated[bool, typer.Option(help="--no-train writes the records of what is finished")] = True,
+    label: Annotated[str, typer.Option(help="end of the records' names")] = "",
+    note: Annotated[str, typer.Option(help="more to say in the records")] = "",
 ) -> None:
     """Trains what is not in ``--out`` yet and writes a record for each task."""
     torch.set_num_threads(1)
@@ -504,6 +506,7 @@ def main(
             plan = dataclasses.replace(plan, checkpoint=str(data_dir / plan.checkpoint))
         file = out / f"{name}-{_plan_key(plan)}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
+        record = records / f"psg-defaults-{name}{label}.json"
         rows = _cached(file)
         if train:
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))  # without a line that was cut off
@@ -515,9 +518,9 @@ def main(
                 with file.open("a") as lines:
                     lines.writelines(json.dumps(row) + "\n" for row in fresh)
                 console.print(*(_line(name, row) for row in fresh), sep="\n", highlight=False)
-            _write(name, plan, rows, records / f"psg-defaults-{name}.json", command)
+            _write(name, plan, rows, record, command, note)
         if not train:
-            _write(name, plan, rows, records / f"psg-defaults-{name}.json", command)
+            _write(name, plan, rows, record, command, note)
 
 
 def _plan_key(task: Task) -> str:

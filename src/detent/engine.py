@@ -136,6 +136,7 @@ def compress(model: nn.Module, recipe: Recipe) -> Run:
     """
     run = Run(model, recipe.resolve(model), [], None, "raise")
     fit_target(run._entries)
+    run._adopt()
     return run
 
 
@@ -197,17 +198,13 @@ class Run:
                 optimizers.refuse_unfollowable(driver.optimizer)
                 if hooks:
                     self._register(driver)
-            self._check_schedules()
+            for entry in self._entries:  # a fraction that cannot be resolved is found now, not at step 3,000
+                entry.check_moments(self._total_steps)
             if not any(entry.param.is_meta for entry in self._entries):
                 self._open()
         except Exception:
             self.detach()
             raise
-
-    def _check_schedules(self) -> None:
-        """Find a fraction of training that cannot be resolved now, not at step 3,000."""
-        for entry in self._entries:
-            entry.check_moments(self._total_steps)
 
     def _open(self) -> None:
         """First fit, and the first look of latent mechanisms at their weights."""
@@ -314,7 +311,7 @@ class Run:
             driver.clean = [entry for entry in driver.entries if entry.is_ours]
             return replay
         self._follow(driver)
-        self._refuse_foreign_writes(driver)
+        self._refuse_foreign_writes(driver.entries)
         if self._awaiting_state:
             raise RuntimeError(
                 "the optimizer's state was loaded without Detent's part, and this recipe keeps state "
@@ -323,8 +320,13 @@ class Run:
             )
         clock = self._clock(driver)
         active = [entry for entry in driver.entries if entry.mechanism.active(clock)]
+        grads = {e.name: e.param.grad for e in active if e.param.grad is not None}
+        optimizers.refuse_sparse_gradients(grads)
         if self._nonfinite == "raise" and active:
-            grads = {e.name: e.param.grad for e in active if e.param.grad is not None}
+            if any(e.mechanism.norm_limit is not None for e in active):  # a clip spreads one bad gradient to all
+                mine = {id(p) for group in driver.optimizer.param_groups for p in group["params"]}
+                named = named_parameters(self.model).items()
+                grads |= {n: p.grad for n, p in named if id(p) in mine and p.grad is not None}
             optimizers.check_finite_gradients(grads, [e.param for e in active], driver.step)
         with torch.no_grad():
             self._fit_due(driver)
@@ -447,9 +449,8 @@ class Run:
     # --- keeping up with the outside ------------------------------------------------------------------------------
 
     def _adopt(self, driver: _Driver | None = None) -> None:
-        for each in self._drivers if driver is None else [driver]:
-            for entry in each.entries:
-                entry.adopt()
+        for entry in self._entries if driver is None else driver.entries:
+            entry.adopt()
 
     def _repair(self, driver: _Driver) -> None:
         """Put the weights back as a forward pass may see them if the step before raised half-way."""
@@ -462,8 +463,8 @@ class Run:
         driver.pending, driver.slots = False, []
         self._adopt(driver)
 
-    def _refuse_foreign_writes(self, driver: _Driver) -> None:
-        for entry in driver.entries:
+    def _refuse_foreign_writes(self, entries: list[Entry]) -> None:
+        for entry in entries:
             if not entry.is_ours:
                 raise RuntimeError(
                     f"{entry.name!r} was written by someone else since the last step (a load_state_dict after "
@@ -474,7 +475,7 @@ class Run:
         """Between steps: repair what raised, and make sure nobody else wrote the claimed weights."""
         for driver in self._drivers:
             self._repair(driver)
-            self._refuse_foreign_writes(driver)
+        self._refuse_foreign_writes(self._entries)
 
     def _follow(self, driver: _Driver) -> None:
         """Find parameters again that were replaced after attach (FSDP2, accelerate, model.to)."""
@@ -519,17 +520,18 @@ class Run:
             self._assign()
         if adopt:
             self._awaiting_state = False
+            self._statistics.clear()
             for driver in self._drivers:
                 driver.pending, driver.slots, driver.spent = False, [], {}
                 for entry in driver.entries:
                     entry.state.clear()
                     if not self._frozen(driver, entry):
                         entry.pull_params = None
-        if not self._drivers:
+        if adopt and not self._drivers:
             fit_target(self._entries)
-        elif adopt or any(entry.pull_params is None for entry in self._entries):
+            self._adopt()
+        elif self._drivers and (adopt or any(entry.pull_params is None for entry in self._entries)):
             self._open()
-        self._adopt()
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -546,7 +548,7 @@ class Run:
             >>> recipe = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.STE())])
             >>> run = dt.attach(model, optimizer, recipe)
             >>> sorted(run.state_dict()["weights"]["weight"])
-            ['held', 'params', 'pull', 'state']
+            ['held', 'params', 'places', 'pull', 'state']
         """
         weights: dict[str, Any] = {}
         for driver in self._drivers:
@@ -566,6 +568,9 @@ class Run:
             raise ValueError(
                 f"state has {len(state_dict.get('steps', ()))} optimizer clocks, this run has {len(self._drivers)}"
             )
+        claimed = {entry.name for entry in self._entries}
+        for odd in sorted(claimed ^ set(state_dict["weights"]))[:1]:
+            raise ValueError(f"Detent state and recipe disagree: {odd!r} is in only one of them")
         for driver, step in zip(self._drivers, state_dict["steps"], strict=True):
             part = {entry.name: state_dict["weights"].get(entry.name) for entry in driver.entries}
             self._load_driver(driver, {"version": state_dict.get("version"), "step": step, "weights": part})
@@ -592,6 +597,8 @@ class Run:
         if claimed != given:
             odd = sorted(claimed ^ given)[0]
             raise ValueError(f"Detent state and recipe disagree: {odd!r} is in only one of them")
+        for entry in driver.entries:
+            entry.check_places(state["weights"][entry.name])
         for entry in driver.entries:
             entry.restore(state["weights"][entry.name])
             # The fit of tick 0 was done when the saved run opened; every later tick's is done inside its own step.
@@ -660,7 +667,7 @@ class Run:
             3
         """
         life = self._life(bits, recipe)
-        statistics = self._statistics.get(_life_key(bits, recipe)) if batchnorm else None
+        statistics = self.statistics(bits=bits, recipe=recipe) if batchnorm else None
         sharding.reshard(self.model)
         kept = [(entry, sharding.local(entry.param).clone()) for entry, _, _ in life]
         self._inside = True
@@ -711,11 +718,18 @@ class Run:
         """
         with self.compressed(bits=bits, recipe=recipe, batchnorm=False):
             found = lives.reestimate(self.model, batches, forward)
-        self._statistics[_life_key(bits, recipe)] = found
+        self._statistics[self._life_key(bits, recipe)] = found
 
     def statistics(self, *, bits: int | None = None, recipe: Recipe | None = None) -> Statistics | None:
         """The BatchNorm statistics of a compressed life, if `recalibrate` found any."""
-        return self._statistics.get(_life_key(bits, recipe))
+        return self._statistics.get(self._life_key(bits, recipe))
+
+    def _life_key(self, bits: int | None, recipe: Recipe | None) -> str:
+        """One name for one life: the trained width asked for by number is the trained life."""
+        if recipe is not None:
+            return recipe.to_yaml()
+        widths = {getattr(e.target, "bits", None) for e in self._entries if e.target.has_bits and not e.rule.pinned}
+        return f"bits={None if widths == {bits} else bits}"
 
     def measure(self, *, bits: int | None = None, recipe: Recipe | None = None) -> list[dict[str, Any]]:
         """How far the two lives are apart, one row a claimed tensor.
@@ -759,7 +773,7 @@ class Run:
             3
         """
         life = self._life(None, None)
-        statistics = self._statistics.get(_life_key(None, None))
+        statistics = self.statistics()
         sharding.reshard(self.model)
         with torch.no_grad():
             for entry, target, params in life:
@@ -783,7 +797,3 @@ class Run:
 
 
 # --- helpers -----------------------------------------------------------------------------------------------------
-
-
-def _life_key(bits: int | None, recipe: Recipe | None) -> str:
-    return f"bits={bits}" if recipe is None else recipe.to_yaml()

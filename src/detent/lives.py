@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from detent import sharding
 from detent.mechanisms import Clock, Mechanism
-from detent.recipe import Claim, Plan, Rule, canonical_name
+from detent.recipe import Claim, Plan, Rule, canonical_name, short
 from detent.schedules import Schedule, step_at
 from detent.targets import Codes, Params, Target
 
@@ -98,11 +98,11 @@ class Entry:
     @property
     def is_ours(self) -> bool:
         """Whether nobody else wrote the weight since the engine last did."""
-        return self.version in (-1, self.param._version)
+        return self.version in (-1, _version_of(self.param))
 
     def adopt(self) -> None:
         """Take the weight as it is now for our own writing."""
-        self.version = self.param._version
+        self.version = _version_of(self.param)
 
     def mark(self) -> tuple[int, bool]:
         """What a closure that is evaluated too late would find changed: the weight, and whether it has a gradient."""
@@ -139,7 +139,8 @@ class Entry:
 
     def follow(self, param: Tensor) -> None:
         """Go on with another object for the same parameter; memory kept for the whole is cut to what is held here."""
-        self.param = param
+        if param is not self.param:
+            self.param, self.version = param, _version_of(param)
         shape = tuple(sharding.local(param).shape)
         for name, value in self.state.items():
             if tuple(value.shape) == self.claim.layout.shape != shape:
@@ -173,7 +174,24 @@ class Entry:
             "pull": dict(self.pull_params.tensors) if self.pull_params else {},
             "state": {name: sharding.as_sharded(value, self.param) for name, value in memory.items()},
             "held": held,
+            "places": self._places,
         }
+
+    @property
+    def _places(self) -> str:
+        return f"{short(self.target)} <- {short(self.pull)}"
+
+    def check_places(self, saved: Mapping[str, Any]) -> None:
+        """Refuse numbers that were fitted for another target.
+
+        Raises:
+            ValueError: naming the parameter.
+        """
+        if saved.get("places") != self._places:
+            raise ValueError(
+                f"the state of {self.name!r} was saved for {saved.get('places')}, this recipe has {self._places}; "
+                "resume with the recipe it was saved with"
+            )
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take back what `saved` gave, under whatever sharding.
@@ -210,6 +228,11 @@ class Entry:
             return act(w, params.local(*rows))
         result = act(sharding.whole(sharding.as_sharded(w, self.param)), params)
         return None if result is None else result[slice(*rows)].clone()
+
+
+def _version_of(param: Tensor) -> int:
+    """The count of writes to a parameter; one made in inference mode has none, so its writes go unseen (-1)."""
+    return -1 if param.is_inference() else param._version
 
 
 def entries_of(model: nn.Module, plan: Plan, states: Mapping[str, dict[str, Tensor]]) -> list[Entry]:

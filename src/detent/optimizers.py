@@ -122,16 +122,24 @@ def _values(grad: Tensor) -> Tensor:
     return grad if grad.layout == torch.strided else grad.coalesce().values()
 
 
+def refuse_sparse_gradients(named: Mapping[str, Tensor]) -> None:
+    """Refuse gradients that no mechanism can scale.
+
+    Raises:
+        RuntimeError: naming the parameter.
+    """
+    for name, grad in named.items():
+        if grad.layout != torch.strided:
+            raise RuntimeError(f"{name!r} has a sparse gradient, which no mechanism can scale; use sparse=False")
+
+
 def check_finite_gradients(named: Mapping[str, Tensor], claimed: Sequence[Tensor], step: int) -> None:
-    """Raise before the step if a gradient is sparse, NaN or infinite; one reduction if all is well.
+    """Raise before the step if a gradient is NaN or infinite; one reduction if all is well.
 
     Raises:
         RuntimeError: on every process, naming the parameter on those that hold the bad entries.
     """
     grads = {name: sharding.local(grad) for name, grad in named.items()}
-    for name, grad in grads.items():
-        if grad.layout != torch.strided:
-            raise RuntimeError(f"{name!r} has a sparse gradient, which no mechanism can scale; use sparse=False")
     bad: list[str] = []
     if grads:
         norms = torch._foreach_norm(list(grads.values()))

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,7 +194,10 @@ class Recipe:
             data = yaml.safe_load(source)
         except yaml.YAMLError as error:
             raise ValueError(f"recipe: not YAML: {error}") from None
-        if not isinstance(data, dict) or set(data) != {"rules"} or not isinstance(data["rules"], list):
+        for key in data if isinstance(data, dict) else ():
+            if key != "rules":
+                raise ValueError(f"recipe: no key {key!r}{_nearest(str(key), ['rules'])}; the one key is 'rules'")
+        if not isinstance(data, dict) or not isinstance(data.get("rules"), list):
             raise ValueError("recipe: must be a mapping with the one key 'rules', a list of rules")
         return Recipe([_build(Rule, entry, f"rules[{i}]") for i, entry in enumerate(data["rules"])])
 
@@ -244,6 +248,8 @@ class Recipe:
             ValueError: rule 0 (match='wieght') matches no parameter of this model; the nearest name is 'weight'
         """
         found = list(_parameters(model))
+        for odd in [name for name, times in Counter(p.name for p in found).items() if times > 1][:1]:
+            raise ValueError(f"two parameters of this model have the canonical name {odd!r}; rename one of the modules")
         eligible = [p.name for p in found if not p.passed_over]
         special = {"@first": eligible[0], "@last": eligible[-1]} if eligible else {}
         matched, taken = [0] * len(self.rules), [0] * len(self.rules)
@@ -379,6 +385,8 @@ def _parameters(model: nn.Module) -> Iterator[_Found]:
                 owners.setdefault(id(parameter), (module, parameter))
     for key, (module, parameter) in owners.items():
         first, *others = names[key]
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{first!r} has no shape yet (a lazy module); run one batch through the model first")
         transposed = bool(getattr(module, "transposed", False)) and parameter.dim() >= 3
         yield _Found(
             name=first,

@@ -22,6 +22,11 @@ _EPS = Linear(first=0.05, last=0.0, begin=0.0, end=0.8)
 _PIECE = 1 << 17  # weights: half a megabyte in float32, so that the passing tensors of a piece stay in a core's cache
 
 
+def _ends(value: float | Schedule) -> tuple[float, ...]:
+    """The values between which a number or a ramp stays."""
+    return (value,) if not isinstance(value, Schedule) else (value.first, value.last)
+
+
 def _pieces(slot: Slot, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors, or matching flat pieces of large ones where the factor of a weight depends on its value alone."""
     first = tensors[0]
@@ -104,11 +109,11 @@ class PSG(Mechanism):
     keeps_full_life: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.strength, Schedule) and not 0.0 <= self.strength <= 1.0:
+        if not all(0.0 <= end <= 1.0 for end in _ends(self.strength)):
             raise ValueError(f"PSG(strength={self.strength}): must lie in [0, 1]")
         if not (self.gain > 0 and math.isfinite(self.gain)):
             raise ValueError(f"PSG(gain={self.gain}): must be a finite number > 0")
-        if not isinstance(self.eps, Schedule) and not (self.eps >= 0 and math.isfinite(self.eps)):
+        if not all(end >= 0 and math.isfinite(end) for end in _ends(self.eps)):
             raise ValueError(f"PSG(eps={self.eps}): must be a finite number >= 0")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"PSG(clip_norm={self.clip_norm}): must be > 0 or None")
@@ -143,14 +148,16 @@ class PSG(Mechanism):
 
     @property
     def fit_until(self) -> Moment | None:
-        return 0.3
+        # A pull that starts late must not go to a grid that was frozen long before.
+        return min(1.0, max(0.3, self.start + 0.1)) if isinstance(self.start, float) else 0.3
 
     @property
     def norm_limit(self) -> float | None:
         return self.clip_norm
 
     def wants_fit(self, clock: Clock) -> bool:
-        return self.clip and clipping_begins(self.clip_start, clock)
+        starts = clock.step == step_at(self.start, clock.total_steps, "PSG.start")
+        return starts or (self.clip and clipping_begins(self.clip_start, clock))
 
     def active(self, clock: Clock) -> bool:
         started = clock.step >= step_at(self.start, clock.total_steps, "PSG.start")
