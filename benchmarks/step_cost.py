@@ -199,8 +199,8 @@ def held_bytes() -> int:
     gc.collect()
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
-        # Not isinstance: that would ask lazy modules for their __class__.
-        if issubclass(type(thing), Tensor):
+        # Not isinstance: that would ask lazy modules for their __class__. A sparse tensor has no storage of its own.
+        if issubclass(type(thing), Tensor) and thing.layout == torch.strided:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -349,8 +349,7 @@ def psg_defaults(records: Path) -> str:
             widths = ", ".join(map(str, entry["widths"]))
             rows.append([entry["variant"], widths, trained, *lives, gap])
         head = ["variant", "bits", "trainings", "full", "data-free", "BatchNorm re-estimated", "data-free minus base"]
-        task = record["config"]["task"]
-        title = f"**{task}**: held-out accuracy (%), mean over widths, then mean and spread over seeds.\n\n"
+        title = f"**{path.stem}**: held-out accuracy (%), mean over widths, then mean and spread over seeds.\n\n"
         parts.append(title + markdown(head, rows) + origin(record, path.stem))
     return "\n".join(parts) or NOTHING
 

@@ -84,7 +84,8 @@ def _step_gap(form: str, bits: int, seed: int) -> tuple[float, float]:
         return (lambda x: reference.grid(x, delta, bits)), delta / 4, delta, reference.most(bits) * delta
 
     def fit_at(t: int) -> bool:
-        return t % 10 == 0 and t < round(0.3 * STEPS)
+        # Every tenth step, and where clipping starts.
+        return (t % 10 == 0 or t == round(0.1 * STEPS)) and t < round(0.3 * STEPS)
 
     def eps(t: int) -> float:
         return 0.05 * max(0.0, 1 - t / (0.8 * STEPS))

@@ -953,3 +953,11 @@ def test_lazy_parameters_and_unknown_recipe_keys_are_named():
         recipe.resolve(nn.LazyLinear(3))
     with pytest.raises(ValueError, match=r"no key 'ruels'; did you mean 'rules'"):
         dt.Recipe.from_yaml("ruels:\n- {match: weight, keep: true}")
+
+
+def test_two_compressions_of_one_model_do_not_take_each_other_for_foreign():
+    model = nn.Linear(6, 5)
+    coarse, fine = (dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=b))])) for b in (2, 4))
+    for run, most in ((coarse, 3), (fine, 15), (coarse, 3)):
+        with run.compressed():
+            assert len(model.weight.unique()) <= most

@@ -324,9 +324,8 @@ class Run:
         optimizers.refuse_sparse_gradients(grads)
         if self._nonfinite == "raise" and active:
             if any(e.mechanism.norm_limit is not None for e in active):  # a clip spreads one bad gradient to all
-                mine = {id(p) for group in driver.optimizer.param_groups for p in group["params"]}
-                named = named_parameters(self.model).items()
-                grads |= {n: p.grad for n, p in named if id(p) in mine and p.grad is not None}
+                mine = {id(p) for group in driver.optimizer.param_groups for p in group["params"] if p.grad is not None}
+                grads |= {n: p.grad for n, p in named_parameters(self.model).items() if id(p) in mine}
             optimizers.check_finite_gradients(grads, [e.param for e in active], driver.step)
         with torch.no_grad():
             self._fit_due(driver)
@@ -475,6 +474,8 @@ class Run:
         """Between steps: repair what raised, and make sure nobody else wrote the claimed weights."""
         for driver in self._drivers:
             self._repair(driver)
+        if not self._drivers and lives.still_fits(self._entries):
+            self._adopt()
         self._refuse_foreign_writes(self._entries)
 
     def _follow(self, driver: _Driver) -> None:

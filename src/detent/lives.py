@@ -265,6 +265,22 @@ def fit_target(entries: list[Entry]) -> None:
             entry.params = params
 
 
+def still_fits(entries: list[Entry]) -> bool:
+    """Whether a fit to the weights as they are finds the numbers held: written meanwhile, but put back as they were."""
+    if all(entry.is_ours for entry in entries):
+        return True
+    held = [entry.params for entry in entries]
+    fit_target(entries)
+    same = all(
+        old is not None and entry.params is not None and torch.equal(value, entry.params[name])
+        for entry, old in zip(entries, held, strict=True)
+        for name, value in (old.tensors if old else {}).items()
+    )
+    for entry, old in zip(entries, held, strict=True):
+        entry.params = old
+    return same
+
+
 def _fit_together(target: Target, entries: list[Entry], previous: list[Params | None]) -> list[Params]:
     """Fit one target to the whole weights of several entries; a collective under sharding.
 

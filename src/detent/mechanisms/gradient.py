@@ -99,7 +99,7 @@ class PSG(Mechanism):
     gain: float = 4.0
     eps: Number = field(default=_EPS)
     clip: bool = True
-    clip_start: Moment | None = 0.1
+    clip_start: Moment | None = 0.0
     start: Moment = 0.0
     form: Literal["auto", "gradient", "update"] = "auto"
     clip_norm: float | None = None

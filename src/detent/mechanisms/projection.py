@@ -50,7 +50,7 @@ class Clip(Mechanism):
         >>> rule = dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.Clip())
     """
 
-    start: Moment | None = 0.1
+    start: Moment | None = 0.0
 
     keeps_full_life: ClassVar[bool] = True
 
