@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -850,7 +851,7 @@ def test_memory_is_what_the_mechanism_says() -> None:
 # --- what a fresh review found -----------------------------------------------------------------------------------
 
 
-def _small(mechanism: dt.Mechanism, bits: int = 4) -> tuple[nn.Module, torch.optim.Optimizer, dt.Run]:
+def _small(mechanism: dt.Mechanism, bits: int = 4) -> tuple[nn.Linear, torch.optim.Optimizer, dt.Run]:
     model = nn.Linear(6, 5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rule = dt.Rule(match="weight", target=dt.Uniform(bits=bits), mechanism=mechanism)
@@ -915,7 +916,7 @@ def test_state_fitted_for_another_target_is_refused_by_name():
 @pytest.mark.parametrize("field", ["strength", "eps"])
 def test_a_schedule_that_would_turn_s_negative_is_refused(field):
     with pytest.raises(ValueError, match=rf"PSG\({field}="):
-        dt.PSG(**{field: dt.Linear(first=0.1, last=-0.5)})
+        replace(dt.PSG(), **{field: dt.Linear(first=0.1, last=-0.5)})
     with pytest.raises(ValueError, match=r"PSG\(strength="):
         dt.PSG(strength=dt.Linear(first=0, last=2))
 

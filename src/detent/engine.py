@@ -314,9 +314,8 @@ class Run:
         self._refuse_foreign_writes(driver.entries)
         if self._awaiting_state:
             raise RuntimeError(
-                "the optimizer's state was loaded without Detent's part, and this recipe keeps state "
-                f"({', '.join(sorted({m for e in self._entries for m in e.mechanism.memory}))}); load a checkpoint "
-                "saved with the run attached, or call run.rebind(adopt=True) to start it afresh"
+                "the optimizer's state was loaded without Detent's part, and this recipe keeps state (latents, masks); "
+                "load a checkpoint saved with the run attached, or call run.rebind(adopt=True) to start it afresh"
             )
         clock = self._clock(driver)
         active = [entry for entry in driver.entries if entry.mechanism.active(clock)]
@@ -324,8 +323,9 @@ class Run:
         optimizers.refuse_sparse_gradients(grads)
         if self._nonfinite == "raise" and active:
             if any(e.mechanism.norm_limit is not None for e in active):  # a clip spreads one bad gradient to all
-                mine = {id(p) for group in driver.optimizer.param_groups for p in group["params"] if p.grad is not None}
-                grads |= {n: p.grad for n, p in named_parameters(self.model).items() if id(p) in mine}
+                mine = {id(p) for group in driver.optimizer.param_groups for p in group["params"]}
+                named = named_parameters(self.model).items()
+                grads |= {n: grad for n, p in named if id(p) in mine and (grad := p.grad) is not None}
             optimizers.check_finite_gradients(grads, [e.param for e in active], driver.step)
         with torch.no_grad():
             self._fit_due(driver)

@@ -60,6 +60,10 @@ class Schedule(abc.ABC):
     def __call__(self, step: int, total_steps: int | None) -> float:
         """The value at `step` (0 is the first optimizer step)."""
 
+    def bounds(self) -> tuple[float, float] | None:
+        """The values between which the schedule stays, if it knows them."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Ramp(Schedule):
@@ -84,6 +88,10 @@ class _Ramp(Schedule):
         if step <= begin:
             return self.first
         return self._between((step - begin) / (end - begin))
+
+    def bounds(self) -> tuple[float, float]:
+        """Its two ends."""
+        return self.first, self.last
 
     @abc.abstractmethod
     def _between(self, t: float) -> float:

@@ -23,8 +23,8 @@ _PIECE = 1 << 17  # weights: half a megabyte in float32, so that the passing ten
 
 
 def _ends(value: float | Schedule) -> tuple[float, ...]:
-    """The values between which a number or a ramp stays."""
-    return (value,) if not isinstance(value, Schedule) else (value.first, value.last)
+    """The values between which a number or a schedule stays; none if a schedule does not tell."""
+    return (value.bounds() or ()) if isinstance(value, Schedule) else (value,)
 
 
 def _pieces(slot: Slot, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -213,6 +213,8 @@ class PSG(Mechanism):
         """s = slope * min(d, cap) + offset."""
         strength = value_at(self.strength, clock.step, clock.total_steps)
         eps = value_at(self.eps, clock.step, clock.total_steps)
+        if not (0 <= strength <= 1 and eps >= 0):
+            raise ValueError(f"PSG: at step {clock.step} strength={strength} (in [0, 1]) and eps={eps} (>= 0)")
         if self.units == "weight":
             return strength * self.gain, (1 - strength) + strength * self.gain * eps, None
         typical = target.typical(params).to(dtype)

@@ -86,7 +86,8 @@ class HardProjection(Mechanism):
 
     Args:
         every: steps between projections, >= 1.
-        masks: weights that a projection set to zero stay zero: their gradients are zeroed and the step is undone.
+        masks: weights that a projection set to zero stay zero: their gradients are zeroed and the step is undone. Meant
+            for sparse targets: on a grid it holds every weight of the zero cell there for good.
         start: moment the first projection may happen.
 
     Raises:
