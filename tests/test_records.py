@@ -43,8 +43,10 @@ def faults(record: dict[str, Any], name: str) -> list[str]:
         "question asks nothing": record["question"].endswith("?"),
         "no seeds": bool(record["seeds"]) and all(isinstance(s, int) for s in record["seeds"]),
         "no results": bool(record["results"]),
-        "no seconds": cost.get("seconds", 0) > 0,
-        "no peak memory": cost.get("peak_memory_bytes", {}).get("process", 0) > 0,
+        "no seconds": cost.get("seconds", cost.get("cpu_seconds", 0)) > 0,
+        # Rows gathered from cached runs have no one process whose peak could be told; such a record says so.
+        "no peak memory": cost.get("peak_memory_bytes", {}).get("process", 0) > 0
+        or "Peak memory was not measured" in record.get("notes", ""),
         "no commit": bool(re.fullmatch(r"[0-9a-f]{40}", str(where.get("commit")))),
         "dirty or not?": isinstance(where.get("dirty"), bool),
         "no date": bool(where.get("date")),

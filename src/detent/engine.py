@@ -58,7 +58,7 @@ def attach(
     hooks: bool = True,
     nonfinite: Literal["raise", "ignore"] = "raise",
 ) -> Run:
-    """Attach a recipe to a training script: from here on every optimizer step pulls the weights to their targets.
+    """Attach a recipe to a training script: from now on every optimizer step pulls the weights to their targets.
 
     Model, loss, loop, scheduler, AMP and DDP stay as they are. Attach after the model is wrapped, moved and loaded.
     When resuming, attach first, then load the model's state dict, then the optimizer's (which carries Detent's).
@@ -313,9 +313,10 @@ class Run:
         self._follow(driver)
         self._refuse_foreign_writes(driver.entries)
         if self._awaiting_state:
+            kept = ", ".join(sorted({m for e in self._entries for m in e.mechanism.memory}))
             raise RuntimeError(
-                "the optimizer's state was loaded without Detent's part, and this recipe keeps state (latents, masks); "
-                "load a checkpoint saved with the run attached, or call run.rebind(adopt=True) to start it afresh"
+                f"the optimizer's state was loaded without Detent's part, and this recipe keeps state ({kept}); load a "
+                "checkpoint saved with the run attached, or call run.rebind(adopt=True) to start it afresh"
             )
         clock = self._clock(driver)
         active = [entry for entry in driver.entries if entry.mechanism.active(clock)]
@@ -726,11 +727,9 @@ class Run:
         return self._statistics.get(self._life_key(bits, recipe))
 
     def _life_key(self, bits: int | None, recipe: Recipe | None) -> str:
-        """One name for one life: the trained width asked for by number is the trained life."""
-        if recipe is not None:
-            return recipe.to_yaml()
+        # One name for one life: the trained width asked for by number is the trained life.
         widths = {getattr(e.target, "bits", None) for e in self._entries if e.target.has_bits and not e.rule.pinned}
-        return f"bits={None if widths == {bits} else bits}"
+        return recipe.to_yaml() if recipe is not None else f"bits={None if widths == {bits} else bits}"
 
     def measure(self, *, bits: int | None = None, recipe: Recipe | None = None) -> list[dict[str, Any]]:
         """How far the two lives are apart, one row a claimed tensor.

@@ -196,7 +196,9 @@ class Recipe:
             raise ValueError(f"recipe: not YAML: {error}") from None
         for key in data if isinstance(data, dict) else ():
             if key != "rules":
-                raise ValueError(f"recipe: no key {key!r}{_nearest(str(key), ['rules'])}; the one key is 'rules'")
+                raise ValueError(
+                    f"recipe: no key {key!r}{_nearest(str(key), ['rules'])}; a recipe has the one key 'rules'"
+                )
         if not isinstance(data, dict) or not isinstance(data.get("rules"), list):
             raise ValueError("recipe: must be a mapping with the one key 'rules', a list of rules")
         return Recipe([_build(Rule, entry, f"rules[{i}]") for i, entry in enumerate(data["rules"])])
