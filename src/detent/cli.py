@@ -137,7 +137,8 @@ def _notes(outcome: Outcome) -> list[str]:
     before = ", ".join(f"{name} {value:.1f} %" for name, value in outcome.pruned_full.items())
     return [
         f"{setup['network']}, {setup['parameters']:,} parameters, {setup['data']}. Same start, batches and "
-        f"{setup['epochs']} epochs for all networks; the last epoch counts, nothing is chosen by the test images.",
+        f"{setup['epochs']} epochs for all networks; the last epoch counts. "
+        "Settings were tuned for PSG, on training images.",
         "W8 to W2: every convolution and linear weight on a grid of so many bits, one step a tensor, first and last "
         f"layer too; all from the one checkpoint of the row.{norm} PSG was trained for {setup['bits']} bits.",
         "range: the step is found from the largest weight (minmax, as in the paper) or by least squared error (mse).",

@@ -404,7 +404,7 @@ def _threads(one: bool) -> Iterator[None]:
 def demonstrate(settings: Settings, watch: Watch) -> Outcome:
     """Train the networks, measure every life, and leave model.detent, weights.png and result.json in `settings.out`.
 
-    The test split is read after the last epoch of all trainings; nothing is chosen by it.
+    The test split is read after the last epoch of all trainings, and no epoch or network is chosen by it.
 
     Args:
         settings: what to do.
