@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from detent.demo import LeNet5
+
 __all__ = [
     "VGG16",
     "LeNet5",
@@ -27,26 +29,6 @@ __all__ = [
     "resnet20",
     "resnet32",
 ]
-
-
-class LeNet5(nn.Sequential):
-    """LeNet-5 of Caffe: 20-50-500-10, 430,500 weights, for 28x28 grey images.
-
-    Example:
-        >>> sum(p.numel() for name, p in LeNet5().named_parameters() if name.endswith("weight"))
-        430500
-    """
-
-    def __init__(self, classes: int = 10) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 20, 5)
-        self.pool1 = nn.MaxPool2d(2)
-        self.conv2 = nn.Conv2d(20, 50, 5)
-        self.pool2 = nn.MaxPool2d(2)
-        self.flatten = nn.Flatten()
-        self.fc1 = nn.Linear(800, 500)
-        self.relu = nn.ReLU()
-        self.fc2 = nn.Linear(500, classes)
 
 
 class LeNet300(nn.Sequential):

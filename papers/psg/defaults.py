@@ -30,6 +30,7 @@ from torch import nn
 
 import detent as dt
 from detent.data import Batches, ImageSet, digits, load_images, split_holdout
+from detent.demo import DigitsNet
 from detent.mechanisms import Clock, Slot
 from detent.report.record import summarise, write_record
 from detent.schedules import Moment
@@ -152,21 +153,9 @@ VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _variants()
 # --- tasks --------------------------------------------------------------------------------------------------------
 
 
-class DeepDigits(nn.Sequential):
+def deep_digits() -> nn.Module:
     """Eleven narrow convolutions with BatchNorm for 8x8 digits: rounding errors add up, unlike in a shallow network."""
-
-    def __init__(self, widths: Sequence[int] = (8, 8, 8, 8, 16, 16, 16, 16, 32, 32, 32)) -> None:
-        super().__init__()
-        fan_in = 1
-        for i, width in enumerate(widths, start=1):
-            stride = 2 if i > 1 and width > fan_in else 1
-            self.add_module(f"conv{i}", nn.Conv2d(fan_in, width, 3, stride=stride, padding=1, bias=False))
-            self.add_module(f"bn{i}", nn.BatchNorm2d(width))
-            self.add_module(f"relu{i}", nn.ReLU())
-            fan_in = width
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.flatten = nn.Flatten()
-        self.fc = nn.Linear(fan_in, 10)
+    return DigitsNet(10, (8, 8, 8, 8, 16, 16, 16, 16, 32, 32, 32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +199,7 @@ class Task:
         return {**dataclasses.asdict(self), "model": getattr(self.model, "__name__", str(self.model))}
 
 
-_DIGITS = Task(model=DeepDigits, rate=0.1, epochs=30, held_out=359, ends=("conv1.weight", "fc.weight"))
+_DIGITS = Task(model=deep_digits, rate=0.1, epochs=30, held_out=359, ends=("conv1.weight", "fc.weight"))
 TASKS: dict[str, Task] = {
     "digits-sgd": _DIGITS,
     "digits-sgd-all": dataclasses.replace(_DIGITS, ends=()),

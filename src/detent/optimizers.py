@@ -23,6 +23,7 @@ __all__ = [
     "moves_nothing",
     "outside_graphs",
     "refuse_copies_in_state",
+    "refuse_sparse_gradients",
     "refuse_unfollowable",
     "replay_closure",
     "unwrap",
