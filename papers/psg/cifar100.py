@@ -67,7 +67,10 @@ def experiment(rival: str, epochs: int, seeds: list[int], threads: int | None, m
     own = 4 if setting["recipe"] is None else setting["recipe"]["rules"][-1]["target"].get("bits")
     schedule = {"kind": "step", "milestones": [epochs * 40 / 68]} if milestones else {"kind": "cosine"}
     sparse = {"prune90": prune(None), "prune80": prune(None, 0.2)}
+    # Every rival is also read on both grids of the comparison, whatever it trained on: all layers on min-max ranges as
+    # published, and first and last at 8 bits on searched ranges as ours.
     rounding = {f"minmax-w{bits}": f"psg-paper-w{bits}" for bits in (4, 3, 2)}
+    rounding |= {f"ends8-w{bits}": ends_at_8(bits, None) for bits in (4, 3, 2)}
     return Experiment.model_validate(
         {
             "name": f"psg-cifar100-{rival}",
@@ -99,7 +102,7 @@ def experiment(rival: str, epochs: int, seeds: list[int], threads: int | None, m
             "evaluate": {
                 "bits": [bits for bits in (8, 6, 4, 3, 2) if bits != own] if own else [],
                 "recipes": {
-                    **(rounding if rival == "sgd" else {}),
+                    **rounding,
                     **(sparse if rival in ("sgd", "psg-prune90") else {}),
                 },
                 "calibrate": 4000,
