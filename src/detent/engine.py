@@ -332,6 +332,8 @@ class Run:
             self._fit_due(driver)
             driver.slots = [(entry, self._slot(driver, entry)) for entry in active]
             driver.pending = True
+            for slots in _by_rule(driver.slots):
+                slots[0][0].mechanism.before_together([slot for _, slot in slots], clock)
             for entry, slot in driver.slots:
                 self._first_moment(driver, entry, slot, clock)
             self._clip_norm(driver)
@@ -373,6 +375,10 @@ class Run:
         with torch.no_grad():
             for entry, slot in driver.slots:
                 entry.mechanism.after_step(slot, clock)
+            for slots in _by_rule(driver.slots):
+                slots[0][0].mechanism.after_together([slot for _, slot in slots], clock)
+            for entry in self._fit_due(driver, after=True):
+                entry.mechanism.after_fit(self._slot(driver, entry), clock)
         driver.slots, driver.pending, driver.spent = [], False, {}
         driver.step += 1
         self._statistics.clear()
@@ -404,6 +410,7 @@ class Run:
             project=lambda w: entry.map_whole(target.project, target, params, w),
             pull_project=lambda w: entry.map_whole(pull.project, pull, pull_params, w),
             pull_free=lambda w: entry.map_whole(pull.free, pull, pull_params, w),
+            relax=lambda w, beta: entry.map_whole(lambda x, p: target.relax(x, p, beta), target, params, w),
             frozen=self._frozen(driver, entry),
             plain=isinstance(driver.optimizer, torch.optim.SGD),
             decay=lambda: optimizers.decoupled_decay(driver.optimizer, entry.group, entry.param.dim(), driver.probed),
@@ -420,8 +427,18 @@ class Run:
         until = entry.cadence(self._total_steps)[1]
         return until is not None and driver.step >= until
 
-    def _fit_due(self, driver: _Driver, first: bool = False) -> None:
-        """Fit what is due at this tick; a model-wide target together, whichever optimizer comes first."""
+    def _fit_due(self, driver: _Driver, first: bool = False, after: bool = False) -> list[Entry]:
+        """Fit what is due at this tick; a model-wide target together, whichever optimizer comes first.
+
+        Args:
+            driver: the optimizer.
+            first: the very first fit, of everything.
+            after: fit the mechanisms that want it after the step, instead of those that want it before.
+
+        Returns:
+            The driver's entries that were fitted.
+        """
+        done: list[Entry] = []
         for index, rule in enumerate(self.plan.recipe.rules):
             mine = [entry for entry in driver.entries if entry.claim.rule == index]
             if not mine:
@@ -429,6 +446,12 @@ class Run:
             every, until = mine[0].cadence(self._total_steps)
             phase = every - 1 if mine[0].mechanism.fit_at_end and not first else 0
             missing = any(entry.pull_params is None for entry in mine)
+            if mine[0].mechanism.fits_after:
+                phase = every - 1
+                if not after and not missing:
+                    continue
+            elif after:
+                continue
             wanted = driver.step % every == phase or mine[0].mechanism.wants_fit(self._clock(driver))
             due = wanted and (until is None or driver.step < until)
             if not (missing or due):
@@ -440,11 +463,20 @@ class Run:
                         f"rule {index} (match={rule.match!r}) is fitted over the whole model, which an optimizer that "
                         "steps inside backward cannot offer; use scope='tensor'"
                     )
-            if not missing and mine[0].fitted_at == driver.step:
+            if after and not mine[0].mechanism.active(self._clock(driver)):
+                continue
+            if not missing and not after and mine[0].fitted_at == driver.step:
                 continue
             fit_pull(mine)
             for entry in mine:
                 entry.fitted_at = driver.step
+            done += [entry for entry in driver.entries if entry.claim.rule == index]
+        return done
+
+    def _is_settled(self, entry: Entry) -> bool:
+        """Whether an offset mechanism's fit is over, so that the weights lie where its last fit put them."""
+        mine = [driver for driver in self._drivers if any(each is entry for each in driver.entries)]
+        return bool(mine) and entry.mechanism.offset is not None and self._frozen(mine[0], entry)
 
     # --- keeping up with the outside ------------------------------------------------------------------------------
 
@@ -623,7 +655,7 @@ class Run:
         if recipe is not None:
             return self._life_of(recipe)
         life: list[tuple[Entry, Target, Params]] = []
-        unfixed = [e for e in self._entries if e.pull is not e.target or e.params is None]
+        unfixed = [e for e in self._entries if e.params is None or (e.has_own_fit and not self._is_settled(e))]
         if unfixed:
             fit_target(unfixed)
         changed = 0
@@ -796,4 +828,9 @@ class Run:
         self._closed = True
 
 
-# --- helpers -----------------------------------------------------------------------------------------------------
+def _by_rule(slots: list[tuple[Entry, Slot]]) -> list[list[tuple[Entry, Slot]]]:
+    """The slots of a step, those of one rule together."""
+    found: dict[int | None, list[tuple[Entry, Slot]]] = {}
+    for entry, slot in slots:
+        found.setdefault(entry.claim.rule, []).append((entry, slot))
+    return list(found.values())

@@ -96,6 +96,11 @@ class Entry:
         return other or self.target
 
     @property
+    def has_own_fit(self) -> bool:
+        """Whether what training pulls to and what the compressed life lies on are fitted apart."""
+        return self.pull is not self.target or (self.rule.mechanism is not None and bool(self.rule.mechanism.offset))
+
+    @property
     def is_ours(self) -> bool:
         """Whether nobody else wrote the weight since the engine last did."""
         return self.version in (-1, _version_of(self.param))
@@ -155,9 +160,17 @@ class Entry:
         sharding.local(self.param).copy_(value)
 
     def hidden_whole(self) -> Tensor:
-        """The whole tensor that is fitted and projected (a collective under sharding)."""
+        """The whole tensor that the compressed life is fitted to and projected from (a collective under sharding)."""
         latent = self.state.get("latent")
         return sharding.whole(self.param if latent is None else sharding.as_sharded(latent, self.param))
+
+    def pulled_whole(self) -> Tensor:
+        """The whole tensor that the pull is fitted to: the hidden one, and a mechanism's offset on top."""
+        key = self.rule.mechanism.offset if self.rule.mechanism else None
+        hidden = self.hidden_whole()
+        if key is None or key not in self.state:
+            return hidden
+        return hidden + sharding.whole(sharding.as_sharded(self.state[key], self.param))
 
     def saved(self, complete: bool) -> dict[str, Any]:
         """What resuming needs of this weight besides its values.
@@ -206,7 +219,7 @@ class Entry:
             return Params(tensors=moved, layout=self.claim.layout)
 
         self.pull_params = params_of(saved["pull"])
-        self.params = self.pull_params if self.pull is self.target else params_of(saved["params"])
+        self.params = params_of(saved["params"]) if self.has_own_fit else self.pull_params
         self.state = {}
         for name, dtype in saved["held"].items():
             if dtype and name not in saved["state"]:
@@ -224,7 +237,7 @@ class Entry:
         rows = sharding.rows_of(self.param, self.name)
         if rows is None:
             return act(w, params)
-        if target.scope == "element":
+        if target.scope in ("element", "row"):
             return act(w, params.local(*rows))
         result = act(sharding.whole(sharding.as_sharded(w, self.param)), params)
         return None if result is None else result[slice(*rows)].clone()
@@ -246,12 +259,13 @@ def entries_of(model: nn.Module, plan: Plan, states: Mapping[str, dict[str, Tens
 
 def fit_pull(entries: list[Entry]) -> None:
     """Fit what training pulls one rule's weights to; the rule's own target too. A collective under sharding."""
-    fitted = _fit_together(entries[0].pull, entries, [entry.pull_params for entry in entries])
+    previous = [entry.pull_params for entry in entries]
+    fitted = _fit_together(entries[0].pull, entries, previous, [entry.pulled_whole() for entry in entries])
     for entry, params in zip(entries, fitted, strict=True):
         entry.pull_params = params
-        if entry.pull is entry.target:
+        if not entry.has_own_fit:
             entry.params = params
-    if entries[0].pull is not entries[0].target:
+    if entries[0].has_own_fit:
         fit_target(entries)
 
 
@@ -261,7 +275,8 @@ def fit_target(entries: list[Entry]) -> None:
     for entry in entries:
         by_rule.setdefault(entry.claim.rule, []).append(entry)
     for mine in by_rule.values():
-        for entry, params in zip(mine, _fit_together(mine[0].target, mine, [None] * len(mine)), strict=True):
+        whole = [entry.hidden_whole() for entry in mine]
+        for entry, params in zip(mine, _fit_together(mine[0].target, mine, [None] * len(mine), whole), strict=True):
             entry.params = params
 
 
@@ -281,17 +296,20 @@ def still_fits(entries: list[Entry]) -> bool:
     return same
 
 
-def _fit_together(target: Target, entries: list[Entry], previous: list[Params | None]) -> list[Params]:
-    """Fit one target to the whole weights of several entries; a collective under sharding.
+def _fit_together(
+    target: Target, entries: list[Entry], previous: list[Params | None], whole: list[Tensor]
+) -> list[Params]:
+    """Fit one target to the whole tensors of several entries.
 
     Raises:
         ValueError: what the target refuses, naming the parameter.
     """
     try:
         with torch.no_grad():
-            return target.fit_model([e.hidden_whole() for e in entries], [e.claim.layout for e in entries], previous)
+            return target.fit_model(whole, [e.claim.layout for e in entries], previous)
     except ValueError as error:
-        bad = next((e.name for e in entries if not bool(torch.isfinite(e.hidden_whole()).all())), entries[0].name)
+        finite = [bool(torch.isfinite(w).all()) for w in whole]
+        bad = next((e.name for e, good in zip(entries, finite, strict=True) if not good), entries[0].name)
         raise ValueError(f"{bad!r}: {error}") from None
 
 

@@ -61,7 +61,7 @@ def check_target(
       tensor, and over random members.
     * `decode(encode(w)) == project(w)` bitwise; `bits_on_disk` is the bytes of the packed codes and stored params.
     * `relax(w, beta)` tends to `project(w)`.
-    * A process that holds some rows projects them as the whole tensor would be (targets of scope "element").
+    * A process that holds some rows projects them as the whole tensor would be (targets of scope "element" or "row").
     * `fit` is repeatable, refuses NaN and infinite weights with `ValueError`; `typical` is positive; no weight lies
       beyond `limits`; weights in `free` stay as they are.
     * The target survives `to_spec` and `from_spec`.
@@ -136,7 +136,7 @@ def check_target(
     for sample in fitting:
         _check_sample(target, sample, levels)
     _refuses_nonfinite(target, fitting[0])
-    if target.is_exact and target.scope != "element":
+    if target.is_exact and target.scope in ("tensor", "model"):
         for seed in range(6):
             _no_subset_is_nearer(target, seed)
     if target.scope == "model":
@@ -246,7 +246,7 @@ def _check_sample(target: Target, sample: Sample, levels: Callable[[Params], Ten
     _describes_itself(target, sample, params, q)
     if target.is_exact:
         _no_member_is_nearer(target, sample, params, q, levels)
-    if target.scope == "element" and w.dim():
+    if target.scope in ("element", "row") and w.dim():
         _shards_agree(target, sample, params, q)
     if not _same_bits(w, kept):
         _broken(target, "relax, encode and free leave their input alone", case, _unequal(w, kept))

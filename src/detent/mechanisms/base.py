@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -43,6 +43,7 @@ class Slot:
         project: nearest point of `target`, right also under sharding.
         pull_project: nearest point of `pull`, right also under sharding.
         pull_free: mask of weights `pull` leaves free, right also under sharding, or `None`.
+        relax: `target.relax(w, beta)`, right also under sharding.
         frozen: the fit is over: params do not change any more.
         plain: the optimizer's step is linear in the gradient (SGD), so a scaled gradient is a scaled step.
         decay: gives what decoupled weight decay takes off in this step, as a fraction of the weight.
@@ -61,6 +62,7 @@ class Slot:
     project: Callable[[Tensor], Tensor]
     pull_project: Callable[[Tensor], Tensor]
     pull_free: Callable[[Tensor], Tensor | None]
+    relax: Callable[[Tensor, float], Tensor]
     frozen: bool
     plain: bool
     decay: Callable[[], float]
@@ -77,6 +79,9 @@ class Mechanism(abc.ABC):
     Class attributes:
         keeps_full_life: the weights the forward pass sees stay full precision, so one checkpoint has two useful lives.
         memory: names of the tensors kept between steps (empty: resuming needs nothing but the weights).
+        offset: name of the memory that is added to the weights before the pull is fitted (ADMM's dual); the compressed
+            life is still that of the weights alone. `None` for no offset.
+        fits_after: the fit of a period comes after its last step instead of before its first, and `after_fit` follows.
 
     Example:
         >>> from detent import PSG, STE
@@ -86,6 +91,8 @@ class Mechanism(abc.ABC):
 
     keeps_full_life: ClassVar[bool]
     memory: ClassVar[tuple[str, ...]] = ()
+    offset: ClassVar[str | None] = None
+    fits_after: ClassVar[bool] = False
     # Lets a recipe file be checked field by field although fields may hold abstract types.
     __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}
 
@@ -134,6 +141,15 @@ class Mechanism(abc.ABC):
 
     def after_step(self, slot: Slot, clock: Clock) -> None:
         """Last moment: the optimizer has run."""
+
+    def before_together(self, slots: Sequence[Slot], clock: Clock) -> None:
+        """All weights of one rule and one optimizer at once, before the first moment of each."""
+
+    def after_together(self, slots: Sequence[Slot], clock: Clock) -> None:
+        """All weights of one rule and one optimizer at once, after the last moment of each."""
+
+    def after_fit(self, slot: Slot, clock: Clock) -> None:
+        """With `fits_after`: the step is over and the pull has just been fitted to the weights (and the offset)."""
 
     def undo(self, slot: Slot, clock: Clock) -> None:
         """The optimizer's step raised: put the weight back as the forward pass last saw it."""

@@ -193,7 +193,7 @@ class PSG(Mechanism):
         return self.form == "gradient" or (self.form == "auto" and slot.plain)
 
     def _scale_of(self, w: Tensor, slot: Slot, clock: Clock) -> Tensor:
-        distance = slot.pull_project(w).sub_(w).abs_()
+        distance = slot.pull.distance(slot.pull_project(w).sub_(w), slot.pull_params)
         scale = self._scale(distance, slot.pull, slot.pull_params, clock)
         free = slot.pull_free(w)
         return scale if free is None else scale.masked_fill_(free, 1.0)
@@ -238,7 +238,7 @@ class PSG(Mechanism):
             >>> PSG(gain=1.0, eps=0.0).scale(w, grid, grid.fit(w))
             tensor([0., 1., 0.])
         """
-        distance = target.project(w, params).sub_(w).abs_()
+        distance = target.distance(target.project(w, params).sub_(w), params)
         scale = self._scale(distance, target, params, Clock(step=step, total_steps=total_steps))
         free = target.free(w, params)
         return scale if free is None else scale.masked_fill_(free, 1.0)

@@ -15,7 +15,7 @@ from detent.grouping import Layout
 
 __all__ = ["Codes", "Params", "Scope", "Stream", "Target", "check_finite", "compute_dtype"]
 
-Scope = Literal["element", "tensor", "model"]
+Scope = Literal["element", "row", "tensor", "model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +105,13 @@ class Target(abc.ABC):
 
     Class attributes:
         is_exact: `project` is the nearest point of the set (given the params), not a heuristic.
-        scope: what `project` of one weight depends on: only itself and the params ("element"), or the
-            whole tensor ("tensor"). "model" means that `fit` looks at all tensors of the rule at once.
+        scope: what `project` of one weight depends on: only itself and the params ("element"), its own row of axis 0
+            (a block, a kernel: "row"), or the whole tensor ("tensor"). "model" means that `fit` looks at all tensors
+            of the rule at once, and `project` at the whole tensor.
         has_bits: the target has a bit-width that `at_bits` can change.
         stored: names of the params that `decode` needs; only these go into a file.
+        shared: those of `stored` that are the same numbers for all tensors of the rule (a global codebook): a file
+            holds them once, and `bits_on_disk` leaves them out.
 
     Example:
         >>> from detent import Uniform
@@ -122,6 +125,7 @@ class Target(abc.ABC):
     is_exact: ClassVar[bool]
     has_bits: ClassVar[bool] = False
     stored: ClassVar[tuple[str, ...]]
+    shared: ClassVar[tuple[str, ...]] = ()
     # Lets a recipe file be checked field by field although fields may hold abstract types.
     __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}
 
@@ -199,6 +203,20 @@ class Target(abc.ABC):
     def limits(self, params: Params) -> Tensor | None:
         """Largest allowed |w| of a bounded set, broadcasting against w; `None` if the set is unbounded."""
         return None
+
+    def levels(self, params: Params) -> Tensor | None:
+        """The allowed values of a finite set of scalars, ascending on the last axis; the other axes broadcast against w.
+
+        `None` where values cannot be listed one weight at a time (sparse sets, codebooks).
+        """
+        return None
+
+    def distance(self, gap: Tensor, params: Params) -> Tensor:
+        """How far each weight is from its place, >= 0, from `gap = project(w) - w`; may write over gap.
+
+        |gap| where weights move alone; where they move together (a kernel), the same number for all of them.
+        """
+        return gap.abs_()
 
     def free(self, w: Tensor, params: Params) -> Tensor | None:
         """Mask of weights that may take any real value where they are (survivors of a sparse set), or `None`."""
