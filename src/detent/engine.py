@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from detent import lives, optimizers, sharding
-from detent.lives import Encoded, Entry, Statistics, distance_row, fit_pull, fit_target, named_parameters
+from detent.lives import Entry, Lives, Statistics, fit_pull, fit_target, named_parameters
 from detent.mechanisms import Clock, Slot
 from detent.recipe import Plan, Recipe
-from detent.targets import Params, Target
 
 __all__ = ["Run", "attach", "compress"]
 
+_T = TypeVar("_T")
 _STATE_KEY = "detent"
 _STATE_VERSION = 1
 
@@ -29,10 +28,17 @@ _ATTACHED: weakref.WeakSet[Any] = weakref.WeakSet()
 
 @dataclass(kw_only=True)
 class _Driver:
-    """One attached optimizer: its entries, its clock, and where it is inside a step."""
+    """One attached optimizer: its entries, its clock, and where it is inside a step.
+
+    `entries` are those of the stage it is in; `kept` are those of earlier stages that no later one has claimed since.
+    """
 
     optimizer: Any
-    entries: list[Entry]
+    stages: list[list[Entry]] = field(default_factory=list)
+    stage: int = 0
+    entries: list[Entry] = field(default_factory=list)
+    kept: list[Entry] = field(default_factory=list)
+    copies: list[tuple[Entry, Tensor]] = field(default_factory=list)
     step: int = 0
     slots: list[tuple[Entry, Slot]] = field(default_factory=list)
     skip: bool = False
@@ -45,8 +51,19 @@ class _Driver:
     probed: dict[int, bool] = field(default_factory=dict)
 
     @property
+    def standing(self) -> list[Entry]:
+        return [*self.entries, *self.kept]
+
+    @property
     def params(self) -> list[Tensor]:
-        return [entry.param for entry in self.entries]
+        return [entry.param for entry in self.standing]
+
+    def enter(self, stage: int) -> None:
+        """Be in a stage: what it claims is trained, what only earlier ones claimed is kept."""
+        self.stage = stage
+        self.entries = self.stages[stage]
+        last = {entry.name: entry for entries in self.stages[: stage + 1] for entry in entries}
+        self.kept = [entry for entries in self.stages[:stage] for entry in entries if last[entry.name] is entry]
 
 
 def attach(
@@ -140,12 +157,13 @@ def compress(model: nn.Module, recipe: Recipe) -> Run:
     return run
 
 
-class Run:
+class Run(Lives):
     """A recipe attached to a model. Made by `attach` and `compress`, never directly.
 
     Attributes:
         model: the model.
         plan: the resolved recipe; `print(run.plan)`.
+        standing: the plan as far as it has come: what the compressed life of this moment consists of.
 
     Example:
         >>> import torch, detent as dt
@@ -165,10 +183,14 @@ class Run:
         self._closed = False
         self._awaiting_state = False
         self._statistics: dict[str, Statistics] = {}
-        self._entries = lives.entries_of(model, plan, {})
-        self._drivers = [_Driver(optimizer=each, entries=[]) for each in attached]
+        self._drivers = [_Driver(optimizer=each) for each in attached]
         if attached:
+            self._bounds = plan.recipe.bounds(total_steps)
+            self._all = [e for i in range(len(plan.stages)) for e in lives.entries_of(model, plan, {}, stage=i)]
             self._assign()
+        else:
+            self._all = lives.entries_of(model, plan, {})
+        self._refresh()
 
     # --- attaching ------------------------------------------------------------------------------------------------
 
@@ -176,11 +198,11 @@ class Run:
         """Give every entry to the one optimizer that holds its parameter."""
         owners: dict[int, list[tuple[_Driver, int]]] = {}
         for driver in self._drivers:
-            driver.entries = []
+            driver.stages = [[] for _ in self.plan.stages]
             for index, group in enumerate(driver.optimizer.param_groups):
                 for param in group["params"]:
                     owners.setdefault(id(param), []).append((driver, index))
-        for entry in self._entries:
+        for entry in self._all:
             name = entry.name
             if not entry.param.requires_grad:
                 raise ValueError(f"{name!r} is frozen (requires_grad=False), so nothing can pull it; keep it")
@@ -190,7 +212,14 @@ class Run:
                 raise ValueError(f"{name!r} is claimed by the recipe but sits in {where}; it must sit in exactly one")
             driver, entry.group = found[0]
             entry.check_decay(driver.optimizer.param_groups[entry.group])
-            driver.entries.append(entry)
+            driver.stages[entry.stage].append(entry)
+        for driver in self._drivers:
+            driver.enter(driver.stage)
+
+    def _refresh(self) -> None:
+        """What the compressed life of this moment consists of, in the model's order."""
+        found = {e.name: e for driver in self._drivers for e in driver.standing} or {e.name: e for e in self._all}
+        self._entries = [found[claim.name] for claim in self.plan.claims if claim.name in found]
 
     def _start(self, hooks: bool) -> None:
         try:
@@ -198,29 +227,54 @@ class Run:
                 optimizers.refuse_unfollowable(driver.optimizer)
                 if hooks:
                     self._register(driver)
-            for entry in self._entries:  # a fraction that cannot be resolved is found now, not at step 3,000
-                entry.check_moments(self._total_steps)
-            if not any(entry.param.is_meta for entry in self._entries):
-                self._open()
+            for entry in self._all:  # a fraction that cannot be resolved is found now, not at step 3,000
+                entry.check_moments(self._steps_of(entry.stage))
+            if not any(entry.param.is_meta for entry in self._all):
+                lives.rehearse(self._all, self.plan)
+                self._open(self._drivers)
         except Exception:
             self.detach()
             raise
 
-    def _open(self) -> None:
-        """First fit, and the first look of latent mechanisms at their weights."""
-        for entry in self._entries:
-            if not bool(sharding.whole(entry.param).any()):
+    def _open(self, drivers: list[_Driver]) -> None:
+        """First fit of a stage, and the first look of its latent mechanisms at their weights."""
+        for entry in (entry for driver in drivers for entry in driver.entries):
+            # What an earlier stage pruned away altogether is no mistake.
+            if entry.zeros is None and not bool(sharding.whole(entry.param).any()):
                 raise ValueError(
                     f"{entry.name!r} is all zero, so {type(entry.target).__name__} has nothing to fit and the "
                     "mechanism nothing to pull; initialise it, or keep it in full precision"
                 )
-        for driver in self._drivers:
+        for driver in drivers:
             self._fit_due(driver, first=True)
         with torch.no_grad():
-            for driver in self._drivers:
+            for driver in drivers:
                 for entry in driver.entries:
                     entry.mechanism.open(self._slot(driver, entry), self._clock(driver))
-        self._adopt()
+                    entry.hold()
+                self._adopt(driver)
+
+    def _turn(self, driver: _Driver) -> None:
+        """A stage is over: map its weights, hold what later stages may not undo, and open the next one."""
+        for entries in _by_rule([(entry, entry) for entry in driver.entries]):
+            mine = [entry for entry, _ in entries if not entry.settled]
+            if mine and mine[0].target.scope == "model":  # one threshold, whichever optimizer comes first
+                mine = [entry for entry in self._all if entry.claim.rule == mine[0].claim.rule]
+            unfixed = [entry for entry in mine if self._is_unfixed(entry)]
+            if unfixed:
+                fit_target(unfixed)
+            for entry in mine:
+                entry.settled = True
+        with torch.no_grad():
+            for entry in driver.entries:
+                entry.map_into_target()
+        zeros = {entry.name: entry.zeros for entry in driver.standing}
+        driver.enter(driver.stage + 1)
+        for entry in driver.entries:
+            entry.zeros = zeros.get(entry.name)
+        self._refresh()
+        self._open([driver])
+        self._adopt(driver)
 
     def _register(self, driver: _Driver) -> None:
         optimizer = driver.optimizer
@@ -261,6 +315,11 @@ class Run:
     def clock(self) -> int:
         """Training steps done so far (of the first optimizer)."""
         return self._drivers[0].step if self._drivers else 0
+
+    @property
+    def stage(self) -> int:
+        """The stage training is in, 0 for the first (of the first optimizer)."""
+        return self._drivers[0].stage if self._drivers else 0
 
     def before_step(self, optimizer: Optimizer | None = None) -> None:
         """The first half of a step, for optimizers without hooks: call it when the gradients are there.
@@ -308,12 +367,12 @@ class Run:
         driver.skip = optimizers.moves_nothing(driver.optimizer, driver.params)
         if driver.skip:
             # A step at rate 0 still writes (w += 0): only what nobody else had written before it stays ours.
-            driver.clean = [entry for entry in driver.entries if entry.is_ours]
+            driver.clean = [entry for entry in driver.standing if entry.is_ours]
             return replay
         self._follow(driver)
-        self._refuse_foreign_writes(driver.entries)
+        self._refuse_foreign_writes(driver.standing)
         if self._awaiting_state:
-            kept = ", ".join(sorted({m for e in self._entries for m in e.mechanism.memory}))
+            kept = ", ".join(sorted({m for e in self._all for m in e.mechanism.memory}) or ["the stage it is in"])
             raise RuntimeError(
                 f"the optimizer's state was loaded without Detent's part, and this recipe keeps state ({kept}); load a "
                 "checkpoint saved with the run attached, or call run.rebind(adopt=True) to start it afresh"
@@ -332,6 +391,9 @@ class Run:
             self._fit_due(driver)
             driver.slots = [(entry, self._slot(driver, entry)) for entry in active]
             driver.pending = True
+            driver.copies = [(e, sharding.local(e.param).clone()) for e in driver.kept if e.is_fixed]
+            for entry in driver.standing:
+                self._mask_gradient(driver, entry)
             for slots in _by_rule(driver.slots):
                 slots[0][0].mechanism.before_together([slot for _, slot in slots], clock)
             for entry, slot in driver.slots:
@@ -339,6 +401,20 @@ class Run:
             self._clip_norm(driver)
         seen += [(entry, *entry.mark()) for entry in driver.entries]
         return replay
+
+    def _mask_gradient(self, driver: _Driver, entry: Entry) -> None:
+        """What earlier stages hold gets no gradient, so that neither momentum nor a norm clip is misled by it."""
+        fixed = entry.is_fixed and entry.stage < driver.stage
+        if entry.param.grad is None or (entry.zeros is None and not fixed):
+            return
+        grad = sharding.local(entry.param.grad)
+        reference, version = driver.spent.get(entry.name, (lambda: None, -1))
+        if reference() is entry.param.grad and version == grad._version:
+            return  # masked already by the step that raised
+        if fixed:
+            grad.zero_()
+        elif entry.zeros is not None:
+            grad.masked_fill_(entry.zeros, 0.0)
 
     def _first_moment(self, driver: _Driver, entry: Entry, slot: Slot, clock: Clock) -> None:
         """The mechanism's first moment; a gradient that a step which raised had already changed is not shown again."""
@@ -373,16 +449,29 @@ class Run:
             driver.checked_copies = True
         clock = self._clock(driver)
         with torch.no_grad():
+            self._hold(driver)
             for entry, slot in driver.slots:
                 entry.mechanism.after_step(slot, clock)
             for slots in _by_rule(driver.slots):
                 slots[0][0].mechanism.after_together([slot for _, slot in slots], clock)
             for entry in self._fit_due(driver, after=True):
                 entry.mechanism.after_fit(self._slot(driver, entry), clock)
-        driver.slots, driver.pending, driver.spent = [], False, {}
+            self._hold(driver)
+        driver.slots, driver.copies, driver.pending, driver.spent = [], [], False, {}
         driver.step += 1
         self._statistics.clear()
         self._adopt(driver)
+        past = self._bounds[driver.stage][1]
+        if driver.stage + 1 < len(driver.stages) and driver.step == past:
+            self._turn(driver)
+
+    @staticmethod
+    def _hold(driver: _Driver) -> None:
+        """Put back what earlier stages hold, whatever momentum and weight decay made of it."""
+        for entry in driver.standing:
+            entry.hold()
+        for entry, value in driver.copies:
+            entry.write(value)
 
     def _clip_norm(self, driver: _Driver) -> None:
         limits = sorted({e.mechanism.norm_limit for e, _ in driver.slots if e.mechanism.norm_limit is not None})
@@ -411,6 +500,8 @@ class Run:
             pull_project=lambda w: entry.map_whole(pull.project, pull, pull_params, w),
             pull_free=lambda w: entry.map_whole(pull.free, pull, pull_params, w),
             relax=lambda w, beta: entry.map_whole(lambda x, p: target.relax(x, p, beta), target, params, w),
+            gather=lambda w: sharding.whole(sharding.as_sharded(w, entry.param)),
+            rate=lambda: float(driver.optimizer.param_groups[entry.group]["lr"]),
             frozen=self._frozen(driver, entry),
             plain=isinstance(driver.optimizer, torch.optim.SGD),
             decay=lambda: optimizers.decoupled_decay(driver.optimizer, entry.group, entry.param.dim(), driver.probed),
@@ -419,13 +510,17 @@ class Run:
         )
 
     def _clock(self, driver: _Driver) -> Clock:
-        return Clock(step=driver.step, total_steps=self._total_steps)
+        return Clock(step=driver.step - self._bounds[driver.stage][0], total_steps=self._steps_of(driver.stage))
+
+    def _steps_of(self, stage: int) -> int | None:
+        first, past = self._bounds[stage]
+        return self._total_steps if past is None else past - first
 
     # --- fitting --------------------------------------------------------------------------------------------------
 
     def _frozen(self, driver: _Driver, entry: Entry) -> bool:
-        until = entry.cadence(self._total_steps)[1]
-        return until is not None and driver.step >= until
+        until = entry.cadence(self._steps_of(driver.stage))[1]
+        return until is not None and self._clock(driver).step >= until
 
     def _fit_due(self, driver: _Driver, first: bool = False, after: bool = False) -> list[Entry]:
         """Fit what is due at this tick; a model-wide target together, whichever optimizer comes first.
@@ -439,11 +534,12 @@ class Run:
             The driver's entries that were fitted.
         """
         done: list[Entry] = []
+        clock = self._clock(driver)
         for index, rule in enumerate(self.plan.recipe.rules):
             mine = [entry for entry in driver.entries if entry.claim.rule == index]
             if not mine:
                 continue
-            every, until = mine[0].cadence(self._total_steps)
+            every, until = mine[0].cadence(clock.total_steps)
             phase = every - 1 if mine[0].mechanism.fit_at_end and not first else 0
             missing = any(entry.pull_params is None for entry in mine)
             if mine[0].mechanism.fits_after:
@@ -452,36 +548,37 @@ class Run:
                     continue
             elif after:
                 continue
-            wanted = driver.step % every == phase or mine[0].mechanism.wants_fit(self._clock(driver))
-            due = wanted and (until is None or driver.step < until)
+            wanted = clock.step % every == phase or mine[0].mechanism.wants_fit(clock)
+            due = wanted and (until is None or clock.step < until)
             if not (missing or due):
                 continue
             if mine[0].pull.scope == "model":
-                mine = [entry for entry in self._entries if entry.claim.rule == index]
+                mine = [entry for entry in self._all if entry.claim.rule == index]
                 if torch._C._current_graph_task_id() != -1:
                     raise RuntimeError(
                         f"rule {index} (match={rule.match!r}) is fitted over the whole model, which an optimizer that "
                         "steps inside backward cannot offer; use scope='tensor'"
                     )
-            if after and not mine[0].mechanism.active(self._clock(driver)):
+            if after and not mine[0].mechanism.active(clock):
                 continue
-            if not missing and not after and mine[0].fitted_at == driver.step:
+            if not missing and not after and mine[0].fitted_at == clock.step:
                 continue
             fit_pull(mine)
             for entry in mine:
-                entry.fitted_at = driver.step
+                entry.fitted_at = clock.step
             done += [entry for entry in driver.entries if entry.claim.rule == index]
         return done
 
     def _is_settled(self, entry: Entry) -> bool:
-        """Whether an offset mechanism's fit is over, so that the weights lie where its last fit put them."""
+        if entry.settled:
+            return True
         mine = [driver for driver in self._drivers if any(each is entry for each in driver.entries)]
         return bool(mine) and entry.mechanism.offset is not None and self._frozen(mine[0], entry)
 
     # --- keeping up with the outside ------------------------------------------------------------------------------
 
     def _adopt(self, driver: _Driver | None = None) -> None:
-        for entry in self._entries if driver is None else driver.entries:
+        for entry in self._entries if driver is None else driver.standing:
             entry.adopt()
 
     def _repair(self, driver: _Driver) -> None:
@@ -492,7 +589,8 @@ class Run:
         with torch.no_grad():
             for entry, slot in driver.slots:
                 entry.mechanism.undo(slot, self._clock(driver))
-        driver.pending, driver.slots = False, []
+            self._hold(driver)
+        driver.pending, driver.slots, driver.copies = False, [], []
         self._adopt(driver)
 
     def _refuse_foreign_writes(self, entries: list[Entry]) -> None:
@@ -514,7 +612,7 @@ class Run:
     def _follow(self, driver: _Driver) -> None:
         """Find parameters again that were replaced after attach (FSDP2, accelerate, model.to)."""
         held = {id(p) for group in driver.optimizer.param_groups for p in group["params"]}
-        if all(id(entry.param) in held for entry in driver.entries) and not any(
+        if all(id(entry.param) in held for entry in driver.standing) and not any(
             entry.pull_params is None for entry in driver.entries
         ):
             return
@@ -543,7 +641,7 @@ class Run:
         self.model = self.model if model is None else model
         sharding.reshard(self.model)
         named = named_parameters(self.model)
-        for entry in self._entries:
+        for entry in self._all:
             param = named.get(entry.name)
             if param is None:
                 raise ValueError(f"{entry.name!r} is claimed by the recipe but is no parameter of the model any more")
@@ -557,6 +655,9 @@ class Run:
             self._statistics.clear()
             for driver in self._drivers:
                 driver.pending, driver.slots, driver.spent = False, [], {}
+                for entry in driver.standing:
+                    if entry.zeros is not None:
+                        entry.zeros = sharding.local(entry.param) == 0
                 for entry in driver.entries:
                     entry.state.clear()
                     if not self._frozen(driver, entry):
@@ -564,8 +665,8 @@ class Run:
         if adopt and not self._drivers:
             fit_target(self._entries)
             self._adopt()
-        elif self._drivers and (adopt or any(entry.pull_params is None for entry in self._entries)):
-            self._open()
+        elif self._drivers and (adopt or any(e.pull_params is None for d in self._drivers for e in d.entries)):
+            self._open(self._drivers)
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -602,16 +703,17 @@ class Run:
             raise ValueError(
                 f"state has {len(state_dict.get('steps', ()))} optimizer clocks, this run has {len(self._drivers)}"
             )
-        claimed = {entry.name for entry in self._entries}
-        for odd in sorted(claimed ^ set(state_dict["weights"]))[:1]:
+        claimed = {entry.name for entry in self._all}
+        for odd in sorted(set(state_dict["weights"]) - claimed)[:1]:
             raise ValueError(f"Detent state and recipe disagree: {odd!r} is in only one of them")
         for driver, step in zip(self._drivers, state_dict["steps"], strict=True):
-            part = {entry.name: state_dict["weights"].get(entry.name) for entry in driver.entries}
+            mine = {entry.name for entries in driver.stages for entry in entries}
+            part = {name: saved for name, saved in state_dict["weights"].items() if name in mine}
             self._load_driver(driver, {"version": state_dict.get("version"), "step": step, "weights": part})
 
     def _driver_state(self, driver: _Driver, complete: bool = False) -> dict[str, Any]:
         self._repair(driver)
-        weights = {entry.name: entry.saved(complete) for entry in driver.entries}
+        weights = {entry.name: entry.saved(complete) for entry in driver.standing}
         return {"version": _STATE_VERSION, "step": driver.step, "weights": weights}
 
     def _load_riding(self, driver: _Driver, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -619,177 +721,38 @@ class Run:
         mine = rest.pop(_STATE_KEY, None)
         if mine is not None:
             self._load_driver(driver, mine)
-        elif any(entry.mechanism.memory for entry in driver.entries):
+        elif self.plan.recipe.stages or any(entry.mechanism.memory for entry in driver.entries):
             self._awaiting_state = True
         return rest
 
     def _load_driver(self, driver: _Driver, state: Mapping[str, Any]) -> None:
         if state.get("version") != _STATE_VERSION:
             raise ValueError(f"Detent state has version {state.get('version')!r}; this release reads {_STATE_VERSION}")
-        claimed = {entry.name for entry in driver.entries}
+        step = int(state["step"])
+        stage = max(i for i, (first, _) in enumerate(self._bounds) if first <= step)
+        if stage != driver.stage:
+            for entry in (entry for entries in driver.stages for entry in entries):
+                entry.forget()
+            driver.enter(stage)
+            self._refresh()
+        claimed = {entry.name for entry in driver.standing}
         given = {name for name, value in state["weights"].items() if value is not None}
         if claimed != given:
             odd = sorted(claimed ^ given)[0]
             raise ValueError(f"Detent state and recipe disagree: {odd!r} is in only one of them")
-        for entry in driver.entries:
+        for entry in driver.standing:
             entry.check_places(state["weights"][entry.name])
-        for entry in driver.entries:
+        for entry in driver.standing:
             entry.restore(state["weights"][entry.name])
             # The fit of tick 0 was done when the saved run opened; every later tick's is done inside its own step.
             entry.fitted_at = 0
-        driver.step = int(state["step"])
+        driver.step = step
         driver.pending, driver.slots, driver.spent = False, [], {}
         self._awaiting_state = False
         self._statistics.clear()
         self._adopt(driver)
 
-    # --- lives ----------------------------------------------------------------------------------------------------
-
-    def _life(self, bits: int | None, recipe: Recipe | None) -> list[tuple[Entry, Target, Params]]:
-        """What each claimed tensor is in a compressed life; collective under sharding."""
-        if self._inside:
-            raise RuntimeError("a compressed life inside run.compressed(): leave the first one before asking again")
-        self._settle()
-        if bits is not None and recipe is not None:
-            raise ValueError("give bits= or recipe=, not both")
-        if recipe is not None:
-            return self._life_of(recipe)
-        life: list[tuple[Entry, Target, Params]] = []
-        unfixed = [e for e in self._entries if e.params is None or (e.has_own_fit and not self._is_settled(e))]
-        if unfixed:
-            fit_target(unfixed)
-        changed = 0
-        for entry in self._entries:
-            assert entry.params is not None
-            target, params = entry.target, entry.params
-            if bits is not None and target.has_bits and not entry.rule.pinned:
-                target, params = target.at_bits(entry.hidden_whole(), params, bits)
-                changed += 1
-            life.append((entry, target, params))
-        if bits is not None and not changed:
-            raise ValueError(f"bits={bits}: no rule of this recipe has an unpinned target with a bit-width")
-        return life
-
-    def _life_of(self, recipe: Recipe) -> list[tuple[Entry, Target, Params]]:
-        sharding.reshard(self.model)
-        entries = lives.entries_of(self.model, recipe.resolve(self.model), {e.name: e.state for e in self._entries})
-        fit_target(entries)
-        return [(entry, entry.target, entry.params) for entry in entries if entry.params is not None]
-
-    @contextmanager
-    def compressed(
-        self, *, bits: int | None = None, recipe: Recipe | None = None, batchnorm: bool = True
-    ) -> Iterator[Run]:
-        """Show the model in its compressed life; on leaving, the full-precision weights are back bitwise.
-
-        Args:
-            bits: another width for every target that has one and is not pinned, without retraining: the better of
-                a fresh fit and the trained step times a power of two.
-            recipe: other targets altogether, fitted to the weights as they are.
-            batchnorm: use the BatchNorm statistics that `recalibrate` found for this life, if there are any.
-
-        Raises:
-            ValueError: both bits and recipe, or bits where no target has a width.
-            RuntimeError: inside another `compressed()`.
-
-        Example:
-            >>> import torch, detent as dt
-            >>> model = torch.nn.Linear(16, 16)
-            >>> run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))]))
-            >>> with run.compressed(bits=2):
-            ...     print(len(model.weight.unique()))
-            3
-        """
-        life = self._life(bits, recipe)
-        statistics = self.statistics(bits=bits, recipe=recipe) if batchnorm else None
-        sharding.reshard(self.model)
-        kept = [(entry, sharding.local(entry.param).clone()) for entry, _, _ in life]
-        self._inside = True
-        try:
-            with torch.no_grad():
-                for entry, target, params in life:
-                    entry.write(entry.map_whole(target.project, target, params, entry.hidden()))
-            with lives.swapped_buffers(self.model, statistics):
-                yield self
-        finally:
-            sharding.reshard(self.model)
-            with torch.no_grad():
-                for entry, value in kept:
-                    entry.write(value)
-            sharding.reshard(self.model)
-            self._inside = False
-            self._adopt()
-
-    def recalibrate(
-        self,
-        batches: Iterable[Any],
-        *,
-        bits: int | None = None,
-        recipe: Recipe | None = None,
-        forward: Callable[[Any], Any] | None = None,
-    ) -> None:
-        """Re-estimate BatchNorm statistics for a compressed life, into buffers that belong to that life alone.
-
-        The plain average over the batches; the full life's statistics stay untouched. The next training step drops
-        them.
-
-        Args:
-            batches: inputs, tuples that start with inputs, or mappings of keyword arguments, on the model's device.
-            bits: the life `compressed(bits=...)` shows.
-            recipe: the life `compressed(recipe=...)` shows.
-            forward: how to feed one batch, if `model(inputs)` is not it.
-
-        Raises:
-            ValueError: no BatchNorm with running statistics, no batches, or batches of an unknown kind.
-
-        Example:
-            >>> import torch, detent as dt
-            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
-            >>> run = dt.compress(model, dt.Recipe([dt.Rule(match="0.weight", target=dt.Uniform(bits=2))]))
-            >>> run.recalibrate([torch.randn(64, 4)])
-            >>> bool((model[1].running_mean == 0).all())    # the full life keeps its own
-            True
-        """
-        with self.compressed(bits=bits, recipe=recipe, batchnorm=False):
-            found = lives.reestimate(self.model, batches, forward)
-        self._statistics[self._life_key(bits, recipe)] = found
-
-    def statistics(self, *, bits: int | None = None, recipe: Recipe | None = None) -> Statistics | None:
-        """The BatchNorm statistics of a compressed life, if `recalibrate` found any."""
-        return self._statistics.get(self._life_key(bits, recipe))
-
-    def _life_key(self, bits: int | None, recipe: Recipe | None) -> str:
-        # One name for one life: the trained width asked for by number is the trained life.
-        widths = {getattr(e.target, "bits", None) for e in self._entries if e.target.has_bits and not e.rule.pinned}
-        return recipe.to_yaml() if recipe is not None else f"bits={None if widths == {bits} else bits}"
-
-    def measure(self, *, bits: int | None = None, recipe: Recipe | None = None) -> list[dict[str, Any]]:
-        """How far the two lives are apart, one row a claimed tensor.
-
-        Returns:
-            Rows with name, target, weights, bits_per_weight (codes and params), error (|w - q|^2 / |w|^2),
-            wasserstein (1-Wasserstein distance between the values of the two lives), distance (mean |w - q| in
-            cells, nan where there are none) and zeros (share of zeros among q).
-
-        Example:
-            >>> import torch, detent as dt
-            >>> recipe = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=8))])
-            >>> run = dt.compress(torch.nn.Linear(16, 16), recipe)
-            >>> run.measure()[0]["error"] < 1e-3
-            True
-        """
-        rows = []
-        for entry, target, params in self._life(bits, recipe):
-            rows.append(distance_row(entry.name, entry.hidden_whole(), target, params))
-        return rows
-
-    def encoded(self, *, bits: int | None = None, recipe: Recipe | None = None) -> dict[str, Encoded]:
-        """The claimed tensors of a compressed life as codes, by name: what a file holds."""
-        found = {}
-        for entry, target, params in self._life(bits, recipe):
-            codes = target.encode(entry.hidden_whole(), params)
-            found[entry.name] = Encoded(target=target, params=params, codes=codes, dtype=entry.claim.dtype)
-        return found
+    # --- the end -------------------------------------------------------------------------------------------------
 
     def finalize(self) -> None:
         """Make the compressed life permanent: every claimed weight ends in its target exactly, and the run is over.
@@ -828,9 +791,9 @@ class Run:
         self._closed = True
 
 
-def _by_rule(slots: list[tuple[Entry, Slot]]) -> list[list[tuple[Entry, Slot]]]:
+def _by_rule(slots: list[tuple[Entry, _T]]) -> list[list[tuple[Entry, _T]]]:
     """The slots of a step, those of one rule together."""
-    found: dict[int | None, list[tuple[Entry, Slot]]] = {}
+    found: dict[int | None, list[tuple[Entry, _T]]] = {}
     for entry, slot in slots:
         found.setdefault(entry.claim.rule, []).append((entry, slot))
     return list(found.values())

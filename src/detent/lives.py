@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from detent import sharding
 from detent.mechanisms import Clock, Mechanism
-from detent.recipe import Claim, Plan, Rule, canonical_name, short
+from detent.recipe import Claim, Plan, Recipe, Rule, canonical_name, short
 from detent.schedules import Schedule, step_at
 from detent.targets import Codes, Params, Target
 
 __all__ = [
     "Encoded",
     "Entry",
+    "Lives",
     "Statistics",
     "distance_row",
     "entries_of",
@@ -30,6 +32,7 @@ __all__ = [
     "swapped_buffers",
 ]
 
+_L = TypeVar("_L", bound="Lives")
 Statistics = Mapping[str, Tensor]
 
 
@@ -68,6 +71,10 @@ class Entry:
     claim: Claim
     rule: Rule
     param: Tensor
+    stage: int = 0
+    staged: bool = False
+    zeros: Tensor | None = None
+    settled: bool = False
     group: int = -1
     params: Params | None = None
     pull_params: Params | None = None
@@ -104,6 +111,37 @@ class Entry:
     def is_ours(self) -> bool:
         """Whether nobody else wrote the weight since the engine last did."""
         return self.version in (-1, _version_of(self.param))
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the target leaves survivors free, so that only its zeros bind."""
+        return type(self.target).free is not Target.free
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the stage is over and the weight stays where it was mapped to."""
+        return self.settled and not self.is_sparse
+
+    def hold(self) -> None:
+        """Put back the zeros of earlier stages."""
+        if self.zeros is not None:
+            sharding.local(self.param).masked_fill_(self.zeros, 0.0)
+            if "latent" in self.state:
+                self.state["latent"].masked_fill_(self.zeros, 0.0)
+
+    def map_into_target(self) -> None:
+        """The stage is over: the weight goes to its nearest place, and the zeros of a sparse target are held."""
+        assert self.params is not None
+        self.write(self.map_whole(self.target.project, self.target, self.params, self.hidden()))
+        self.state.clear()
+        if self.is_sparse:
+            gone = sharding.local(self.param) == 0
+            self.zeros = gone if self.zeros is None else gone | self.zeros
+
+    def forget(self) -> None:
+        """Be as before the first fit."""
+        self.params = self.pull_params = self.zeros = None
+        self.state, self.settled, self.fitted_at = {}, False, -1
 
     def adopt(self) -> None:
         """Take the weight as it is now for our own writing."""
@@ -150,6 +188,8 @@ class Entry:
         for name, value in self.state.items():
             if tuple(value.shape) == self.claim.layout.shape != shape:
                 self.state[name] = sharding.from_whole(value, param, self.name).clone()
+        if self.zeros is not None and tuple(self.zeros.shape) == self.claim.layout.shape != shape:
+            self.zeros = sharding.from_whole(self.zeros, param, self.name).clone()
 
     def hidden(self) -> Tensor:
         """What is held here of the weights that are fitted and projected."""
@@ -185,10 +225,21 @@ class Entry:
         return {
             "params": dict(self.params.tensors) if self.params else {},
             "pull": dict(self.pull_params.tensors) if self.pull_params else {},
-            "state": {name: sharding.as_sharded(value, self.param) for name, value in memory.items()},
+            "state": {name: self._as_held(value) for name, value in memory.items()},
             "held": held,
             "places": self._places,
+            **(self._saved_stage() if self.staged else {}),
         }
+
+    def _saved_stage(self) -> dict[str, Any]:
+        zeros = self.zeros
+        if zeros is None:
+            zeros = torch.zeros_like(sharding.local(self.param), dtype=torch.bool)
+        return {"zeros": sharding.as_sharded(zeros, self.param), "settled": self.settled}
+
+    def _as_held(self, value: Tensor) -> Tensor:
+        """Memory as it is saved: sharded like the parameter, unless it is one number for the whole of it."""
+        return value if value.shape != sharding.local(self.param).shape else sharding.as_sharded(value, self.param)
 
     @property
     def _places(self) -> str:
@@ -220,6 +271,11 @@ class Entry:
 
         self.pull_params = params_of(saved["pull"])
         self.params = params_of(saved["params"]) if self.has_own_fit else self.pull_params
+        self.settled = bool(saved.get("settled", False))
+        self.zeros = None
+        if saved.get("zeros") is not None:
+            zeros = _localised_state(saved["zeros"], self.param, self.name).to(device)
+            self.zeros = zeros if bool(zeros.any()) else None
         self.state = {}
         for name, dtype in saved["held"].items():
             if dtype and name not in saved["state"]:
@@ -248,13 +304,55 @@ def _version_of(param: Tensor) -> int:
     return -1 if param.is_inference() else param._version
 
 
-def entries_of(model: nn.Module, plan: Plan, states: Mapping[str, dict[str, Tensor]]) -> list[Entry]:
-    """The claimed parameters of a plan, with the memory that mechanisms have of them already."""
+def entries_of(
+    model: nn.Module, plan: Plan, states: Mapping[str, dict[str, Tensor]], stage: int | None = None
+) -> list[Entry]:
+    """The claimed parameters of a plan (or of one stage), with the memory that mechanisms have of them already."""
     named = named_parameters(model)
     return [
-        Entry(claim=claim, rule=plan.rule_of(claim), param=named[claim.name], state=states.get(claim.name, {}))
-        for claim in plan.claimed
+        Entry(
+            claim=claim,
+            rule=plan.rule_of(claim),
+            param=named[claim.name],
+            stage=stage or 0,
+            staged=bool(plan.recipe.stages),
+            state=states.get(claim.name, {}),
+        )
+        for claim in (plan.claims if stage is None else plan.stages[stage])
+        if claim.claimed
     ]
+
+
+def rehearse(entries: list[Entry], plan: Plan) -> None:
+    """Fit every stage to what the ones before would leave of the weights as they are: better refused now than at night.
+
+    Raises:
+        ValueError: a stage whose target cannot take what earlier stages leave, naming stage and parameter.
+    """
+    if len(plan.stages) < 2:
+        return
+    values: dict[str, Tensor] = {}
+    zeros: dict[str, Tensor] = {}
+    for rule in range(len(plan.recipe.rules)):
+        mine = [entry for entry in entries if entry.claim.rule == rule]
+        if not mine:
+            continue
+        whole = [values[e.name] if e.name in values else e.hidden_whole() for e in mine]
+        target, stage = mine[0].target, mine[0].stage
+        try:
+            fitted = _fit_together(target, mine, [None] * len(mine), whole)
+        except ValueError as error:
+            raise ValueError(f"stage {stage}: {error}") from None
+        for entry, params, w in zip(mine, fitted, whole, strict=True):
+            q = target.project(w, params)
+            if entry.name in zeros and bool(q[zeros[entry.name]].any()):
+                raise ValueError(
+                    f"stage {stage}: {short(target)} has no zero for the weights of {entry.name!r} that an earlier "
+                    "stage pruned; use SparseLevels(...) around it"
+                )
+            values[entry.name] = q
+            if entry.is_sparse:
+                zeros[entry.name] = q == 0
 
 
 def fit_pull(entries: list[Entry]) -> None:
@@ -433,3 +531,181 @@ def distance_row(name: str, w: Tensor, target: Target, params: Params) -> dict[s
         "distance": float("nan") if cell is None else float((gap / cell.double()).mean()),
         "zeros": float((q == 0).double().mean()),
     }
+
+
+class Lives(abc.ABC):
+    """The two lives of a model whose claimed weights are known: everything a run can show without an optimizer."""
+
+    model: nn.Module
+    plan: Plan
+    _entries: list[Entry]
+    _statistics: dict[str, Statistics]
+    _inside: bool
+
+    @abc.abstractmethod
+    def _settle(self) -> None:
+        """Make sure that the weights are what the entries say."""
+
+    @abc.abstractmethod
+    def _is_settled(self, entry: Entry) -> bool:
+        """Whether an entry's own fit is over, so that the weights lie where its last one put them."""
+
+    @abc.abstractmethod
+    def _adopt(self) -> None:
+        """Take the weights as they are for our own writing."""
+
+    def _is_unfixed(self, entry: Entry) -> bool:
+        return entry.params is None or (entry.has_own_fit and not self._is_settled(entry))
+
+    @property
+    def standing(self) -> Plan:
+        """The plan as far as it has come: what the compressed life of this moment consists of."""
+        mine = {entry.name: entry.claim for entry in self._entries}
+        yet = [replace(c, rule=None, reason="claimed by a later stage") if c.claimed else c for c in self.plan.claims]
+        return replace(self.plan, claims=tuple(mine.get(claim.name, claim) for claim in yet))
+
+    def _life(self, bits: int | None, recipe: Recipe | None) -> list[tuple[Entry, Target, Params]]:
+        """What each claimed tensor is in a compressed life; collective under sharding."""
+        if self._inside:
+            raise RuntimeError("a compressed life inside run.compressed(): leave the first one before asking again")
+        self._settle()
+        if bits is not None and recipe is not None:
+            raise ValueError("give bits= or recipe=, not both")
+        if recipe is not None:
+            return self._life_of(recipe)
+        life: list[tuple[Entry, Target, Params]] = []
+        unfixed = [entry for entry in self._entries if self._is_unfixed(entry)]
+        if unfixed:
+            fit_target(unfixed)
+        changed = 0
+        for entry in self._entries:
+            assert entry.params is not None
+            target, params = entry.target, entry.params
+            if bits is not None and target.has_bits and not entry.rule.pinned:
+                target, params = target.at_bits(entry.hidden_whole(), params, bits)
+                changed += 1
+            life.append((entry, target, params))
+        if bits is not None and not changed:
+            raise ValueError(f"bits={bits}: no rule of this recipe has an unpinned target with a bit-width")
+        return life
+
+    def _life_of(self, recipe: Recipe) -> list[tuple[Entry, Target, Params]]:
+        sharding.reshard(self.model)
+        entries = entries_of(self.model, recipe.resolve(self.model), {e.name: e.state for e in self._entries})
+        fit_target(entries)
+        return [(entry, entry.target, entry.params) for entry in entries if entry.params is not None]
+
+    @contextmanager
+    def compressed(
+        self: _L, *, bits: int | None = None, recipe: Recipe | None = None, batchnorm: bool = True
+    ) -> Iterator[_L]:
+        """Show the model in its compressed life; on leaving, the full-precision weights are back bitwise.
+
+        Args:
+            bits: another width for every target that has one and is not pinned, without retraining: the better of
+                a fresh fit and the trained step times a power of two.
+            recipe: other targets altogether, fitted to the weights as they are.
+            batchnorm: use the BatchNorm statistics that `recalibrate` found for this life, if there are any.
+
+        Raises:
+            ValueError: both bits and recipe, or bits where no target has a width.
+            RuntimeError: inside another `compressed()`.
+
+        Example:
+            >>> import torch, detent as dt
+            >>> model = torch.nn.Linear(16, 16)
+            >>> run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))]))
+            >>> with run.compressed(bits=2):
+            ...     print(len(model.weight.unique()))
+            3
+        """
+        life = self._life(bits, recipe)
+        statistics = self.statistics(bits=bits, recipe=recipe) if batchnorm else None
+        sharding.reshard(self.model)
+        kept = [(entry, sharding.local(entry.param).clone()) for entry, _, _ in life]
+        self._inside = True
+        try:
+            with torch.no_grad():
+                for entry, target, params in life:
+                    entry.write(entry.map_whole(target.project, target, params, entry.hidden()))
+            with swapped_buffers(self.model, statistics):
+                yield self
+        finally:
+            sharding.reshard(self.model)
+            with torch.no_grad():
+                for entry, value in kept:
+                    entry.write(value)
+            sharding.reshard(self.model)
+            self._inside = False
+            self._adopt()
+
+    def recalibrate(
+        self,
+        batches: Iterable[Any],
+        *,
+        bits: int | None = None,
+        recipe: Recipe | None = None,
+        forward: Callable[[Any], Any] | None = None,
+    ) -> None:
+        """Re-estimate BatchNorm statistics for a compressed life, into buffers that belong to that life alone.
+
+        The plain average over the batches; the full life's statistics stay untouched. The next training step drops
+        them.
+
+        Args:
+            batches: inputs, tuples that start with inputs, or mappings of keyword arguments, on the model's device.
+            bits: the life `compressed(bits=...)` shows.
+            recipe: the life `compressed(recipe=...)` shows.
+            forward: how to feed one batch, if `model(inputs)` is not it.
+
+        Raises:
+            ValueError: no BatchNorm with running statistics, no batches, or batches of an unknown kind.
+
+        Example:
+            >>> import torch, detent as dt
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
+            >>> run = dt.compress(model, dt.Recipe([dt.Rule(match="0.weight", target=dt.Uniform(bits=2))]))
+            >>> run.recalibrate([torch.randn(64, 4)])
+            >>> bool((model[1].running_mean == 0).all())    # the full life keeps its own
+            True
+        """
+        with self.compressed(bits=bits, recipe=recipe, batchnorm=False):
+            found = reestimate(self.model, batches, forward)
+        self._statistics[self._life_key(bits, recipe)] = found
+
+    def statistics(self, *, bits: int | None = None, recipe: Recipe | None = None) -> Statistics | None:
+        """The BatchNorm statistics of a compressed life, if `recalibrate` found any."""
+        return self._statistics.get(self._life_key(bits, recipe))
+
+    def _life_key(self, bits: int | None, recipe: Recipe | None) -> str:
+        # One name for one life: the trained width asked for by number is the trained life.
+        widths = {getattr(e.target, "bits", None) for e in self._entries if e.target.has_bits and not e.rule.pinned}
+        return recipe.to_yaml() if recipe is not None else f"bits={None if widths == {bits} else bits}"
+
+    def measure(self, *, bits: int | None = None, recipe: Recipe | None = None) -> list[dict[str, Any]]:
+        """How far the two lives are apart, one row a claimed tensor.
+
+        Returns:
+            Rows with name, target, weights, bits_per_weight (codes and params), error (|w - q|^2 / |w|^2),
+            wasserstein (1-Wasserstein distance between the values of the two lives), distance (mean |w - q| in
+            cells, nan where there are none) and zeros (share of zeros among q).
+
+        Example:
+            >>> import torch, detent as dt
+            >>> recipe = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=8))])
+            >>> run = dt.compress(torch.nn.Linear(16, 16), recipe)
+            >>> run.measure()[0]["error"] < 1e-3
+            True
+        """
+        rows = []
+        for entry, target, params in self._life(bits, recipe):
+            rows.append(distance_row(entry.name, entry.hidden_whole(), target, params))
+        return rows
+
+    def encoded(self, *, bits: int | None = None, recipe: Recipe | None = None) -> dict[str, Encoded]:
+        """The claimed tensors of a compressed life as codes, by name: what a file holds."""
+        found = {}
+        for entry, target, params in self._life(bits, recipe):
+            codes = target.encode(entry.hidden_whole(), params)
+            found[entry.name] = Encoded(target=target, params=params, codes=codes, dtype=entry.claim.dtype)
+        return found

@@ -8,7 +8,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from detent.mechanisms import PSG, Mechanism
 from detent.schedules import Moment, Schedule, step_at
 from detent.targets import Target, TopK, Uniform, Zero
 
-__all__ = ["Claim", "Plan", "Recipe", "Rule", "canonical_name", "from_spec", "to_spec"]
+__all__ = ["Claim", "Plan", "Recipe", "Rule", "Stage", "canonical_name", "from_spec", "to_spec"]
 
 _WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -93,6 +93,54 @@ class Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of the training with rules of its own; stages follow one another.
+
+    Within a stage, moments and fractions (`start`, `fit_until`, schedules) count from its first step to its last. When
+    it ends, its weights are mapped: `w <- project(w)`. What later stages may not undo is then held whatever the
+    optimizer does: the zeros of a sparse target stay zero, so that from the second pruning stage on only survivors
+    move; and a weight that no later stage claims again stays where it is altogether, unless its target was sparse.
+
+    Args:
+        rules: at least one `Rule`, first match wins.
+        share: its share of the training, in (0, 1]; the shares of all stages add up to 1.
+        name: shown in plans and messages.
+
+    Raises:
+        ValueError: no rules, or a share outside (0, 1].
+
+    Example:
+        >>> import detent as dt
+        >>> prune = dt.Rule(match="weight", target=dt.TopK(keep=0.1), mechanism=dt.HardProjection())
+        >>> grid = dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.STE())
+        >>> dt.Recipe(stages=[dt.Stage(rules=[prune], share=0.6), dt.Stage(rules=[grid], share=0.4)]).rules[1].target
+        Uniform(bits=4, granularity='tensor', range='mse', param_dtype='float32')
+
+    Reference: Ye et al., "Progressive DNN Compression", arXiv 1903.09769: prune twice, then all layers but the first
+    and last onto the grid, then those two.
+    """
+
+    rules: Sequence[Rule]
+    share: float
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.share, (int, float)) or not 0.0 < self.share <= 1.0:
+            raise ValueError(f"Stage(share={self.share}): must lie in (0, 1]")
+        object.__setattr__(self, "rules", _checked_rules(self.rules, "Stage"))
+
+
+def _checked_rules(given: Sequence[Rule], owner: str) -> tuple[Rule, ...]:
+    rules = tuple(given)
+    if not rules:
+        raise ValueError(f"{owner}(rules=[]): give at least one Rule")
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise ValueError(f"{owner}(rules=...): every entry must be a Rule, not {type(rule).__name__}")
+    return rules
+
+
+@dataclass(frozen=True, kw_only=True)
 class Claim:
     """One parameter of a model and what was decided for it.
 
@@ -130,10 +178,11 @@ class Recipe:
     them. A rule that ends up with nothing, because nothing matches or earlier rules took it all, is an error.
 
     Args:
-        rules: at least one `Rule`.
+        rules: at least one `Rule`; with stages, leave it out: it is then the rules of all stages in order.
+        stages: parts of the training with rules of their own, instead of `rules`.
 
     Raises:
-        ValueError: no rules.
+        ValueError: no rules, both rules and stages, or shares of stages that do not add up to 1.
 
     Example:
         >>> recipe = Recipe([Rule(match=r"^0", target=Uniform(bits=4), mechanism=PSG())])
@@ -144,16 +193,52 @@ class Recipe:
         12 of 15 weights claimed (80.0 %)
     """
 
-    rules: Sequence[Rule]
+    rules: Sequence[Rule] = ()
+    stages: Sequence[Stage] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        rules = tuple(self.rules)
-        if not rules:
-            raise ValueError("Recipe(rules=[]): give at least one Rule")
-        for rule in rules:
-            if not isinstance(rule, Rule):
-                raise ValueError(f"Recipe(rules=...): every entry must be a Rule, not {type(rule).__name__}")
-        object.__setattr__(self, "rules", rules)
+        stages = tuple(self.stages)
+        for stage in stages:
+            if not isinstance(stage, Stage):
+                raise ValueError(f"Recipe(stages=...): every entry must be a Stage, not {type(stage).__name__}")
+        if stages:
+            if self.rules:
+                raise ValueError("Recipe(rules=..., stages=...): give one of them; stages hold rules of their own")
+            total = sum(stage.share for stage in stages)
+            if abs(total - 1.0) > 1e-6:
+                raise ValueError(f"Recipe(stages=...): the shares of the stages add up to {total:g}, not to 1")
+        rules = tuple(rule for stage in stages for rule in stage.rules) if stages else tuple(self.rules)
+        object.__setattr__(self, "rules", _checked_rules(rules, "Recipe"))
+        object.__setattr__(self, "stages", stages)
+
+    def bounds(self, total_steps: int | None) -> list[tuple[int, int | None]]:
+        """(first step, step after the last) of every stage; one stage without an end if there are none.
+
+        Raises:
+            ValueError: stages without `total_steps`, or a stage that gets no step.
+
+        Example:
+            >>> Recipe.preset("psg-w4").bounds(None)
+            [(0, None)]
+        """
+        if not self.stages:
+            return [(0, None)]
+        if total_steps is None:
+            raise ValueError("a recipe with stages needs attach(total_steps=...), of which they get their shares")
+        ends = [
+            round(total_steps * sum(stage.share for stage in self.stages[: i + 1])) for i in range(len(self.stages))
+        ]
+        bounds = list(zip([0, *ends[:-1]], ends, strict=True))
+        for i, (first, past) in enumerate(bounds):
+            if past <= first:
+                share = self.stages[i].share
+                raise ValueError(f"stage {i} (share={share:g}) gets no step of attach(total_steps={total_steps})")
+        return [*bounds]
+
+    def stage_rules(self) -> list[range]:
+        """The indices in `rules` that belong to each stage."""
+        counts = [len(stage.rules) for stage in self.stages] or [len(self.rules)]
+        return [range(sum(counts[:i]), sum(counts[: i + 1])) for i in range(len(counts))]
 
     @staticmethod
     def preset(name: str) -> Recipe:
@@ -195,12 +280,14 @@ class Recipe:
         except yaml.YAMLError as error:
             raise ValueError(f"recipe: not YAML: {error}") from None
         for key in data if isinstance(data, dict) else ():
-            if key != "rules":
-                raise ValueError(
-                    f"recipe: no key {key!r}{_nearest(str(key), ['rules'])}; a recipe has the one key 'rules'"
-                )
-        if not isinstance(data, dict) or not isinstance(data.get("rules"), list):
-            raise ValueError("recipe: must be a mapping with the one key 'rules', a list of rules")
+            if key not in ("rules", "stages"):
+                near = _nearest(str(key), ["rules", "stages"])
+                raise ValueError(f"recipe: no key {key!r}{near}; a recipe has the one key 'rules', or 'stages'")
+        keys = list(data) if isinstance(data, dict) else []
+        if len(keys) != 1 or not isinstance(data[keys[0]], list):
+            raise ValueError("recipe: must be a mapping with the one key 'rules' (a list of rules), or 'stages'")
+        if keys == ["stages"]:
+            return Recipe(stages=[_stage(entry, f"stages[{i}]") for i, entry in enumerate(data["stages"])])
         return Recipe([_build(Rule, entry, f"rules[{i}]") for i, entry in enumerate(data["rules"])])
 
     def to_yaml(self) -> str:
@@ -211,8 +298,17 @@ class Recipe:
             >>> Recipe.from_yaml(recipe.to_yaml()) == recipe
             True
         """
-        rules = [{k: v for k, v in to_spec(rule).items() if k != "kind"} for rule in self.rules]
-        return yaml.safe_dump({"rules": rules}, sort_keys=False, width=120)
+
+        def plain(rules: Sequence[Rule]) -> list[dict[str, Any]]:
+            return [{k: v for k, v in to_spec(rule).items() if k != "kind"} for rule in rules]
+
+        stages = [
+            {**({"name": stage.name} if stage.name else {}), "share": stage.share, "rules": plain(stage.rules)}
+            for stage in self.stages
+        ]
+        return yaml.safe_dump(
+            {"stages": stages} if stages else {"rules": plain(self.rules)}, sort_keys=False, width=120
+        )
 
     def param_groups(self, model: nn.Module, **options: Any) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer, with the weight decay that rules ask for.
@@ -228,7 +324,14 @@ class Recipe:
             [(3, 0.0), (3, 0.0001)]
         """
         plan = self.resolve(model)
-        asked = {claim.name: plan.rule_of(claim).weight_decay for claim in plan.claimed}
+        asked: dict[str, float | None] = {}
+        for claim in (claim for stage in plan.stages for claim in stage if claim.claimed):
+            decay = plan.rule_of(claim).weight_decay
+            if asked.setdefault(claim.name, decay) != decay:
+                raise ValueError(
+                    f"{claim.name!r}: its stages ask for weight decay {asked[claim.name]} and {decay}, but a parameter "
+                    "sits in one group all along"
+                )
         groups: dict[float | None, list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             groups.setdefault(asked.get(canonical_name(name)), []).append(parameter)
@@ -255,7 +358,7 @@ class Recipe:
         eligible = [p.name for p in found if not p.passed_over]
         special = {"@first": eligible[0], "@last": eligible[-1]} if eligible else {}
         matched, taken = [0] * len(self.rules), [0] * len(self.rules)
-        claims = [self._decide(p, special, matched, taken) for p in found]
+        by_stage = [tuple(self._decide(p, mine, special, matched, taken) for p in found) for mine in self.stage_rules()]
         names = [name for p in found for name in (p.name, *p.aliases)]
         for i, rule in enumerate(self.rules):
             if taken[i]:
@@ -266,12 +369,15 @@ class Recipe:
                 near = difflib.get_close_matches(rule.match.strip("^$").replace("\\", ""), names, 1, 0.0)
                 why = "matches no parameter of this model" + (f"; the nearest name is {near[0]!r}" if near else "")
             raise ValueError(f"rule {i} (match={rule.match!r}) {why}")
-        return Plan(recipe=self, claims=tuple(claims))
+        return Plan(recipe=self, claims=merged(by_stage), stages=tuple(by_stage))
 
-    def _decide(self, p: _Found, special: Mapping[str, str], matched: list[int], taken: list[int]) -> Claim:
+    def _decide(
+        self, p: _Found, mine: range, special: Mapping[str, str], matched: list[int], taken: list[int]
+    ) -> Claim:
         decided: tuple[int | None, str] | None = None
         passed = ""
-        for i, rule in enumerate(self.rules):
+        for i in mine:
+            rule = self.rules[i]
             if rule.match.startswith("@"):
                 hit = p.name == special.get(rule.match)
             else:
@@ -305,7 +411,8 @@ class Plan:
 
     Args:
         recipe: the recipe.
-        claims: one entry a parameter, in the model's order.
+        claims: one entry a parameter, in the model's order; with stages, where the parameter stands in the end.
+        stages: the claims of every stage (one if the recipe has none).
 
     Example:
         >>> plan = Recipe.preset("psg-w4").resolve(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)))
@@ -315,6 +422,7 @@ class Plan:
 
     recipe: Recipe
     claims: tuple[Claim, ...]
+    stages: tuple[tuple[Claim, ...], ...]
 
     @property
     def claimed(self) -> tuple[Claim, ...]:
@@ -329,11 +437,12 @@ class Plan:
     def rows(self) -> list[dict[str, Any]]:
         """The plan as plain data, one entry a parameter."""
         rows = []
-        for claim in self.claims:
+        for stage, claim in self._shown():
             rule = self.rule_of(claim) if claim.claimed else None
             tied = f"tied: {', '.join(claim.aliases)}" if claim.aliases else ""
             rows.append(
                 {
+                    **({"stage": stage} if self.recipe.stages else {}),
                     "parameter": claim.name,
                     "shape": claim.layout.shape,
                     "becomes": short(rule.target) if rule else "full precision",
@@ -343,8 +452,19 @@ class Plan:
             )
         return rows
 
+    def _shown(self) -> Iterator[tuple[str, Claim]]:
+        """What every stage claims, then what none does; without stages simply every claim."""
+        if not self.recipe.stages:
+            yield from (("", claim) for claim in self.claims)
+            return
+        for i, (stage, claims) in enumerate(zip(self.recipe.stages, self.stages, strict=True)):
+            label = f"{i} {stage.name}".rstrip() + f" ({100 * stage.share:g} %)"
+            yield from ((label, claim) for claim in claims if claim.claimed)
+        yield from (("", claim) for claim in self.claims if not claim.claimed)
+
     def __str__(self) -> str:
         head = ("parameter", "shape", "becomes", "pulled by", "note")
+        head = ("stage", *head) if self.recipe.stages else head
         table = [head, *(tuple(str(value) for value in row.values()) for row in self.rows())]
         widths = [max(len(line[i]) for line in table) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
@@ -352,6 +472,11 @@ class Plan:
         mine = sum(claim.layout.numel for claim in self.claimed)
         lines.append(f"{mine} of {total} weights claimed ({100 * mine / max(total, 1):.1f} %)")
         return "\n".join(line.rstrip() for line in lines)
+
+
+def merged(stages: Sequence[Sequence[Claim]]) -> tuple[Claim, ...]:
+    """Where every parameter stands after some stages: the last claim on it counts."""
+    return tuple(next((c for c in reversed(each) if c.claimed), each[-1]) for each in zip(*stages, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -508,6 +633,21 @@ def _build(cls: type, values: Any, where: str) -> Any:
         message = first["msg"].removeprefix("Value error, ")
         place = f"{where}: {cls.__name__}.{field_name}" if field_name else where
         raise ValueError(f"{place}: {message}") from None
+
+
+def _stage(values: Any, where: str) -> Stage:
+    if not isinstance(values, dict) or not isinstance(values.get("rules"), list):
+        raise ValueError(f"{where}: must be a mapping with share, rules (a list) and, if wanted, name")
+    for key in values:
+        if key not in ("name", "share", "rules"):
+            raise ValueError(f"{where}: Stage has no field {key!r}{_nearest(str(key), ('name', 'share', 'rules'))}")
+    if "share" not in values or isinstance(values["share"], bool) or not isinstance(values["share"], (int, float)):
+        raise ValueError(f"{where}.share: must be given, a number in (0, 1]")
+    rules = [_build(Rule, entry, f"{where}.rules[{i}]") for i, entry in enumerate(values["rules"])]
+    try:
+        return Stage(rules=rules, share=values["share"], name=str(values.get("name", "")))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _nearest(word: str, known: Any) -> str:

@@ -44,6 +44,8 @@ class Slot:
         pull_project: nearest point of `pull`, right also under sharding.
         pull_free: mask of weights `pull` leaves free, right also under sharding, or `None`.
         relax: `target.relax(w, beta)`, right also under sharding.
+        gather: the whole tensor of a part like the weight; a collective under sharding, so every rank must call it.
+        rate: gives the optimizer's learning rate of this step.
         frozen: the fit is over: params do not change any more.
         plain: the optimizer's step is linear in the gradient (SGD), so a scaled gradient is a scaled step.
         decay: gives what decoupled weight decay takes off in this step, as a fraction of the weight.
@@ -63,6 +65,8 @@ class Slot:
     pull_project: Callable[[Tensor], Tensor]
     pull_free: Callable[[Tensor], Tensor | None]
     relax: Callable[[Tensor, float], Tensor]
+    gather: Callable[[Tensor], Tensor]
+    rate: Callable[[], float]
     frozen: bool
     plain: bool
     decay: Callable[[], float]

@@ -203,7 +203,7 @@ class _Content:
 def _content(run: Run, life: Life, bits: int | None, recipe: Recipe | None, notes: dict[str, JsonValue]) -> _Content:
     held = _held(run.model)
     encoded = run.encoded(bits=bits, recipe=recipe)
-    plan = run.plan if recipe is None else recipe.resolve(run.model)
+    plan = run.standing if recipe is None else recipe.resolve(run.model)
     found = run.statistics(bits=bits, recipe=recipe)
     reasons = {claim.name: claim.reason or CLAIMED for claim in plan.claims}
     pulled_by = {

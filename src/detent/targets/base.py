@@ -107,11 +107,11 @@ class Target(abc.ABC):
         is_exact: `project` is the nearest point of the set (given the params), not a heuristic.
         scope: what `project` of one weight depends on: only itself and the params ("element"), its own row of axis 0
             (a block, a kernel: "row"), or the whole tensor ("tensor"). "model" means that `fit` looks at all tensors
-            of the rule at once, and `project` at the whole tensor.
+            of the rule at once (`fits_together`), and `project` at the whole tensor.
         has_bits: the target has a bit-width that `at_bits` can change.
         stored: names of the params that `decode` needs; only these go into a file.
-        shared: those of `stored` that are the same numbers for all tensors of the rule (a global codebook): a file
-            holds them once, and `bits_on_disk` leaves them out.
+        shared: names, among `stored` and the streams of codes, of what is the same for all tensors of the rule (a
+            global codebook): a file holds it once, and `bits_on_disk` leaves it out.
 
     Example:
         >>> from detent import Uniform
@@ -133,6 +133,11 @@ class Target(abc.ABC):
     @abc.abstractmethod
     def scope(self) -> Scope:
         """What the projection of one weight depends on."""
+
+    @property
+    def fits_together(self) -> bool:
+        """Whether `fit_model` must see all tensors of the rule at once."""
+        return self.scope == "model"
 
     def accepts(self, shape: Sequence[int], dtype: torch.dtype, layout: Layout) -> str | None:
         """Why a tensor of this shape and dtype cannot take this target, or `None` if it can."""
@@ -205,10 +210,29 @@ class Target(abc.ABC):
         return None
 
     def levels(self, params: Params) -> Tensor | None:
-        """The allowed values of a finite set of scalars, ascending on the last axis; the other axes broadcast against w.
+        """The allowed values of a finite set of scalars, ascending on the last axis; other axes broadcast against w.
 
         `None` where values cannot be listed one weight at a time (sparse sets, codebooks).
         """
+        return None
+
+    def assign(self, w: Tensor, params: Params) -> Tensor | None:
+        """Which codeword each unit of w takes: a 1-D index into the rows of `codebook`; `None` without a codebook.
+
+        A unit is a run of weights of w in row-major order (a kernel, a block, one weight), as long as a codeword.
+        """
+        return None
+
+    def codebook(self, params: Params) -> Tensor:
+        """The codewords, shape (how many, weights of a unit), in the order that `assign` counts in."""
+        raise ValueError(f"{type(self).__name__} has no codebook")
+
+    def with_codebook(self, params: Params, codewords: Tensor, dtype: torch.dtype) -> Params:
+        """The same params with other codewords in the same order, rounded to what is stored, for weights of a dtype."""
+        raise ValueError(f"{type(self).__name__} has no codebook")
+
+    def family(self, params: Params) -> tuple[str, int] | None:
+        """Where several tensors of a rule share one codebook: its name among them, and the units of all of them."""
         return None
 
     def distance(self, gap: Tensor, params: Params) -> Tensor:

@@ -1,0 +1,358 @@
+"""Stages: rules that follow one another, what they may not undo, and resuming in the middle of any of them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import detent as dt
+
+STEPS = 20
+Make = Callable[[nn.Module], list[torch.optim.Optimizer]]
+
+
+def net() -> Any:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def sgd(model: nn.Module) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)]
+
+
+def adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
+    return [torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)]
+
+
+def two(model: nn.Module) -> list[torch.optim.Optimizer]:
+    first, *rest = [p for p in model.parameters() if p.dim() == 2]
+    biases = [p for p in model.parameters() if p.dim() != 2]
+    return [
+        torch.optim.SGD([first], lr=0.1, momentum=0.9),
+        torch.optim.AdamW([*rest, *biases], lr=0.02),
+    ]
+
+
+MAKES: dict[str, Make] = {"SGD": sgd, "AdamW": adamw, "SGD and AdamW": two}
+
+
+def train(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: Iterable[int]) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(100 + step)
+        inputs, wanted = torch.randn(16, 6, generator=generator), torch.randn(16, 3, generator=generator)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        (model(inputs) - wanted).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def prune(keep: float, scope: Any = "tensor") -> dt.Rule:
+    return dt.Rule(match="weight", target=dt.TopK(keep=keep, scope=scope), mechanism=dt.HardProjection(every=3))
+
+
+def grid(match: str, bits: int = 3) -> dt.Rule:
+    return dt.Rule(match=match, target=dt.Uniform(bits=bits), mechanism=dt.STE())
+
+
+MIDDLE, ENDS = r"^2\.weight", r"^(0|4)\.weight"
+PROGRESSIVE = dt.Recipe(
+    stages=[
+        dt.Stage(name="prune", share=0.3, rules=[prune(0.5)]),
+        dt.Stage(name="prune on", share=0.3, rules=[prune(0.2)]),
+        dt.Stage(name="middle", share=0.2, rules=[grid(MIDDLE)]),
+        dt.Stage(name="ends", share=0.2, rules=[grid(ENDS)]),
+    ]
+)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.dim() == 2}
+
+
+def through_a_file(state: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+def test_each_stage_keeps_what_the_ones_before_reached(make: Make) -> None:
+    model = net()
+    optimizers = make(model)
+    run = dt.attach(model, optimizers, PROGRESSIVE, total_steps=STEPS)
+    after: dict[int, dict[str, Tensor]] = {0: weights(model)}
+    for step in range(STEPS):
+        train(model, optimizers, [step])
+        after[step + 1] = weights(model)
+    for name, w in after[6].items():  # the map at the end of the first stage
+        assert int((w != 0).sum()) == max(1, round(0.5 * w.numel()))
+    for step in range(6, STEPS + 1):
+        for name, w in after[step].items():
+            assert not w[after[6][name] == 0].any(), (step, name)
+    for step in range(12, STEPS + 1):
+        for name, w in after[step].items():
+            assert not w[after[12][name] == 0].any(), (step, name)
+            assert int((w != 0).sum()) <= round(0.2 * w.numel())
+    assert any((after[9][name] != after[6][name]).any() for name in after[6])  # survivors do move
+    for step in range(16, STEPS + 1):  # the middle layer is done
+        assert torch.equal(after[step]["2.weight"], after[16]["2.weight"])
+    assert len(after[16]["2.weight"].unique()) <= 7
+    assert any(not torch.equal(after[20][name], after[16][name]) for name in ("0.weight", "4.weight"))
+    assert run.stage == 3
+
+
+def test_the_end_lies_in_every_last_target() -> None:
+    model = net()
+    optimizers = sgd(model)
+    run = dt.attach(model, optimizers, PROGRESSIVE, total_steps=STEPS)
+    train(model, optimizers, range(STEPS))
+    encoded = run.encoded()
+    assert {name: type(code.target).__name__ for name, code in encoded.items()} == dict.fromkeys(encoded, "Uniform")
+    run.finalize()
+    for name, code in encoded.items():
+        w = dict(model.named_parameters())[name].detach()
+        assert torch.equal(code.target.project(w, code.params), w)
+        assert torch.equal(code.decode(), w)
+
+
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+@pytest.mark.parametrize("at", [0, 1, 5, 6, 7, 11, 12, 14, 16, 17, 20])
+def test_resumed_anywhere_is_the_unbroken_run(make: Make, at: int) -> None:
+    total = STEPS + 3  # training may go on after its announced end
+    unbroken = net()
+    theirs = make(unbroken)
+    run = dt.attach(unbroken, theirs, PROGRESSIVE, total_steps=STEPS)
+    train(unbroken, theirs, range(at))
+    saved = through_a_file({"model": unbroken.state_dict(), "opt": [o.state_dict() for o in theirs]})
+    train(unbroken, theirs, range(at, total))
+
+    model = net()
+    mine = make(model)
+    again = dt.attach(model, mine, PROGRESSIVE, total_steps=STEPS)
+    model.load_state_dict(saved["model"])
+    for optimizer, state in zip(mine, saved["opt"], strict=True):
+        optimizer.load_state_dict(state)
+    train(model, mine, range(at, total))
+    for name, w in weights(unbroken).items():
+        assert torch.equal(weights(model)[name], w), name
+    for name, code in run.encoded().items():
+        assert torch.equal(again.encoded()[name].decode(), code.decode()), name
+
+
+def test_resumed_by_the_runs_own_state() -> None:
+    unbroken = net()
+    theirs = adamw(unbroken)
+    run = dt.attach(unbroken, theirs, PROGRESSIVE, total_steps=STEPS)
+    train(unbroken, theirs, range(14))
+    saved = through_a_file({"model": unbroken.state_dict(), "opt": theirs[0].state_dict(), "run": run.state_dict()})
+    train(unbroken, theirs, range(14, STEPS))
+    model = net()
+    mine = adamw(model)
+    again = dt.attach(model, mine, PROGRESSIVE, total_steps=STEPS)
+    model.load_state_dict(saved["model"])
+    saved["opt"].pop("detent")
+    mine[0].load_state_dict(saved["opt"])
+    again.load_state_dict(saved["run"])
+    train(model, mine, range(14, STEPS))
+    for name, w in weights(unbroken).items():
+        assert torch.equal(weights(model)[name], w), name
+
+
+def test_a_state_without_ours_is_refused() -> None:
+    model = net()
+    optimizers = sgd(model)
+    dt.attach(model, optimizers, PROGRESSIVE, total_steps=STEPS)
+    train(model, optimizers, range(8))
+    state = optimizers[0].state_dict()
+    del state["detent"]
+    optimizers[0].load_state_dict(state)
+    with pytest.raises(RuntimeError, match="was loaded without Detent's part"):
+        train(model, optimizers, [8])
+
+
+def test_a_model_wide_count_holds_under_two_optimizers() -> None:
+    recipe = dt.Recipe(
+        stages=[
+            dt.Stage(share=0.5, rules=[prune(0.3, "model")]),
+            dt.Stage(share=0.5, rules=[prune(0.1, "model")]),
+        ]
+    )
+    model = net()
+    optimizers = two(model)
+    run = dt.attach(model, optimizers, recipe, total_steps=STEPS)
+    total = sum(w.numel() for w in weights(model).values())
+    train(model, optimizers, range(10))
+    assert sum(int((w != 0).sum()) for w in weights(model).values()) == round(0.3 * total)
+    train(model, optimizers, range(10, STEPS))
+    run.finalize()
+    assert sum(int((w != 0).sum()) for w in weights(model).values()) == round(0.1 * total)
+
+
+def test_a_step_that_raises_lets_nothing_back_in() -> None:
+    model = net()
+    optimizers = sgd(model)
+    dt.attach(model, optimizers, PROGRESSIVE, total_steps=STEPS)
+    train(model, optimizers, range(17))
+    before = weights(model)
+    optimizer = optimizers[0]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+
+    def broken() -> None:
+        raise OSError("out of power")
+
+    handle = optimizer.register_step_post_hook(lambda *_: broken())
+    optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
+    with pytest.raises(OSError, match="out of power"):
+        optimizer.step()
+    handle.remove()
+    train(model, optimizers, [17])
+    after = weights(model)
+    assert torch.equal(after["2.weight"], before["2.weight"])
+    assert not any(after[name][before[name] == 0].any() for name in ("0.weight", "4.weight"))
+
+
+def test_the_compressed_life_in_the_middle_is_what_has_been_reached(tmp_path: Path) -> None:
+    model = net()
+    optimizers = sgd(model)
+    run = dt.attach(
+        model,
+        optimizers,
+        dt.Recipe(
+            stages=[
+                dt.Stage(share=0.5, rules=[grid(MIDDLE)]),
+                dt.Stage(share=0.5, rules=[grid(ENDS)]),
+            ]
+        ),
+        total_steps=STEPS,
+    )
+    train(model, optimizers, range(4))
+    assert [row["name"] for row in run.measure()] == ["2.weight"]
+    dt.save(run, tmp_path / "early.detent")
+    header = dt.pack.read_header(tmp_path / "early.detent")
+    assert {row["parameter"]: row["note"] for row in header.plan}["0.weight"] == "claimed by a later stage"
+    train(model, optimizers, range(4, 14))
+    assert [row["name"] for row in run.measure()] == ["0.weight", "2.weight", "4.weight"]
+    dt.save(run, tmp_path / "late.detent")
+    fresh = net()
+    dt.load(tmp_path / "late.detent", fresh, life="compressed")
+    with run.compressed():
+        expected = weights(model)
+    for name, w in weights(fresh).items():
+        assert torch.equal(w, expected[name])
+
+
+def test_plans_show_their_stages() -> None:
+    text = str(PROGRESSIVE.resolve(net()))
+    assert "0 prune (30 %)" in text and "3 ends (20 %)" in text
+    assert text.count("TopK(keep=0.5)") == 3 and text.count("Uniform(bits=3)") == 3
+
+
+def test_a_recipe_with_stages_survives_yaml() -> None:
+    assert dt.Recipe.from_yaml(PROGRESSIVE.to_yaml()) == PROGRESSIVE
+    assert "stages:" in PROGRESSIVE.to_yaml() and "name: prune on" in PROGRESSIVE.to_yaml()
+
+
+def test_compress_takes_the_last_word() -> None:
+    run = dt.compress(net(), PROGRESSIVE)
+    assert {type(row["target"]).__name__ for row in run.measure()} == {"Uniform"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Signs(dt.Target):
+    """-1 or +1: no zero."""
+
+    is_exact = True
+    scope = "element"  # type: ignore[assignment]
+    stored = ()
+
+    def fit(self, w: Tensor, layout: dt.Layout | None = None, previous: dt.Params | None = None) -> dt.Params:
+        return dt.Params(layout=layout or dt.Layout(shape=tuple(w.shape)))
+
+    def project(self, w: Tensor, params: dt.Params) -> Tensor:
+        return torch.where(w.detach() < 0, -1.0, 1.0).to(w.dtype)
+
+    def encode(self, w: Tensor, params: dt.Params) -> dt.Codes:
+        return dt.Codes(streams=(dt.Stream(name="codes", values=(w >= 0).reshape(-1).to(torch.uint8), width=1),))
+
+    def decode(self, codes: dt.Codes, params: dt.Params, dtype: torch.dtype) -> Tensor:
+        return (codes["codes"].to(dtype) * 2 - 1).reshape(params.layout.shape)
+
+    def bits_on_disk(self, params: dt.Params) -> int:
+        return 8 * -(-params.layout.numel // 8)
+
+    def typical(self, params: dt.Params) -> Tensor:
+        return torch.tensor(0.5)
+
+
+def test_a_target_without_zero_after_pruning_is_refused_before_training() -> None:
+    recipe = dt.Recipe(
+        stages=[
+            dt.Stage(share=0.5, rules=[prune(0.5)]),
+            dt.Stage(share=0.5, rules=[dt.Rule(match="weight", target=_Signs(), mechanism=dt.STE())]),
+        ]
+    )
+    model = net()
+    with pytest.raises(ValueError, match=r"stage 1: _Signs\(\) has no zero for the weights of '0.weight'"):
+        dt.attach(model, sgd(model), recipe, total_steps=STEPS)
+
+
+ONE = dt.Stage(share=1.0, rules=[prune(0.5)])
+WRONG: dict[str, tuple[Callable[[], Any], str]] = {
+    "no share": (lambda: dt.Stage(share=0.0, rules=[prune(0.5)]), r"Stage(share=0.0)"),
+    "no rules": (lambda: dt.Stage(share=0.5, rules=[]), "Stage(rules=[])"),
+    "a rule that is none": (lambda: dt.Stage(share=0.5, rules=["weight"]), "must be a Rule, not str"),  # type: ignore[list-item]
+    "a stage that is none": (lambda: dt.Recipe(stages=[prune(0.5)]), "must be a Stage, not Rule"),  # type: ignore[list-item]
+    "both": (lambda: dt.Recipe([prune(0.5)], stages=[ONE]), "give one of them"),
+    "too little": (lambda: dt.Recipe(stages=[dt.Stage(share=0.5, rules=[prune(0.5)])]), "add up to 0.5, not to 1"),
+    "no length": (lambda: _attach(None), "needs attach(total_steps=...)"),
+    "too short": (lambda: _attach(2), "gets no step of attach(total_steps=2)"),
+    "yaml: both": (lambda: dt.Recipe.from_yaml("rules: []\nstages: []"), "the one key 'rules'"),
+    "yaml: unknown key": (
+        lambda: dt.Recipe.from_yaml("stages:\n- {share: 1, rule: []}"),
+        "stages[0]: must be a mapping with share, rules",
+    ),
+    "yaml: misspelt key": (
+        lambda: dt.Recipe.from_yaml("stages:\n- {share: 1, rules: [], nam: a}"),
+        "stages[0]: Stage has no field 'nam'; did you mean 'name'?",
+    ),
+    "yaml: no share": (
+        lambda: dt.Recipe.from_yaml("stages:\n- rules: [{match: a, keep: true}]"),
+        "stages[0].share: must be given",
+    ),
+    "yaml: share too large": (
+        lambda: dt.Recipe.from_yaml("stages:\n- {share: 2, rules: [{match: a, keep: true}]}"),
+        "stages[0]: Stage(share=2)",
+    ),
+}
+
+
+def _attach(total_steps: int | None) -> dt.Run:
+    model = net()
+    return dt.attach(model, sgd(model), PROGRESSIVE, total_steps=total_steps)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_stages_end_in_a_sentence(case: str) -> None:
+    make, says = WRONG[case]
+    with pytest.raises(ValueError) as caught:
+        make()
+    assert says in str(caught.value)
+
+
+def test_weight_decay_that_differs_between_stages_is_refused() -> None:
+    def rule(decay: float) -> dt.Rule:
+        return dt.Rule(match="weight", target=dt.TopK(keep=0.5), mechanism=dt.STE(), weight_decay=decay)
+
+    recipe = dt.Recipe(stages=[dt.Stage(share=0.5, rules=[rule(d)]) for d in (0.1, 0.0)])
+    with pytest.raises(ValueError, match="'0.weight': its stages ask for weight decay"):
+        recipe.param_groups(net(), lr=0.1)
