@@ -8,7 +8,9 @@ part of the train split is looked at; the test split is read once, after the las
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import itertools
 import json
 import math
 import os
@@ -21,14 +23,14 @@ import torch
 import torch.nn.functional as F
 import typer
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import detent as dt
-from detent.data import Batches, ImageSet, digits, load_images, split_holdout
+from detent.data import Batches, ImageSet, count_images, digits, load_images, split_holdout, stream_images
 from detent.report.record import Record, summarise
 from papers import models
 
@@ -58,6 +60,19 @@ class DataConfig(Strict):
     mean: list[float] | None = None
     std: list[float] | None = None
     cache: str | None = Field(default=None, description="folder for decoded splits")
+    stream: int | None = Field(
+        default=None, ge=1, description="for sets that do not fit in memory: side of the random crops, in pixels"
+    )
+    test_split: str = Field(default="test", description='part of the file name; "validation" for ImageNet')
+
+    @model_validator(mode="after")
+    def _streams_alone(self) -> DataConfig:
+        if self.stream is not None:
+            mine = {"name": "digits"} if self.name == "digits" else {}
+            mine |= {k: v for k in ("holdout", "crop", "flip", "grey", "cache") if (v := getattr(self, k))}
+            if mine:
+                raise ValueError(f"data.stream={self.stream}: goes with images in Parquet files and without {mine}")
+        return self
 
 
 class OptimizerConfig(Strict):
@@ -266,6 +281,73 @@ def _locate(path: str, data_dir: Path | None) -> str:
     return str(data_dir / path) if data_dir is not None and (data_dir / path).exists() else path
 
 
+class Streamed:
+    """Batches of a set that is read anew each epoch; like `Batches` to the trainer.
+
+    Args:
+        data: the set; `stream` is the side of the images that come out.
+        path: its folder or hub name.
+        split: part of the file name.
+        batch_size: >= 1.
+        seed: of order and augmentation.
+        train: shuffle, crop at random and flip, and leave out a last batch that is not full.
+        device: where the batches end up.
+        channels_last: memory format of the batches.
+        limit: stop after so many images, None for all.
+
+    Raises:
+        ValueError: for fewer training images than one batch.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        path: str,
+        split: str,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        train: bool = False,
+        device: torch.device,
+        channels_last: bool = False,
+        limit: int | None = None,
+    ) -> None:
+        assert data.stream is not None
+        images = count_images(path, split)
+        self.images = images if limit is None else min(limit, images)
+        self.length = self.images // batch_size if train else -(-self.images // batch_size)
+        if self.length < 1:
+            raise ValueError(f"batch_size={batch_size}: {path} has {images} images in its split {split!r}")
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self.epoch, self.skip = 0, 0
+        self.open = functools.partial(
+            stream_images,
+            path,
+            split,
+            data.stream,
+            batch_size,
+            label=data.label,
+            train=train,
+            seed=seed,
+            mean=data.mean,
+            std=data.std,
+            drop_last=train,
+            device=device,
+        )
+
+    def __len__(self) -> int:
+        return self.length
+
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Which of the random passes comes next, and how many of its batches are passed over."""
+        self.epoch, self.skip = epoch, skip
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        left = self.length - self.skip
+        for x, y in itertools.islice(self.open(epoch=self.epoch, skip=self.skip), left):
+            yield x.contiguous(memory_format=self.format), y
+
+
 class Trainer:
     """One seed of one experiment: builds everything, trains with exact resume, evaluates at the end.
 
@@ -298,27 +380,9 @@ class Trainer:
         gpu = torch.cuda.is_available() if experiment.device == "auto" else experiment.device != "cpu"
         self.device = torch.device(("cuda" if gpu else "cpu") if experiment.device == "auto" else experiment.device)
 
-        train = self._images("train")
-        self.train_set, self.held_out = split_holdout(train, experiment.data.holdout, experiment.data.holdout_seed)
-        if experiment.extra.train_subset is not None:
-            self.train_set = self.train_set.subset(
-                torch.arange(min(experiment.extra.train_subset, len(self.train_set)))
-            )
-        data = experiment.data
-        self.batches = Batches(
-            self.train_set.images,
-            self.train_set.labels,
-            experiment.batch_size,
-            True,
-            data.mean,
-            data.std,
-            crop=data.crop,
-            padding=data.padding,
-            flip=data.flip,
-            seed=seed,
-            drop_last=True,
-            channels_last=experiment.channels_last,
-        )
+        self.train_set: ImageSet | None = None
+        self.held_out: ImageSet | None = None
+        self.batches = self._training_batches()
         self.total = len(self.batches) * experiment.epochs
         if experiment.extra.max_steps is not None:
             self.total = min(self.total, experiment.extra.max_steps)
@@ -346,13 +410,64 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, images of this epoch
 
+    def _training_batches(self) -> Batches | Streamed:
+        data, experiment = self.experiment.data, self.experiment
+        if data.stream is not None:
+            if experiment.extra.train_subset is not None:
+                raise ValueError("extra.train_subset: a streamed set is used whole; give extra.max_steps")
+            return self._streamed("train", experiment.batch_size, train=True)
+        train, self.held_out = split_holdout(self._images("train"), data.holdout, data.holdout_seed)
+        if experiment.extra.train_subset is not None:
+            train = train.subset(torch.arange(min(experiment.extra.train_subset, len(train))))
+        self.train_set = train
+        return Batches(
+            train.images,
+            train.labels,
+            experiment.batch_size,
+            True,
+            data.mean,
+            data.std,
+            crop=data.crop,
+            padding=data.padding,
+            flip=data.flip,
+            seed=self.seed,
+            drop_last=True,
+            channels_last=experiment.channels_last,
+        )
+
+    def _streamed(self, split: str, batch_size: int, **options: Any) -> Streamed:
+        data, experiment = self.experiment.data, self.experiment
+        path = _locate(data.name, self.data_dir)
+        last = experiment.channels_last
+        return Streamed(
+            data, path, split, batch_size, seed=self.seed, device=self.device, channels_last=last, **options
+        )
+
+    def _test_batches(self) -> Batches | Streamed:
+        data, size = self.experiment.data, self.experiment.evaluate.batch_size
+        if data.stream is not None:
+            return self._streamed(data.test_split, size)
+        return self._plain_batches(self._images("test"))
+
+    def _calibration_batches(self) -> Batches | Streamed | None:
+        """Some training images as evaluation sees them; None if none are asked for."""
+        settings = self.experiment.evaluate
+        if not settings.calibrate:
+            return None
+        if self.train_set is None:
+            return self._streamed("train", settings.batch_size, limit=settings.calibrate)
+        generator = torch.Generator().manual_seed(self.seed)
+        some = torch.randperm(len(self.train_set), generator=generator)[: settings.calibrate]
+        return self._plain_batches(self.train_set.subset(some))
+
     def _images(self, split: Literal["train", "test"]) -> ImageSet:
         data = self.experiment.data
         if data.name == "digits":
             return digits(split, data.holdout_seed, self.device)
-        cache = None if data.cache is None else Path(data.cache) / f"{Path(data.name).name}-{split}.safetensors"
+        part = data.test_split if split == "test" else split
+        cache = None if data.cache is None else Path(data.cache) / f"{Path(data.name).name}-{part}.safetensors"
         path = _locate(data.name, self.data_dir)
-        return load_images(path, split, data.label, data.grey, self.device, cache=cache)
+        return load_images(path, part, data.label, data.grey, self.device, cache=cache)
 
     def _plain_batches(self, images: ImageSet) -> Batches:
         data, size = self.experiment.data, self.experiment.evaluate.batch_size
@@ -490,7 +605,12 @@ class Trainer:
         row: dict[str, Any] = {"epoch": epoch, "step": self.step, "loss": loss / num, "accuracy": 100 * correct / num}
         settings = self.experiment.evaluate
         last = self.step == self.total
-        if len(self.held_out) and settings.every and (epoch % settings.every == 0 or last):
+        if (
+            self.held_out is not None
+            and len(self.held_out)
+            and settings.every
+            and (epoch % settings.every == 0 or last)
+        ):
             batches = self._plain_batches(self.held_out)
             row["held_out"] = evaluate_lives(self.model, self.run, batches, bits=settings.every_bits)
         self.history.append(row)
@@ -515,18 +635,13 @@ class Trainer:
             recipe = load_recipe(self.experiment.evaluate_recipe, self.folder)
             run = None if recipe is None else dt.compress(self.model, recipe)
         named = {name: load_recipe(spec, self.folder) for name, spec in settings.recipes.items()}
-        calibration = None
-        if settings.calibrate:
-            generator = torch.Generator().manual_seed(self.seed)
-            some = torch.randperm(len(self.train_set), generator=generator)[: settings.calibrate]
-            calibration = self._plain_batches(self.train_set.subset(some))
         test = evaluate_lives(
             self.model,
             run,
-            self._plain_batches(self._images("test")),
+            self._test_batches(),
             bits=settings.bits if run else (),
             recipes={name: recipe for name, recipe in named.items() if recipe is not None},
-            calibration=calibration,
+            calibration=self._calibration_batches(),
             note=lambda text: self.log(f"test, {text}"),
         )
         weights = {name: tensor.detach().contiguous() for name, tensor in self.model.state_dict().items()}

@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 import detent as dt
+from detent.mechanisms import SoftmaxMap
+from detent.mechanisms.latent import level_count
 
 # Every target with sample arguments. A new target or a new branch of one gets a row here and nothing else.
 TARGETS: dict[str, dt.Target] = {
@@ -20,6 +22,19 @@ TARGETS: dict[str, dt.Target] = {
     "uniform-4-group": dt.Uniform(bits=4, granularity=dt.Group(size=4), range="minmax", param_dtype="bfloat16"),
     "uniform-5-channel-ema": dt.Uniform(bits=5, granularity="channel", range="ema"),
     "uniform-8-ema": dt.Uniform(bits=8, range="ema"),
+    "uniform-3-alternate": dt.Uniform(bits=3, granularity="channel", range="alternate"),
+    "uniform-3-interval": dt.Uniform(bits=3, range="interval"),
+    "uniform-2-no-zero": dt.Uniform(bits=2, range="alternate", zero=False),
+    "binary": dt.Binary(),
+    "binary-unscaled": dt.Binary(scale=None),
+    "binary-channel-half": dt.Binary(granularity="channel", param_dtype="float16"),
+    "ternary": dt.Ternary(),
+    "ternary-unscaled": dt.Ternary(scale=None),
+    "ternary-channel-alternate": dt.Ternary(scale="alternate", granularity="channel"),
+    "power-4": dt.PowerOfTwo(bits=4),
+    "power-3-no-zero": dt.PowerOfTwo(bits=3, granularity="channel", range="max", zero=False),
+    "learned-4": dt.LearnedLevels(k=4),
+    "learned-5-group": dt.LearnedLevels(k=5, zero=True, granularity=dt.Group(size=4), param_dtype="bfloat16"),
     "zero": dt.Zero(),
     "zero-channel": dt.Zero(granularity=dt.Channel()),
     "topk-tenth": dt.TopK(keep=0.1),
@@ -27,6 +42,25 @@ TARGETS: dict[str, dt.Target] = {
     "topk-all": dt.TopK(keep=1.0),
     "topk-five": dt.TopK(keep=5),
     "topk-model": dt.TopK(keep=0.25, scope="model"),
+    "topk-nonzero": dt.TopK(keep="nonzero"),
+    "nm-2-4": dt.NM(n=2, m=4),
+    "kernels": dt.KernelCodebook(size=4),
+    "vectors": dt.VectorCodebook(block=2, size=4, param_dtype="float16"),
+    "vectors-global": dt.VectorCodebook(block=2, size=6, book="global", codebook_bits=None, zero=True),
+    "nm-3-20-columns": dt.NM(n=3, m=20, along="columns"),
+    "structured-filter": dt.Structured(group="filter", keep=0.5),
+    "structured-column-model": dt.Structured(group="column", keep=0.5, scope="model"),
+    "structured-block": dt.Structured(group="block", keep=0.4, block=(2, 3)),
+    "sparse-levels": dt.SparseLevels(sparse=dt.TopK(keep=0.3), survivors=dt.Uniform(bits=3)),
+    "sparse-levels-nm": dt.SparseLevels(
+        sparse=dt.NM(n=2, m=4), survivors=dt.Uniform(bits=4, granularity="channel", param_dtype="float16")
+    ),
+    "sparse-levels-model": dt.SparseLevels(
+        sparse=dt.TopK(keep=0.3, scope="model"), survivors=dt.Binary(granularity="channel")
+    ),
+    "sparse-levels-block": dt.SparseLevels(
+        sparse=dt.Structured(group="block", keep=0.5, block=(2, 3)), survivors=dt.LearnedLevels(k=4)
+    ),
 }
 
 # Every mechanism with sample arguments, short enough to act within a dozen steps.
@@ -42,12 +76,51 @@ MECHANISMS: dict[str, dt.Mechanism] = {
     "hard": dt.HardProjection(every=3),
     "hard-free": dt.HardProjection(every=4, masks=False, start=2),
     "clip": dt.Clip(start=0.2),
+    "ste-clipped": dt.STE(clip_latent=0.3),
+    "mirror": dt.MirrorDescent(),
+    "mirror-softmax": dt.MirrorDescent(
+        map="softmax", scale_aware="channel", beta=dt.Growth(factor=2.0, every=2, last=1e3), start=2
+    ),
+    "mirror-inverse": dt.MirrorDescent(map=SoftmaxMap(), init="inverse", hard_start=0.75),
+    "mirror-primal": dt.MirrorDescent(form="primal", beta=2.0),
+    "mirror-relax": dt.MirrorDescent(map="relax"),
+    "gd-tanh": dt.GDTanh(units="weight"),
+    "pmf": dt.PMF(beta=dt.Exponential(first=1.0, last=100.0)),
+    "binary-relax": dt.BinaryRelax(hard_start=0.75),
+    "parq": dt.PARQ(start=0.25, clip_latent=2.0),
+    "codebook": dt.CodebookLearning(),
+    "codebook-sum": dt.CodebookLearning(reduce="sum", ste_from=None, reassign_every=2, reassign_until=0.7),
+    "admm": dt.ADMM(rho=0.5, every=2),
+    "admm-balanced": dt.ADMM(rho=0.05, every=0.1, until=0.7, balance=True, per_level=True, freeze_every=1),
+    "admm-decoupled": dt.ADMM(rho=0.1, every=3, start=3, until=None, rho_max=0.12, form="decoupled"),
+    "masked": dt.Masked(start=4),
+    "freeze": dt.PartialFreeze(start=0.3, rounds=(0.3, 0.8, 1.0)),
+    "penalty": dt.Penalty(strength=dt.Linear(first=0.0, last=0.5), norm="l1"),
+    "proximal": dt.Proximal(strength=0.5, every=2),
 }
 
 # Pairs a mechanism refuses, with a piece of the sentence it says so in.
 REFUSED: dict[tuple[str, str], str] = {
-    (target, "clip"): "Clip keeps weights inside a range" for target in TARGETS if target.startswith(("zero", "topk"))
+    (target, "clip"): "Clip keeps weights inside a range"
+    for target in TARGETS
+    if target.startswith(("zero", "topk", "nm", "structured", "kernels", "vectors"))
 }
+for _name, _target in TARGETS.items():
+    if type(_target).free is dt.Target.free:
+        REFUSED[_name, "masked"] = "leaves no weight free; use PartialFreeze"
+    else:
+        REFUSED[_name, "freeze"] = "have none to go to; use Masked"
+    for _mechanism in ("codebook", "codebook-sum"):
+        if type(_target).assign is dt.Target.assign:
+            REFUSED[_name, _mechanism] = "CodebookLearning trains the codewords of a codebook"
+    _count = level_count(_target)
+    for _mechanism in ("mirror", "mirror-softmax", "mirror-inverse", "mirror-primal", "gd-tanh", "pmf", "parq"):
+        if _count is None:
+            REFUSED[_name, _mechanism] = "lets each weight choose among listed levels"
+        elif _count < 2:
+            REFUSED[_name, _mechanism] = "needs two levels at least"
+    if _count is not None and _count > 2:
+        REFUSED[_name, "mirror-primal"] = "a weight forgets it by rounding; use form='dual'"
 
 # Pairs left out although nothing refuses them, with the reason.
 SKIPPED: dict[tuple[str, str], str] = {}
@@ -68,9 +141,46 @@ LONG_PAIRS: list[tuple[str, str]] = [
     ("uniform-3-minmax", "ste"),
     ("topk-most", "ste-late"),
     ("topk-five", "hard"),
+    ("nm-2-4", "hard"),
+    ("kernels", "psg"),
+    ("vectors", "ste"),
+    ("vectors", "codebook"),
+    ("vectors-global", "codebook-sum"),
+    ("kernels", "codebook"),
+    ("structured-filter", "psg-toward-zero"),
+    ("structured-block", "hard"),
+    ("sparse-levels-nm", "psg-update"),
+    ("sparse-levels-model", "ste"),
     ("topk-model", "hard"),
     ("uniform-2", "hard-free"),
     ("uniform-4", "clip"),
+    ("binary-channel-half", "psg"),
+    ("binary-unscaled", "ste"),
+    ("binary", "ste-clipped"),
+    ("binary-unscaled", "mirror"),
+    ("ternary-unscaled", "mirror"),
+    ("binary-channel-half", "mirror-softmax"),
+    ("learned-4", "mirror-inverse"),
+    ("binary", "mirror-primal"),
+    ("topk-most", "mirror-relax"),
+    ("ternary", "gd-tanh"),
+    ("power-3-no-zero", "pmf"),
+    ("topk-five", "binary-relax"),
+    ("learned-5-group", "parq"),
+    ("ternary", "admm"),
+    ("power-3-no-zero", "hard-free"),
+    ("learned-5-group", "psg-update"),
+    ("learned-4", "ste-late"),
+    ("uniform-2-no-zero", "admm"),
+    ("uniform-3-minmax", "admm"),
+    ("topk-five", "admm"),
+    ("topk-model", "admm-balanced"),
+    ("uniform-2", "admm-balanced"),
+    ("uniform-4-channel-half", "admm-decoupled"),
+    ("topk-most", "masked"),
+    ("uniform-4-group", "freeze"),
+    ("uniform-4", "penalty"),
+    ("topk-model", "proximal"),
 ]
 
 
@@ -95,7 +205,37 @@ _U4 = dt.Uniform(bits=4)
 ERRORS: dict[str, ErrorCase] = {
     "bits too few": ErrorCase(make=lambda: dt.Uniform(bits=1), says="Uniform(bits=1)"),
     "bits too many": ErrorCase(make=lambda: dt.Uniform(bits=9), says="Uniform(bits=9)"),
-    "no such range": ErrorCase(make=lambda: dt.Uniform(bits=4, range="max"), says='"minmax", "ema" or "mse"'),  # type: ignore[arg-type]
+    "no such range": ErrorCase(make=lambda: dt.Uniform(bits=4, range="max"), says='"mse", "alternate" or "interval"'),  # type: ignore[arg-type]
+    "no rounds": ErrorCase(make=lambda: dt.Uniform(bits=4, rounds=0), says="Uniform(rounds=0): must be >= 1"),
+    "no such scale of a binary": ErrorCase(make=lambda: dt.Binary(scale="max"), says='must be "mean" or None'),  # type: ignore[arg-type]
+    "no such param dtype of a binary": ErrorCase(
+        make=lambda: dt.Binary(param_dtype="float64"),  # type: ignore[arg-type]
+        says="Binary(param_dtype='float64')",
+    ),
+    "no such granularity of a binary": ErrorCase(
+        make=lambda: dt.Binary(granularity="row"),  # type: ignore[arg-type]
+        says="Binary.granularity='row'",
+    ),
+    "no such scale of a ternary": ErrorCase(
+        make=lambda: dt.Ternary(scale="mean"),  # type: ignore[arg-type]
+        says='must be "exact", "alternate" or None',
+    ),
+    "no such param dtype of a ternary": ErrorCase(
+        make=lambda: dt.Ternary(param_dtype="half"),  # type: ignore[arg-type]
+        says="Ternary(param_dtype='half')",
+    ),
+    "powers of one bit": ErrorCase(make=lambda: dt.PowerOfTwo(bits=1), says="PowerOfTwo(bits=1)"),
+    "powers of six bits": ErrorCase(make=lambda: dt.PowerOfTwo(bits=6), says="a whole number from 2 to 5"),
+    "no such range of powers": ErrorCase(
+        make=lambda: dt.PowerOfTwo(bits=3, range="minmax"),  # type: ignore[arg-type]
+        says='must be "max" or "mse"',
+    ),
+    "one learned level": ErrorCase(make=lambda: dt.LearnedLevels(k=1), says="LearnedLevels(k=1)"),
+    "too many learned levels": ErrorCase(make=lambda: dt.LearnedLevels(k=257), says="a whole number from 2 to 256"),
+    "no such param dtype of levels": ErrorCase(
+        make=lambda: dt.LearnedLevels(k=4, param_dtype="int8"),  # type: ignore[arg-type]
+        says="LearnedLevels(param_dtype='int8')",
+    ),
     "no such granularity": ErrorCase(
         make=lambda: dt.Uniform(bits=4, granularity="row"),  # type: ignore[arg-type]
         says='must be "tensor", "channel" or Group',
@@ -109,6 +249,96 @@ ERRORS: dict[str, ErrorCase] = {
     "keep more than all": ErrorCase(make=lambda: dt.TopK(keep=1.5), says="a fraction must lie in (0, 1]"),
     "keep a count of none": ErrorCase(make=lambda: dt.TopK(keep=0), says="a count must be an int >= 1"),
     "keep a bool": ErrorCase(make=lambda: dt.TopK(keep=True), says="a count must be an int >= 1"),
+    "keep a word": ErrorCase(make=lambda: dt.TopK(keep="zeros"), says="TopK(keep='zeros'): must be a fraction"),  # type: ignore[arg-type]
+    "no codewords": ErrorCase(make=lambda: dt.KernelCodebook(size=0), says="KernelCodebook(size=0)"),
+    "only a zero codeword": ErrorCase(make=lambda: dt.KernelCodebook(size=1, zero=True), says="from 2 to 65536"),
+    "too many codewords": ErrorCase(make=lambda: dt.KernelCodebook(size=65537), says="from 1 to 65536"),
+    "no such book": ErrorCase(
+        make=lambda: dt.KernelCodebook(size=4, book="model"),  # type: ignore[arg-type]
+        says='KernelCodebook(book=\'model\'): must be "layer" or "global"',
+    ),
+    "a codebook of one bit": ErrorCase(
+        make=lambda: dt.KernelCodebook(size=4, codebook_bits=1), says="must be 2 to 8, or None for floats"
+    ),
+    "no such way with few": ErrorCase(
+        make=lambda: dt.KernelCodebook(size=4, few="keep"),  # type: ignore[arg-type]
+        says='must be "reduce" or "refuse"',
+    ),
+    "no such param dtype of a codebook": ErrorCase(
+        make=lambda: dt.KernelCodebook(size=4, param_dtype="int8"),  # type: ignore[arg-type]
+        says="KernelCodebook(param_dtype='int8')",
+    ),
+    "a negative seed": ErrorCase(make=lambda: dt.KernelCodebook(size=4, seed=-1), says="KernelCodebook(seed=-1)"),
+    "no restarts": ErrorCase(make=lambda: dt.KernelCodebook(size=4, restarts=0), says="restarts=0"),
+    "blocks of none": ErrorCase(make=lambda: dt.VectorCodebook(block=0, size=4), says="VectorCodebook(block=0)"),
+    "no such reduction": ErrorCase(
+        make=lambda: dt.CodebookLearning(reduce="max"),  # type: ignore[arg-type]
+        says='must be "mean" or "sum"',
+    ),
+    "re-assign never": ErrorCase(make=lambda: dt.CodebookLearning(reassign_every=0), says="must be >= 1 step or None"),
+    "kernels of a matrix": ErrorCase(
+        make=lambda: _resolve(dt.Rule(match="0.weight", target=dt.KernelCodebook(size=4))),
+        says="a 2-D weight has no kernels; use VectorCodebook",
+    ),
+    "blocks with a remainder": ErrorCase(
+        make=lambda: _resolve(dt.Rule(match="0.weight", target=dt.VectorCodebook(block=3, size=4))),
+        says="does not divide the 4 inputs",
+    ),
+    "too few units": ErrorCase(
+        make=lambda: _resolve(dt.Rule(match="0.weight", target=dt.VectorCodebook(block=2, size=4, few="refuse"))),
+        says="VectorCodebook(size=4) needs at least 16 units to choose from, there are 6",
+    ),
+    "a block of none": ErrorCase(make=lambda: dt.NM(n=1, m=0), says="NM(m=0): a block holds"),
+    "more of a block than all": ErrorCase(make=lambda: dt.NM(n=5, m=4), says="NM(n=5, m=4): n must be"),
+    "no such order of inputs": ErrorCase(
+        make=lambda: dt.NM(n=2, m=4, along="rows"),  # type: ignore[arg-type]
+        says='must be "channels" or "columns"',
+    ),
+    "no such groups": ErrorCase(
+        make=lambda: dt.Structured(group="row", keep=0.5),  # type: ignore[arg-type]
+        says='must be "filter", "channel", "column" or "block"',
+    ),
+    "keep no groups": ErrorCase(make=lambda: dt.Structured(group="filter", keep=0), says="Structured(keep=0): a count"),
+    "a fraction of groups above 1": ErrorCase(
+        make=lambda: dt.Structured(group="filter", keep=1.5), says="Structured(keep=1.5): a fraction must lie in (0, 1]"
+    ),
+    "no such scope of groups": ErrorCase(
+        make=lambda: dt.Structured(group="filter", keep=0.5, scope="layer"),  # type: ignore[arg-type]
+        says="Structured(scope='layer')",
+    ),
+    "tiles without a size": ErrorCase(
+        make=lambda: dt.Structured(group="block", keep=0.5), says="tiles need both, others no block"
+    ),
+    "rows with a size": ErrorCase(
+        make=lambda: dt.Structured(group="filter", keep=0.5, block=(2, 2)), says="tiles need both, others no block"
+    ),
+    "a tile of none": ErrorCase(
+        make=lambda: dt.Structured(group="block", keep=0.5, block=(2, 0)), says="must be a pair (rows, columns)"
+    ),
+    "more rows than there are": ErrorCase(
+        make=lambda: _resolve(dt.Rule(match="2.weight", target=dt.Structured(group="filter", keep=3))),
+        says="asks for more groups (filter) than the 2 there are",
+    ),
+    "levels as a pattern": ErrorCase(
+        make=lambda: dt.SparseLevels(sparse=_U4, survivors=_U4),  # type: ignore[arg-type]
+        says="must be a sparse target such as TopK",
+    ),
+    "a pattern as levels": ErrorCase(
+        make=lambda: dt.SparseLevels(sparse=dt.NM(n=2, m=4), survivors=dt.TopK(keep=0.5)),
+        says="must be a target that takes weights one at a time",
+    ),
+    "no turns": ErrorCase(
+        make=lambda: dt.SparseLevels(sparse=dt.NM(n=2, m=4), survivors=_U4, rounds=0), says="SparseLevels(rounds=0)"
+    ),
+    "yaml: a word to keep": ErrorCase(
+        make=lambda: _yaml("{match: a, target: {kind: TopK, keep: zeros}}"), says="rules[0].target: TopK.keep"
+    ),
+    "yaml: a field deep in a pattern": ErrorCase(
+        make=lambda: _yaml(
+            "{match: a, target: {kind: SparseLevels, sparse: {kind: NM, n: 2, k: 4}, survivors: {kind: Zero}}}"
+        ),
+        says="rules[0].target.sparse: NM has no field 'k'",
+    ),
     "no such scope": ErrorCase(
         make=lambda: dt.TopK(keep=0.1, scope="layer"),  # type: ignore[arg-type]
         says='must be "tensor" or "model"',
@@ -123,6 +353,47 @@ ERRORS: dict[str, ErrorCase] = {
     "project never": ErrorCase(make=lambda: dt.HardProjection(every=0), says="HardProjection(every=0): must be >= 1"),
     "ramp to nowhere": ErrorCase(make=lambda: dt.Linear(first=0.0, last=float("nan")), says="Linear(last=nan)"),
     "exponential from zero": ErrorCase(make=lambda: dt.Exponential(first=0.0, last=1.0), says="both must be > 0"),
+    "latent limit not positive": ErrorCase(make=lambda: dt.STE(clip_latent=0.0), says="STE(clip_latent=0.0): must be"),
+    "beta of zero": ErrorCase(make=lambda: dt.MirrorDescent(beta=0.0), says="MirrorDescent(beta=0.0): must be > 0"),
+    "beta down to below zero": ErrorCase(
+        make=lambda: dt.GDTanh(beta=dt.Linear(first=1.0, last=-1.0)), says="must be > 0"
+    ),
+    "no such map": ErrorCase(make=lambda: dt.MirrorDescent(map="sign"), says='"relax" or a MirrorMap'),  # type: ignore[arg-type]
+    "no such mirror form": ErrorCase(
+        make=lambda: dt.MirrorDescent(form="both"),  # type: ignore[arg-type]
+        says='must be "dual" or "primal"',
+    ),
+    "no such init": ErrorCase(
+        make=lambda: dt.MirrorDescent(init="zero"),  # type: ignore[arg-type]
+        says='must be "weights" or "inverse"',
+    ),
+    "no such units of beta": ErrorCase(
+        make=lambda: dt.GDTanh(units="metre"),  # type: ignore[arg-type]
+        says='must be "cell" or "weight"',
+    ),
+    "no such Jacobian": ErrorCase(make=lambda: dt.PMF(jacobian="own"), says='must be "true" or "paper"'),  # type: ignore[arg-type]
+    "relax the other way round": ErrorCase(
+        make=lambda: dt.MirrorDescent(map="relax", form="primal"), says="relax has no inverse"
+    ),
+    "inverse of an unknown size": ErrorCase(
+        make=lambda: dt.MirrorDescent(init="inverse", scale_aware="tensor"), says="not known before the latent"
+    ),
+    "primal with a latent's options": ErrorCase(
+        make=lambda: dt.MirrorDescent(form="primal", hard_start=0.5), says="belong to the dual form"
+    ),
+    "scale of no such groups": ErrorCase(
+        make=lambda: dt.PMF(scale_aware="row"),  # type: ignore[arg-type]
+        says='must be "tensor", "channel" or Group',
+    ),
+    "slope of no slope": ErrorCase(make=lambda: dt.PARQ(inverse_slope=1.5), says="must lie in [0, 1]"),
+    "growth that shrinks": ErrorCase(make=lambda: dt.Growth(factor=0.9, every=10), says="Growth(factor=0.9): must be"),
+    "growth at no step": ErrorCase(make=lambda: dt.Growth(factor=1.1, every=0), says="Growth(every=0): must be >= 1"),
+    "growth past its cap": ErrorCase(
+        make=lambda: dt.Growth(factor=1.1, every=10, first=2.0, last=1.0), says="need 0 < first <= last"
+    ),
+    "sigmoid of no steepness": ErrorCase(
+        make=lambda: dt.Sigmoid(first=1.0, last=0.0, steepness=0.0), says="Sigmoid(steepness=0.0): must lie in (0, 500]"
+    ),
     "not a regex": ErrorCase(make=lambda: dt.Rule(match="(", keep=True), says="not a regular expression"),
     "include not a regex": ErrorCase(
         make=lambda: dt.Rule(match="a", target=_U4, include="["), says="Rule(include='['): not a regular expression"

@@ -6,6 +6,7 @@ are rounded to their stored dtype before anything is projected): `stored()`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -210,3 +211,420 @@ def hard_threshold(
             mask = (w != 0).astype(np.float64)
         path.append((w, mask))
     return path
+
+
+# --- sparse sets -------------------------------------------------------------------------------------------------
+
+
+def positions(layout: tuple[tuple[int, ...], int, int]) -> list[list[tuple[int, int, int]]]:
+    """For each output channel its inputs as (input channel, kernel position, place in the flattened tensor), in order.
+
+    A layout is (shape, axis of the output channels, groups of a transposed convolution). PyTorch keeps convolutions as
+    (out, in, *kernel) and transposed ones as (in, out / groups, *kernel), group g of the outputs reading group g of the
+    inputs.
+    """
+    shape, axis, groups = layout
+    kernel = math.prod(shape[2:])
+    if len(shape) < 2:
+        return [[(0, 0, i)] for i in range(math.prod(shape))]
+    if axis == 0:
+        return [
+            [(i, p, (o * shape[1] + i) * kernel + p) for i in range(shape[1]) for p in range(kernel)]
+            for o in range(shape[0])
+        ]
+    inputs, outputs = shape[0] // groups, shape[1]
+    return [
+        [(i, p, ((g * inputs + i) * outputs + o) * kernel + p) for i in range(inputs) for p in range(kernel)]
+        for g in range(groups)
+        for o in range(outputs)
+    ]
+
+
+def nm_blocks(layout: tuple[tuple[int, ...], int, int], m: int, along: str) -> list[list[int]]:
+    """Blocks of at most m places of the flattened tensor, along the inputs of each output channel."""
+    blocks = []
+    for row in positions(layout):
+        lines: dict[int, list[int]] = {}
+        for _, p, at in row:
+            lines.setdefault(p if along == "channels" else 0, []).append(at)
+        for line in lines.values():
+            blocks += [line[i : i + m] for i in range(0, len(line), m)]
+    return blocks
+
+
+def structured_groups(
+    layout: tuple[tuple[int, ...], int, int], group: str, block: tuple[int, int] | None = None
+) -> list[list[int]]:
+    """Groups of places of the flattened tensor: rows, columns, input channels or tiles of the GEMM matrix."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for o, row in enumerate(positions(layout)):
+        for j, (i, _, at) in enumerate(row):
+            if group == "block":
+                assert block is not None
+                key = (o // block[0], j // block[1])
+            else:
+                key = {"filter": (o, 0), "column": (0, j), "channel": (0, i)}[group]
+            found.setdefault(key, []).append(at)
+    return [found[key] for key in sorted(found)]
+
+
+def keep_in_blocks(gain: Array, blocks: Sequence[Sequence[int]], n: int) -> set[int]:
+    """The n places of the largest gain in each block, ties to the earlier one of the block."""
+    kept: set[int] = set()
+    for block in blocks:
+        kept.update(sorted(block, key=lambda at: -float(gain[at]))[:n])
+    return kept
+
+
+def keep_groups(gain: Array, groups: Sequence[Sequence[int]], count: int) -> set[int]:
+    """The places of the `count` groups of the largest sum of gains, ties to the earlier group."""
+    sums = [math.fsum(float(gain[at]) for at in group) for group in groups]
+    ranked = sorted(range(len(groups)), key=lambda g: -sums[g])
+    return {at for g in ranked[:count] for at in groups[g]}
+
+
+def zero_but(w: Array, kept: set[int]) -> Array:
+    """w where kept, zero elsewhere."""
+    flat = w.reshape(-1)
+    return np.array([float(flat[i]) if i in kept and flat[i] else 0.0 for i in range(flat.size)]).reshape(w.shape)
+
+
+def nearest_on_levels(w: Array, levels: Sequence[Sequence[float]], patterns: Sequence[set[int]]) -> float:
+    """Least squared distance over all patterns and all ways of putting their places on levels: nothing is clever here.
+
+    `levels[i]` are the values that place i may take if it is kept.
+    """
+    flat, least = [float(x) for x in w.reshape(-1)], math.inf
+    for kept in patterns:
+        order = sorted(kept)
+        lost = sum(x * x for i, x in enumerate(flat) if i not in kept)
+        for values in itertools.product(*(levels[i] for i in order)):
+            least = min(least, lost + sum((flat[i] - v) ** 2 for i, v in zip(order, values, strict=True)))
+    return least
+
+
+# --- ADMM, in the letters of arXiv 1903.09769: W, Z, U, rho -------------------------------------------------------
+
+
+class Adam:
+    """Adam without decay."""
+
+    def __init__(self, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        self.inner = AdamW(lr, 0.0, betas, eps)
+
+    def step(self, w: Array, g: Array) -> Array:
+        return w + self.inner.update(g)
+
+
+def admm(
+    W: Array,
+    gradients: Sequence[Array],
+    *,
+    project: Callable[[Array], Array],
+    rho: float,
+    growth: float,
+    rho_max: float,
+    update_at: Callable[[int], bool],
+    until: int,
+    optimizer: SGD | Adam,
+    mask_after: bool,
+) -> list[dict[str, Array | float]]:
+    """W, Z, U, rho after each step; from `until` on W alone, mapped and, if asked for, with its zeros held.
+
+    `project` fits the target to what it is given: the projection of W + U and that of W each have a fit of their own.
+    """
+    Z, U = project(W), np.zeros_like(W)
+    mask: Array | None = None
+    path: list[dict[str, Array | float]] = []
+    for t, g in enumerate(gradients):
+        if t < until:
+            W = optimizer.step(W, g + rho * (W - Z + U))
+            if update_at(t) or t + 1 == until:
+                Z = project(W + U)
+                U = U + W - Z
+                rho, old = min(rho * growth, rho_max), rho
+                U = U * (old / rho)
+            if t + 1 == until:
+                W = project(W)
+                mask = (W != 0).astype(np.float64) if mask_after else None
+        else:
+            W = optimizer.step(W, g if mask is None else g * mask)
+            W = W if mask is None else W * mask
+        path.append({"W": W, "Z": Z, "U": U, "rho": rho})
+    return path
+
+
+def freeze_rounds(
+    W: Array,
+    gradients: Sequence[Array],
+    *,
+    project: Callable[[Array], Array],
+    rounds: dict[int, float],
+    optimizer: SGD,
+) -> list[tuple[Array, Array]]:
+    """(W, frozen) after each step: at the end of step t the share rounds[t] of smallest |W - project(W)| is snapped."""
+    frozen = np.zeros(W.shape, dtype=bool)
+    path = []
+    for t, g in enumerate(gradients):
+        held = W
+        W = optimizer.step(W, np.where(frozen, 0.0, g))
+        W = np.where(frozen, held, W)
+        if t in rounds:
+            q = project(W)
+            distance = [-1.0 if f else abs(float(a - b)) for a, b, f in zip(W.flat, q.flat, frozen.flat, strict=True)]
+            nearest = sorted(range(W.size), key=lambda i: (distance[i], i))[: round(rounds[t] * W.size)]
+            for i in nearest:
+                if not frozen.flat[i]:
+                    W.flat[i], frozen.flat[i] = q.flat[i], True
+            frozen, W = frozen.copy(), W.copy()
+        path.append((W, frozen.copy()))
+    return path
+
+
+# --- mirror descent and its neighbours, in the letters of arXiv 1910.08237: w, w~ (here a), u, beta ------------------
+
+
+def tanh_map(a: Array, beta: float) -> Array:
+    """P on {-1, 1}."""
+    return np.tanh(beta * a)
+
+
+def shifted_tanh(a: Array, beta: float) -> Array:
+    """P on {-1, 0, 1}."""
+    return (np.tanh(beta * (a + 0.5)) + np.tanh(beta * (a - 0.5))) / 2
+
+
+def shifted_tanh_inverse(w: Array, beta: float) -> Array:
+    """Its inverse in closed form: with A = tanh(beta a), B = tanh(beta / 2), w = A (1 - B^2) / (1 - A^2 B^2)."""
+    B = math.tanh(beta / 2)
+    rest = 1 - B * B
+    A = np.array([0.0 if x == 0 else (-rest + math.sqrt(rest**2 + 4 * x * x * B * B)) / (2 * x * B) for x in w.flat])
+    return np.arctanh(A).reshape(w.shape) / beta
+
+
+def softmax_weights(a: float, levels: Sequence[float], beta: float) -> list[float]:
+    """u of one latent: softmax of -beta (a - q)^2 / 2 over the levels."""
+    z = [-beta * (a - q) ** 2 / 2 for q in levels]
+    e = [math.exp(x - max(z)) for x in z]
+    return [x / sum(e) for x in e]
+
+
+def softmax_map(a: Array, levels: Sequence[float], beta: float) -> Array:
+    """w = sum_q u_q q, weight by weight."""
+    means = [sum(u * q for u, q in zip(softmax_weights(x, levels, beta), levels, strict=True)) for x in a.flat]
+    return np.array(means).reshape(a.shape)
+
+
+def tanh_jacobian(a: Array, levels: Sequence[float], beta: float) -> Array:
+    """GD-tanh: beta (1 - w^2), for three levels beta (2 - tanh^2 - tanh^2) / 2."""
+    if len(levels) == 2:
+        return beta * (1 - np.tanh(beta * a) ** 2)
+    return beta * (2 - np.tanh(beta * (a + 0.5)) ** 2 - np.tanh(beta * (a - 0.5)) ** 2) / 2
+
+
+def softmax_jacobian(a: Array, levels: Sequence[float], beta: float, published: bool) -> Array:
+    """dw/da through the matrix J = beta (diag(u) - u u^T), or the released beta (I - u u^T): q^T J q."""
+    q = np.array(levels)
+    found = []
+    for x in a.flat:
+        u = np.array(softmax_weights(float(x), levels, beta))
+        J = beta * ((np.eye(len(u)) if published else np.diag(u)) - np.outer(u, u))
+        found.append(float(q @ J @ q))
+    return np.array(found).reshape(a.shape)
+
+
+def beta_by_loop(steps: int, scale: float, interval: int, most: float) -> list[float]:
+    """Beta of every step as the released loop makes it: the test on the iteration comes after the step."""
+    beta, used = 1.0, []
+    for iteration in range(steps):
+        used.append(beta)
+        if iteration % interval == 0:
+            beta = min(beta * scale, most)
+    return used
+
+
+def latent_descent(
+    a: Array,
+    gradients: Sequence[Array],
+    *,
+    see: Callable[[Array, int], Array],
+    slope: Callable[[Array, int], Array] | None,
+    optimizer: SGD | Adam,
+) -> list[tuple[Array, Array]]:
+    """(latent, what step t + 1 sees) after each step t; the gradient unchanged (mirror descent) or times a slope."""
+    path = []
+    for t, g in enumerate(gradients):
+        a = optimizer.step(a, g if slope is None else slope(a, t) * g)
+        path.append((a, see(a, t + 1)))
+    return path
+
+
+def softmax_copies(
+    a: Array,
+    gradient: Callable[[int, Array], Array],
+    *,
+    steps: int,
+    betas: Sequence[float],
+    optimizers: Sequence[SGD | Adam],
+) -> list[Array]:
+    """MD-softmax-S as published, on {-1, 1}: an auxiliary copy of every weight for each level; the w of every step.
+
+    The copy of level q gets q dL/dw unchanged, each copy from an optimizer of its own.
+    """
+    q = (-1.0, 1.0)
+    copies = [level * a for level in q]
+    path = []
+    for t in range(steps):
+        z = [betas[t] * copy for copy in copies]
+        e = [np.exp(x - np.maximum(*z)) for x in z]
+        w = sum(level * x for level, x in zip(q, e, strict=True)) / sum(e)
+        path.append(np.asarray(w))
+        g = gradient(t, path[-1])
+        copies = [o.step(copy, level * g) for o, copy, level in zip(optimizers, copies, q, strict=True)]
+    return path
+
+
+def primal_tanh(
+    w: Array, gradient: Callable[[int, Array], Array], *, steps: int, betas: Sequence[float], G: SGD | Adam
+) -> list[Array]:
+    """MD-tanh as published: e = (1 + w) / (1 - w + 1e-20) exp(-2 beta G), w = (e - 1) / (e + 1 + 1e-20)."""
+    path = []
+    for t in range(steps):
+        step = -G.step(np.zeros_like(w), gradient(t, w))
+        e = (1 + w) / (1 - w + 1e-20) * np.exp(-2 * betas[t] * step)
+        w = (e - 1) / (e + 1 + 1e-20)
+        path.append(w)
+    return path
+
+
+def bregman_step(w: float, pull: float, inverse: Callable[[Array], Array], ends: tuple[float, float]) -> float:
+    """argmin over x in the open range of pull x + D_Phi(x, w), Phi = integral of the inverse: ternary search.
+
+    D_Phi(x, w) is the integral of inverse(v) - inverse(w) from w to x, by the midpoint rule.
+    """
+    there = float(inverse(np.array([w]))[0])
+
+    def objective(x: float) -> float:
+        v = w + (x - w) * (np.arange(300) + 0.5) / 300
+        return pull * x + float(np.sum(inverse(v) - there)) * (x - w) / 300
+
+    low, high = ends
+    for _ in range(40):
+        third = (high - low) / 3
+        if objective(low + third) < objective(high - third):
+            high -= third
+        else:
+            low += third
+    return (low + high) / 2
+
+
+def parq_map(a: Array, levels: Sequence[float], rho: float) -> Array:
+    """PARQ's proximal map: between neighbouring levels a line of slope 1 / rho through their middle."""
+    found = []
+    for x in a.flat:
+        if x <= levels[0] or x >= levels[-1]:
+            found.append(levels[0] if x <= levels[0] else levels[-1])
+            continue
+        i = max(k for k in range(len(levels) - 1) if levels[k] <= x)
+        middle = (levels[i] + levels[i + 1]) / 2
+        found.append(min(max(middle + (x - middle) / rho, levels[i]), levels[i + 1]))
+    return np.array(found).reshape(a.shape)
+
+
+# --- levels: binary, ternary, powers of two, learned, the ADMM line's grids ---------------------------------------
+
+
+def nearest(x: float, levels: Sequence[float]) -> float:
+    """The nearest of some levels by looking at all of them; half-way the lower one."""
+    return min(sorted(levels), key=lambda level: abs(x - level))
+
+
+def squared_error(w: Array, levels: Sequence[float]) -> float:
+    """Sum of squared distances to the nearest level."""
+    return sum((nearest(float(x), levels) - float(x)) ** 2 for x in w.reshape(-1))
+
+
+def binary_alpha(w: Array) -> float:
+    """alpha = mean|w|, from argmin over alpha of sum (w - alpha sign(w))^2."""
+    return stored(sum(abs(float(x)) for x in w.reshape(-1)) / w.size)
+
+
+def ternary_alpha(w: Array) -> tuple[float, float]:
+    """(a, error) of the best {-a, 0, a}: for every k the k largest |w| on their mean, all errors added up anew."""
+    size = sorted((abs(float(x)) for x in w.reshape(-1)), reverse=True)
+    best = (0.0, sum(x * x for x in size))
+    for k in range(1, len(size) + 1):
+        a = sum(size[:k]) / k
+        error = sum((x - a) ** 2 for x in size[:k]) + sum(x * x for x in size[k:])
+        if error < best[1]:
+            best = (a, error)
+    return best
+
+
+def alternate(w: Array, n: int, rounds: int, zero: bool = True) -> tuple[float, list[float]]:
+    """Q = clip(round(V / alpha)), alpha = <V, Q> / <Q, Q>, in turn; gives alpha and the error after every round."""
+    v = [float(x) for x in w.reshape(-1)]
+    live = [abs(x) for x in v if x]
+    alpha = sum(live) / len(live) / max(n / 2, 1)
+    errors = []
+    for _ in range(rounds):
+        q = []
+        for x in v:
+            k = min(max(round(abs(x) / alpha), 0 if zero else 1), n)
+            q.append(-k if x < 0 else k)
+        alpha = sum(x * k for x, k in zip(v, q, strict=True)) / sum(k * k for k in q)
+        errors.append(sum((x - alpha * k) ** 2 for x, k in zip(v, q, strict=True)))
+    return alpha, errors
+
+
+def interval(w: Array, n: int) -> float:
+    """The best of 201 scales from 1.1 down to 0.9 times max|w| / n, in steps of a thousandth."""
+    full = stored(float(np.abs(w).max()) / n)
+    best, least = full, math.inf
+    for i in range(201):
+        q = stored(full * (1.1 - i / 1000))
+        error = squared_error(w, [q * k for k in range(-n, n + 1)])
+        if error < least:
+            best, least = q, error
+    return best
+
+
+def powers(top: int, n: int, zero: bool = True) -> list[float]:
+    """-2^top .. -2^(top-n+1), perhaps 0, 2^(top-n+1) .. 2^top."""
+    sizes = [math.ldexp(1.0, top - i) for i in range(n)]
+    return sorted([-x for x in sizes] + sizes + ([0.0] if zero else []))
+
+
+def power_top(w: Array) -> int:
+    """floor(log2(4 max|w| / 3)), by trying exponents."""
+    s = float(np.abs(w).max())
+    return max(j for j in range(-200, 200) if math.ldexp(1.0, j) <= 4 * s / 3)
+
+
+def best_levels(w: Array, k: int, pinned: bool = False) -> float:
+    """The least squared error of k levels (one of them 0 if pinned) by dynamic programming over sorted numbers.
+
+    cost[i][j] is that of one level for numbers i to j - 1; a cluster served by the pinned 0 costs the sum of squares.
+    """
+    x = sorted(float(v) for v in w.reshape(-1))
+    count = len(x)
+
+    def cost(i: int, j: int, at_zero: bool) -> float:
+        mean = 0.0 if at_zero or i == j else sum(x[i:j]) / (j - i)
+        return sum((v - mean) ** 2 for v in x[i:j])
+
+    free = [[cost(i, j, False) for j in range(count + 1)] for i in range(count + 1)]
+    # least[used, spent][j]: error of the first j numbers with `used` levels, the zero among them if spent is 1.
+    least = {(0, 0): [0.0] + [math.inf] * count}
+    for used in range(1, k + 1):
+        for spent in (0, 1):
+            row = [math.inf] * (count + 1)
+            for j in range(count + 1):
+                before = least.get((used - 1, spent))
+                if before is not None:
+                    row[j] = min(row[j], *(before[i] + free[i][j] for i in range(j + 1)))
+                before = least.get((used - 1, 0)) if spent and pinned else None
+                if before is not None:
+                    row[j] = min(row[j], *(before[i] + cost(i, j, True) for i in range(j + 1)))
+            least[used, spent] = row
+    return least[k, int(pinned)][count]

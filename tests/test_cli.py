@@ -181,7 +181,7 @@ def test_the_result_file_is_the_outcome(outcome: Outcome) -> None:
 
 def test_networks_differ_in_nothing_but_the_pull(monkeypatch: pytest.MonkeyPatch) -> None:
     """PSG of strength 0 is bitwise the plain network: same start, same batches, same length. No test image is read."""
-    bench = demo_module._Bench(Settings(epochs=1, seed=3), lambda label, total: lambda: None)
+    bench = demo_module.Bench(Settings(epochs=1, seed=3), lambda label, total: lambda: None)
     del bench.test_set
     plain, none = bench.train("plain", None, 5e-4)
     still, run = bench.train("still", demo_module._grid(2, dt.PSG(strength=0.0)), 5e-4)

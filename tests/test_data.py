@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from detent import data
-from detent.data import Batches, ImageSet, digits, load_images, split_holdout, stream_images
+from detent.data import Batches, ImageSet, count_images, digits, load_images, split_holdout, stream_images
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -358,3 +358,17 @@ def test_mnist_is_the_published_one(shared: Path) -> None:
     digest = hashlib.sha256(got.images.numpy().tobytes()).hexdigest()
     assert digest == "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161"
     assert torch.bincount(got.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("skip", [0, 1, 3, 5, 9])
+def test_a_stream_that_skips_is_the_rest_of_the_whole(tmp_path: Path, train: bool, skip: int) -> None:
+    write_set(tmp_path, noise(20, (9, 8, 3)), labels={"label": list(range(20))}, files=2)
+
+    def batches(skip: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(stream_images(tmp_path, "train", 6, 4, train=train, seed=1, epoch=2, buffer=7, skip=skip))
+
+    whole, rest = batches(0)[skip:], batches(skip)
+    assert len(whole) == len(rest)
+    assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(whole, rest, strict=True))
+    assert count_images(tmp_path, "train") == 20

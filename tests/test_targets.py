@@ -31,9 +31,9 @@ def own_targets() -> set[type]:
 def levels_of(target: dt.Target, params: dt.Params) -> Tensor:
     """The allowed values, from the definition: every multiple of the scale from -n to n; or zero alone."""
     if isinstance(target, dt.Uniform):
-        n = reference.most(target.bits)
+        n = reference.most(target.bits) + (not target.zero)
         scale = granularity_of(target.granularity).expand(params["scale"].double(), params.layout)
-        return scale.unsqueeze(-1) * torch.arange(-n, n + 1, dtype=torch.float64)
+        return scale.unsqueeze(-1) * torch.tensor([k for k in range(-n, n + 1) if k or target.zero])
     assert isinstance(target, dt.Zero)
     return torch.zeros(1, dtype=torch.float64)
 

@@ -94,7 +94,8 @@ def test_another_seed_is_another_run(tmp_path: Path) -> None:
     for trainer in trainers:
         trainer.train()
     assert not same(trainers[0].model.state_dict(), trainers[1].model.state_dict())
-    assert all(torch.equal(t.held_out.images, trainers[0].held_out.images) for t in trainers)
+    first, second = (t.held_out for t in trainers)
+    assert first is not None and second is not None and torch.equal(first.images, second.images)
 
 
 def test_resume_refuses_another_experiment_and_seed(tmp_path: Path) -> None:
@@ -134,6 +135,7 @@ def test_test_images_are_read_after_the_last_step_only(tmp_path: Path, monkeypat
     assert asked == ["train"]
     trainer.result()
     assert asked == ["train", "test"]
+    assert trainer.train_set is not None and trainer.held_out is not None
     rows = {bytes(x) for x in trainer.train_set.images.flatten(1).numpy()}
     assert not rows & {bytes(x) for x in trainer.held_out.images.flatten(1).numpy()}
 
@@ -264,3 +266,63 @@ def test_environment_states_commit_and_versions(tmp_path: Path) -> None:
     outside = environment(tmp_path)
     assert (outside["commit"], outside["dirty"]) == (None, None)
     write_record(tmp_path / "r.json", name="n", question="q", command="c", seeds=[], config={}, results={})
+
+
+# ------------------------------------------------------------------------------------------------------------ streams
+
+
+def colour_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3)
+    )
+
+
+def streamed(folder: Path, **data: Any) -> Experiment:
+    """Images of unequal size, which only a stream can take."""
+    pytest.importorskip("pyarrow", reason="image sets need pip install detent[data]")
+    from tests.test_data import noise, write_set
+
+    if not folder.exists():
+        images = [x for i in range(3) for x in noise(15, (8 + i, 9, 3), seed=i)]
+        write_set(folder, images, "train", labels={"label": [i % 3 for i in range(45)]}, files=2)
+        write_set(folder, noise(11, (9, 8, 3), seed=9), "validation")
+    return tiny(
+        model=f"{__name__}:colour_net",
+        data={"name": str(folder), "stream": 8, "test_split": "validation", "mean": [0.5], "std": [0.25]} | data,
+        recipe="psg-w4" if not data else None,
+        batch_size=8,
+        evaluate={"bits": [4], "calibrate": 20, "batch_size": 4},
+        extra={},
+    )
+
+
+def test_a_streamed_set_trains_resumes_and_is_measured(tmp_path: Path) -> None:
+    experiment = streamed(tmp_path / "set").model_copy(
+        update={
+            "recipe": {
+                "rules": [
+                    {"match": "weight", "target": {"kind": "Uniform", "bits": 4}, "mechanism": {"kind": "PSG"}},
+                ]
+            }
+        }
+    )
+    unbroken = Trainer(experiment, 1, tmp_path / "a")
+    assert len(unbroken.batches) == 45 // 8 and unbroken.total == 15
+    unbroken.train()
+    for stop in (2, 7, 10, 15):
+        cut = Trainer(experiment, 1, tmp_path / "b")
+        cut.resume()
+        cut.train(stop_at=stop)
+    again = Trainer(experiment, 1, tmp_path / "b")
+    assert again.resume()
+    assert same(unbroken.model.state_dict(), again.model.state_dict())
+    found = unbroken.result()["test"]
+    right = found["full"]["accuracy"] * 11 / 100  # all eleven images were looked at
+    assert math.isclose(right, round(right), abs_tol=1e-9)
+    assert "batchnorm" in found["compressed"]["recipe"]
+
+
+@pytest.mark.parametrize("option", [{"holdout": 5}, {"crop": 2}, {"flip": True}, {"name": "digits"}])
+def test_a_stream_refuses_what_it_would_ignore(tmp_path: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"data.stream=8"):
+        streamed(tmp_path / "set", **option)

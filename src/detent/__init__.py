@@ -9,12 +9,19 @@ from detent.grouping import Layout as Layout
 from detent.grouping import PerTensor as PerTensor
 from detent.lives import Encoded as Encoded
 from detent.mechanisms import ADMM as ADMM
+from detent.mechanisms import PARQ as PARQ
+from detent.mechanisms import PMF as PMF
 from detent.mechanisms import PSG as PSG
 from detent.mechanisms import STE as STE
+from detent.mechanisms import BinaryRelax as BinaryRelax
 from detent.mechanisms import Clip as Clip
+from detent.mechanisms import CodebookLearning as CodebookLearning
+from detent.mechanisms import GDTanh as GDTanh
 from detent.mechanisms import HardProjection as HardProjection
 from detent.mechanisms import Masked as Masked
 from detent.mechanisms import Mechanism as Mechanism
+from detent.mechanisms import MirrorDescent as MirrorDescent
+from detent.mechanisms import MirrorMap as MirrorMap
 from detent.mechanisms import PartialFreeze as PartialFreeze
 from detent.mechanisms import Penalty as Penalty
 from detent.mechanisms import Proximal as Proximal
@@ -30,17 +37,25 @@ from detent.recipe import Stage as Stage
 from detent.schedules import Cosine as Cosine
 from detent.schedules import Cubic as Cubic
 from detent.schedules import Exponential as Exponential
+from detent.schedules import Growth as Growth
 from detent.schedules import Linear as Linear
 from detent.schedules import Schedule as Schedule
+from detent.schedules import Sigmoid as Sigmoid
 from detent.targets import NM as NM
+from detent.targets import Binary as Binary
 from detent.targets import Codes as Codes
+from detent.targets import KernelCodebook as KernelCodebook
+from detent.targets import LearnedLevels as LearnedLevels
 from detent.targets import Params as Params
+from detent.targets import PowerOfTwo as PowerOfTwo
 from detent.targets import SparseLevels as SparseLevels
 from detent.targets import Stream as Stream
 from detent.targets import Structured as Structured
 from detent.targets import Target as Target
+from detent.targets import Ternary as Ternary
 from detent.targets import TopK as TopK
 from detent.targets import Uniform as Uniform
+from detent.targets import VectorCodebook as VectorCodebook
 from detent.targets import Zero as Zero
 
 __version__ = "0.1.0.dev0"

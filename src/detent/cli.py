@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from detent.demo import KEEP, WIDTHS, Outcome, Settings, demonstrate
+from detent.demos import METHODS, Comparison, compare, table_of
 from detent.pack import read_header, sizes
 from detent.recipe import Recipe
 
@@ -74,6 +75,7 @@ def _print_json(value: Any) -> None:
 
 @app.command()
 def demo(
+    method: Annotated[str, typer.Option(help="psg, admm, md or kq: which system to show.")] = "psg",
     data: Annotated[
         Path | None, typer.Option(help="Folder of Parquet images (MNIST, CIFAR); the digits of scikit-learn if absent.")
     ] = None,
@@ -82,12 +84,14 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of initialisation and batches.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     bits: Annotated[
-        int | None, typer.Option(help="Width PSG trains for: 8, 6, 4, 3 or 2; by default the network's own.")
+        int | None, typer.Option(help="psg: the width it trains for, 8, 6, 4, 3 or 2; else the network's own.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a small network by plain SGD and by PSG, and show what is left of each at every width."""
+    """Train a small network with one of the systems and without, and show what is left of each when compressed."""
     with _answer(as_json):
+        if method not in ("psg", *METHODS):
+            raise ValueError(f"--method {method}: must be one of psg, {', '.join(METHODS)}")
         settings = Settings(data=data, out=out, epochs=epochs, seed=seed, device=device, bits=bits)
         columns = (
             TextColumn("{task.description:<20}"),
@@ -105,11 +109,13 @@ def demo(
                 task = progress.add_task(label, total=total)
                 return lambda: progress.advance(task)
 
-            outcome = demonstrate(settings, watch)
+            outcome = demonstrate(settings, watch) if method == "psg" else compare(method, settings, watch)  # type: ignore[arg-type]
         if as_json:
             _print_json(dataclasses.asdict(outcome))
-        else:
+        elif isinstance(outcome, Outcome):
             _show(outcome)
+        else:
+            _show_comparison(outcome)
 
 
 def _show(outcome: Outcome) -> None:
@@ -128,6 +134,24 @@ def _show(outcome: Outcome) -> None:
     table.add_row("kilobytes", "", *(f"{outcome.rows[-1].cells[life].bytes / 1000:.1f}" for life in lives))
     console.print(table)
     for line in _notes(outcome):
+        console.print(Text(line), soft_wrap=True)
+
+
+def _show_comparison(outcome: Comparison) -> None:
+    """The table of another system, its notes, and where the files are."""
+    setup, console = outcome.setup, Console()
+    table = Table(title=f"{outcome.title}; {setup['test_images']:,} test images, and size of the files")
+    table.add_column("")
+    for column in outcome.columns:
+        table.add_column(column, justify="right")
+    rows = table_of(outcome)
+    for row in rows[:-1]:
+        table.add_row(*row, style="bold" if row is rows[-2] else "", end_section=row is rows[-2])
+    table.add_row(*rows[-1])
+    console.print(table)
+    norm = " BatchNorm is not re-estimated." if setup["batchnorm"] else ""
+    first = f"{setup['network']}, {setup['parameters']:,} parameters, {setup['data']}. The last epoch counts.{norm}"
+    for line in (first, *outcome.notes, f"Wrote {', '.join(outcome.files.values())} in {outcome.seconds:.0f} s."):
         console.print(Text(line), soft_wrap=True)
 
 

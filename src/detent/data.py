@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["Batches", "ImageSet", "digits", "load_images", "split_holdout", "stream_images"]
+__all__ = ["Batches", "ImageSet", "count_images", "digits", "load_images", "split_holdout", "stream_images"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,6 +348,7 @@ def stream_images(
     drop_last: bool = False,
     device: str | torch.device = "cpu",
     threads: int | None = None,
+    skip: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields batches (float32 (B, 3, size, size), int64 (B,)) of a set too large for memory, one row group at a time.
 
@@ -372,6 +373,7 @@ def stream_images(
         drop_last: leave out a last batch that is not full.
         device: where the batches end up.
         threads: decoding threads, None for one a core.
+        skip: batches at the start to pass over without decoding them: how an epoch that was cut off goes on exactly.
 
     Raises:
         ValueError: for a size, scale or column out of range.
@@ -401,7 +403,7 @@ def stream_images(
         return np.asarray(image)
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        done = 0
+        done = sum(1 for _ in zip(range(skip * batch_size), rows, strict=False))
         while chunk := [row for _, row in zip(range(batch_size), rows, strict=False)]:
             if len(chunk) < batch_size and drop_last:
                 return
@@ -410,6 +412,26 @@ def stream_images(
             done += len(chunk)
             x = pixels.to(torch.float32).sub_(middle).div_(spread).contiguous()
             yield x, torch.tensor([y for _, y in chunk], dtype=torch.int64, device=device)
+
+
+def count_images(path: str | os.PathLike[str], split: str) -> int:
+    """Rows of a split, from the files' footers alone.
+
+    Args:
+        path: as in :func:`load_images`.
+        split: part of the file name.
+
+    Raises:
+        ValueError: if there is no such file.
+        ImportError: if pyarrow is missing.
+
+    Example:
+        >>> count_images("src", "nowhere")
+        Traceback (most recent call last):
+        ValueError: split='nowhere': no file *nowhere*.parquet in src; there are no Parquet files
+    """
+    parquet = _extra("pyarrow.parquet")
+    return sum(parquet.read_metadata(file).num_rows for file in _split_files(path, split))
 
 
 def _extra(name: str) -> ModuleType:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from detent.recipe import Recipe, Rule
 from detent.schedules import Linear
 from detent.targets import TopK, Uniform, Zero
 
-__all__ = ["WIDTHS", "Cell", "Outcome", "Row", "Settings", "demonstrate"]
+__all__ = ["WIDTHS", "Bench", "Cell", "Outcome", "Row", "Settings", "Watch", "demonstrate", "threads"]
 
 WIDTHS = (8, 6, 4, 3, 2)
 KEEP = 0.1  # share of weights that pruning keeps
@@ -301,7 +302,7 @@ def _towards_zero(task: _Task) -> PSG:
 # --- training and measuring ---------------------------------------------------------------------------------------
 
 
-class _Bench:
+class Bench:
     """Trains networks that differ in nothing but recipe and weight decay, and measures them."""
 
     def __init__(self, settings: Settings, watch: Watch) -> None:
@@ -313,18 +314,50 @@ class _Bench:
         self.mean = pixels.mean((0, 2, 3)).tolist()
         self.std = pixels.std((0, 2, 3)).clamp_min(1e-3).tolist()
 
-    def train(self, label: str, recipe: Recipe | None, decay: float) -> tuple[nn.Module, Run | None]:
-        """A network after its last epoch, from the same start and through the same batches as every other."""
-        task, settings = self.task, self.settings
-        torch.manual_seed(settings.seed)
-        model = task.network(len(self.train_set.classes)).to(settings.device)
+    def network(self) -> nn.Module:
+        """The network as every training starts with it."""
+        torch.manual_seed(self.settings.seed)
+        return self.task.network(len(self.train_set.classes)).to(self.settings.device)
+
+    def train(
+        self,
+        label: str,
+        recipe: Recipe | None,
+        decay: float,
+        *,
+        epochs: int | None = None,
+        rate: float | None = None,
+        start: Mapping[str, Tensor] | None = None,
+        look: Callable[[int, nn.Module, Run | None], None] = lambda epoch, model, run: None,
+        make: Callable[..., torch.optim.Optimizer] | None = None,
+    ) -> tuple[nn.Module, Run | None]:
+        """A network after its last epoch, from the same start and through the same batches as every other.
+
+        Args:
+            label: shown beside the progress bar.
+            recipe: what is attached.
+            decay: weight decay.
+            epochs: another length than the task's.
+            rate: another learning rate than the task's.
+            start: weights to start from instead of fresh ones.
+            look: called before the first epoch (with 0) and after each.
+            make: another optimizer than SGD with momentum 0.9.
+        """
+        task = self.task
+        model = self.network()
+        if start is not None:
+            model.load_state_dict(start)
         batches = self._batches(self.train_set, task.batch_size, training=True)
-        total = self.epochs * len(batches)
-        optimizer = torch.optim.SGD(model.parameters(), lr=task.rate, momentum=0.9, weight_decay=decay)
+        epochs, rate = epochs or self.epochs, rate or task.rate
+        total = epochs * len(batches)
+        make = make or functools.partial(torch.optim.SGD, momentum=0.9)
+        optimizer = make(model.parameters(), lr=rate, weight_decay=decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
         run = None if recipe is None else attach(model, optimizer, recipe, total_steps=total)
         advance = self.watch(label, total)
-        for epoch in range(self.epochs):
+        look(0, model, run)
+        for epoch in range(epochs):
+            model.train()
             batches.set_epoch(epoch)
             for x, y in batches:
                 optimizer.zero_grad()
@@ -332,6 +365,7 @@ class _Bench:
                 optimizer.step()
                 schedule.step()
                 advance()
+            look(epoch + 1, model, run)
         return model, run
 
     def accuracy(self, model: nn.Module) -> float:
@@ -401,7 +435,8 @@ class _Bench:
 
 
 @contextlib.contextmanager
-def _threads(one: bool) -> Iterator[None]:
+def threads(one: bool) -> Iterator[None]:
+    """One thread if asked for, and as many as before at the end."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if one else before)
     try:
@@ -426,9 +461,9 @@ def demonstrate(settings: Settings, watch: Watch) -> Outcome:
     """
     began = time.perf_counter()
     settings.out.mkdir(parents=True, exist_ok=True)
-    bench = _Bench(settings, watch)
+    bench = Bench(settings, watch)
     task, bits = bench.task, bench.bits
-    with _threads(task.one_thread):
+    with threads(task.one_thread):
         plain, _ = bench.train("SGD", None, task.decay)
         _, psg = bench.train(f"PSG, {bits} bits", _grid(bits, _onto_grid(task)), task.decay)
         plain_pruned, _ = bench.train("SGD, to be pruned", None, task.decay_pruned)
@@ -450,7 +485,7 @@ def demonstrate(settings: Settings, watch: Watch) -> Outcome:
     return outcome
 
 
-def _save_and_check(bench: _Bench, run: Run, path: Path, row: Row) -> None:
+def _save_and_check(bench: Bench, run: Run, path: Path, row: Row) -> None:
     """Write both lives of the PSG network, read each back into a fresh network, and compare what it gets right."""
     life = f"W{bench.bits}"
     notes = {f"test accuracy, {key} (%)": row.cells[key].accuracy for key in ("full", life)}

@@ -258,7 +258,7 @@ class Run(Lives):
         """A stage is over: map its weights, hold what later stages may not undo, and open the next one."""
         for entries in _by_rule([(entry, entry) for entry in driver.entries]):
             mine = [entry for entry, _ in entries if not entry.settled]
-            if mine and mine[0].target.scope == "model":  # one threshold, whichever optimizer comes first
+            if mine and mine[0].target.fits_together:  # one threshold, whichever optimizer comes first
                 mine = [entry for entry in self._all if entry.claim.rule == mine[0].claim.rule]
             unfixed = [entry for entry in mine if self._is_unfixed(entry)]
             if unfixed:
@@ -502,6 +502,8 @@ class Run(Lives):
             relax=lambda w, beta: entry.map_whole(lambda x, p: target.relax(x, p, beta), target, params, w),
             gather=lambda w: sharding.whole(sharding.as_sharded(w, entry.param)),
             rate=lambda: float(driver.optimizer.param_groups[entry.group]["lr"]),
+            install=entry.install,
+            moments=lambda: optimizers.moments(driver.optimizer, entry.param),
             frozen=self._frozen(driver, entry),
             plain=isinstance(driver.optimizer, torch.optim.SGD),
             decay=lambda: optimizers.decoupled_decay(driver.optimizer, entry.group, entry.param.dim(), driver.probed),
@@ -552,7 +554,7 @@ class Run(Lives):
             due = wanted and (until is None or clock.step < until)
             if not (missing or due):
                 continue
-            if mine[0].pull.scope == "model":
+            if mine[0].pull.fits_together:
                 mine = [entry for entry in self._all if entry.claim.rule == index]
                 if torch._C._current_graph_task_id() != -1:
                     raise RuntimeError(

@@ -108,6 +108,14 @@ class Granularity(abc.ABC):
         """Sum of each group of a whole tensor, accumulated in float64, shape (count,)."""
 
     @abc.abstractmethod
+    def sizes(self, layout: Layout) -> Tensor:
+        """Number of weights of each group of a whole tensor, int64, shape (count,)."""
+
+    @abc.abstractmethod
+    def cut(self, x: Tensor, layout: Layout, fill: float) -> Tensor:
+        """A whole tensor as a matrix (count, size of the largest group); shorter groups end in `fill`."""
+
+    @abc.abstractmethod
     def expand(self, values: Tensor, layout: Layout) -> Tensor:
         """One number a group, shape (count,), as a tensor that broadcasts against the rows held here."""
 
@@ -133,6 +141,12 @@ class PerTensor(Granularity):
     def sum(self, x: Tensor, layout: Layout) -> Tensor:
         return x.sum(dtype=torch.float64).reshape(1)
 
+    def sizes(self, layout: Layout) -> Tensor:
+        return torch.tensor([layout.numel])
+
+    def cut(self, x: Tensor, layout: Layout, fill: float) -> Tensor:
+        return x.reshape(1, -1)
+
     def expand(self, values: Tensor, layout: Layout) -> Tensor:
         return values.reshape(())
 
@@ -157,6 +171,12 @@ class Channel(Granularity):
 
     def sum(self, x: Tensor, layout: Layout) -> Tensor:
         return layout.by_channel(x).sum(dim=1, dtype=torch.float64)
+
+    def sizes(self, layout: Layout) -> Tensor:
+        return torch.full((layout.channels,), layout.numel // max(layout.channels, 1))
+
+    def cut(self, x: Tensor, layout: Layout, fill: float) -> Tensor:
+        return layout.by_channel(x)
 
     def expand(self, values: Tensor, layout: Layout) -> Tensor:
         dims = len(layout.shape)
@@ -197,7 +217,7 @@ class Group(Granularity):
         fan_in = max(layout.numel // max(layout.channels, 1), 1)
         return fan_in, -(-fan_in // self.size)
 
-    def _cut(self, x: Tensor, layout: Layout, fill: float) -> Tensor:
+    def cut(self, x: Tensor, layout: Layout, fill: float) -> Tensor:
         fan_in, runs = self._runs(layout)
         matrix = layout.by_channel(x)
         missing = runs * self.size - fan_in
@@ -209,13 +229,18 @@ class Group(Granularity):
         return layout.channels * self._runs(layout)[1]
 
     def amax(self, x: Tensor, layout: Layout) -> Tensor:
-        return self._cut(x, layout, -math.inf).amax(dim=1)
+        return self.cut(x, layout, -math.inf).amax(dim=1)
 
     def amin(self, x: Tensor, layout: Layout) -> Tensor:
-        return self._cut(x, layout, math.inf).amin(dim=1)
+        return self.cut(x, layout, math.inf).amin(dim=1)
 
     def sum(self, x: Tensor, layout: Layout) -> Tensor:
-        return self._cut(x, layout, 0.0).sum(dim=1, dtype=torch.float64)
+        return self.cut(x, layout, 0.0).sum(dim=1, dtype=torch.float64)
+
+    def sizes(self, layout: Layout) -> Tensor:
+        fan_in, runs = self._runs(layout)
+        last = fan_in - (runs - 1) * self.size
+        return torch.tensor([self.size] * (runs - 1) + [last]).repeat(layout.channels)
 
     def expand(self, values: Tensor, layout: Layout) -> Tensor:
         fan_in, runs = self._runs(layout)

@@ -284,6 +284,11 @@ class Entry:
                 value = _localised_state(saved["state"][name], self.param, self.name)
                 self.state[name] = value.to(device, getattr(torch, dtype.removeprefix("torch.")))
 
+    def install(self, params: Params) -> None:
+        """Take numbers that a mechanism has moved itself as the fitted ones."""
+        assert not self.has_own_fit, "a mechanism that moves the numbers pulls towards the rule's own target"
+        self.params = self.pull_params = replace(params, layout=self.claim.layout)
+
     def localised(self, params: Params) -> Params:
         rows = sharding.rows_of(self.param, self.name)
         return params if rows is None else params.local(*rows)

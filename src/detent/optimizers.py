@@ -194,6 +194,16 @@ def refuse_copies_in_state(optimizer: Any, named: Iterable[tuple[str, Tensor]]) 
                     )
 
 
+def moments(optimizer: Any, param: Tensor) -> dict[str, Tensor]:
+    """What an optimizer remembers of every weight of a parameter by itself (momentum, squares), as held here."""
+    state: dict[str, Any] = optimizer.state.get(param, {})
+    return {
+        name: sharding.local(value)
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and value.shape == param.shape
+    }
+
+
 def decoupled_decay(optimizer: Any, group: int, dims: int, probed: dict[int, bool]) -> float:
     """What decoupled weight decay takes off in this step, as a fraction of the weight.
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pydantic
 import torch
@@ -18,9 +19,9 @@ import yaml
 from torch import nn
 
 from detent.grouping import Granularity, Layout
-from detent.mechanisms import PSG, Mechanism
+from detent.mechanisms import ADMM, PSG, STE, CodebookLearning, Mechanism, MirrorMap
 from detent.schedules import Moment, Schedule, step_at
-from detent.targets import Target, TopK, Uniform, Zero
+from detent.targets import Binary, KernelCodebook, Target, TopK, Uniform, Zero
 
 __all__ = ["Claim", "Plan", "Recipe", "Rule", "Stage", "canonical_name", "from_spec", "to_spec"]
 
@@ -34,7 +35,7 @@ class Rule:
 
     Args:
         match: regular expression searched in the canonical parameter name, or "@first" / "@last" for the first /
-            last weight of the model that a rule may claim.
+            last weight of the model that a rule may claim, or "@kernels" for every convolution larger than 1 x 1.
         target: where the weights may end; not with `keep`.
         mechanism: how training pulls them there; `None` only for `detent.compress`.
         keep: leave the parameters in full precision.
@@ -73,8 +74,8 @@ class Rule:
                     re.compile(pattern)
                 except re.error as error:
                     raise ValueError(f"Rule({name}={pattern!r}): not a regular expression: {error}") from None
-        if self.match.startswith("@") and self.match not in ("@first", "@last"):
-            raise ValueError(f'Rule(match={self.match!r}): the only names with @ are "@first" and "@last"')
+        if self.match.startswith("@") and self.match not in ("@first", "@last", "@kernels"):
+            raise ValueError(f'Rule(match={self.match!r}): names with @ are "@first" and "@last", and "@kernels"')
         if self.keep == (self.target is not None):
             raise ValueError(f"Rule(match={self.match!r}): give either target= or keep=True")
         if self.mechanism is not None and self.target is None:
@@ -114,7 +115,7 @@ class Stage:
         >>> prune = dt.Rule(match="weight", target=dt.TopK(keep=0.1), mechanism=dt.HardProjection())
         >>> grid = dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.STE())
         >>> dt.Recipe(stages=[dt.Stage(rules=[prune], share=0.6), dt.Stage(rules=[grid], share=0.4)]).rules[1].target
-        Uniform(bits=4, granularity='tensor', range='mse', param_dtype='float32')
+        Uniform(bits=4, granularity='tensor', range='mse', param_dtype='float32', zero=True, rounds=20)
 
     Reference: Ye et al., "Progressive DNN Compression", arXiv 1903.09769: prune twice, then all layers but the first
     and last onto the grid, then those two.
@@ -247,7 +248,10 @@ class Recipe:
         Names: psg-w8, psg-w6, psg-w4, psg-w3, psg-w2 (PSG onto a b-bit grid, first and last weight at 8 bits),
         psg-prune90 (PSG towards zero, then the 10 % largest of the whole model), psg-paper-w4, -w3, -w2 (the
         published form: running min-max range, lambda_s = 150, linear biases too, first and last at 8 bits when b <= 3,
-        and at 2 bits no weight decay: build the optimizer from `param_groups`).
+        and at 2 bits no weight decay: build the optimizer from `param_groups`), kq, kq-layer (for a pre-trained CNN:
+        512 codewords for the kernels, of the whole model or of each layer, everything else at 8 bits a channel),
+        admm-prune-10x, -70x, -246x (progressive ADMM in two stages, one threshold over the model), admm-binary (one bit
+        in all layers, first and last in a second stage).
 
         Raises:
             ValueError: an unknown name, with the nearest known one.
@@ -271,7 +275,7 @@ class Recipe:
         Example:
             >>> text = "rules:\\n- {match: weight, target: {kind: Uniform, bits: 4}, mechanism: {kind: PSG}}"
             >>> Recipe.from_yaml(text).rules[0].target
-            Uniform(bits=4, granularity='tensor', range='mse', param_dtype='float32')
+            Uniform(bits=4, granularity='tensor', range='mse', param_dtype='float32', zero=True, rounds=20)
         """
         if isinstance(source, Path) or ("\n" not in source and source.endswith((".yaml", ".yml"))):
             source = Path(source).read_text(encoding="utf-8")
@@ -356,7 +360,8 @@ class Recipe:
         for odd in [name for name, times in Counter(p.name for p in found).items() if times > 1][:1]:
             raise ValueError(f"two parameters of this model have the canonical name {odd!r}; rename one of the modules")
         eligible = [p.name for p in found if not p.passed_over]
-        special = {"@first": eligible[0], "@last": eligible[-1]} if eligible else {}
+        special = {"@first": {*eligible[:1]}, "@last": {*eligible[-1:]}}
+        special["@kernels"] = {p.name for p in found if math.prod(p.layout.shape[2:]) > 1}
         matched, taken = [0] * len(self.rules), [0] * len(self.rules)
         by_stage = [tuple(self._decide(p, mine, special, matched, taken) for p in found) for mine in self.stage_rules()]
         names = [name for p in found for name in (p.name, *p.aliases)]
@@ -372,14 +377,14 @@ class Recipe:
         return Plan(recipe=self, claims=merged(by_stage), stages=tuple(by_stage))
 
     def _decide(
-        self, p: _Found, mine: range, special: Mapping[str, str], matched: list[int], taken: list[int]
+        self, p: _Found, mine: range, special: Mapping[str, set[str]], matched: list[int], taken: list[int]
     ) -> Claim:
         decided: tuple[int | None, str] | None = None
         passed = ""
         for i in mine:
             rule = self.rules[i]
             if rule.match.startswith("@"):
-                hit = p.name == special.get(rule.match)
+                hit = p.name in special[rule.match]
             else:
                 hit = any(re.search(rule.match, name) for name in (p.name, *p.aliases))
             if not hit:
@@ -540,7 +545,7 @@ def _passed_over(name: str, parameter: nn.Parameter, module: nn.Module) -> str:
 
 # --- Specs: objects as plain data and back -----------------------------------------------------------------------
 
-_BASES: tuple[type, ...] = (Target, Mechanism, Schedule, Granularity)
+_BASES: tuple[type, ...] = (Target, Mechanism, Schedule, Granularity, MirrorMap)
 
 
 def _kinds() -> dict[str, type]:
@@ -693,8 +698,46 @@ def _prune_preset() -> Recipe:
     return Recipe([Rule(match=r"weight$", target=target, mechanism=mechanism)])
 
 
+def _kq_preset(book: Literal["layer", "global"]) -> Callable[[], Recipe]:
+    def make() -> Recipe:
+        def ends(match: str) -> Rule:
+            grid = Uniform(bits=8, granularity="channel", range="minmax")
+            return Rule(match=match, target=grid, mechanism=STE(), pinned=True)
+
+        kernels = Rule(match="@kernels", target=KernelCodebook(size=512, book=book), mechanism=CodebookLearning())
+        return Recipe([ends("@first"), kernels, ends(r"weight$")])
+
+    return make
+
+
+def _admm_prune_preset(rate: int) -> Callable[[], Recipe]:
+    def make() -> Recipe:
+        def stage(kept: float) -> Stage:
+            target = TopK(keep=1 / kept, scope="model")
+            rule = Rule(match=r"weight$", target=target, mechanism=ADMM(every=0.1))
+            return Stage(rules=[rule], share=0.5, name=f"prune {kept:g}x")
+
+        return Recipe(stages=[stage(rate / 2), stage(rate)])
+
+    return make
+
+
+def _admm_binary_preset() -> Recipe:
+    ends = ("@first", "@last")
+    pull = ADMM(every=0.1, growth=2.0, rounds=(0.5, 0.75, 0.9, 1.0))
+    body = Rule(match=r"weight$", target=Binary(), mechanism=pull)
+    kept = [Rule(match=end, keep=True) for end in ends]
+    last = [Rule(match=end, target=Binary(), mechanism=pull) for end in ends]
+    stages = [Stage(rules=[*kept, body], share=0.6, name="all but the ends"), Stage(rules=last, share=0.4, name="ends")]
+    return Recipe(stages=stages)
+
+
 _PRESETS: dict[str, Callable[[], Recipe]] = {
     **{f"psg-w{bits}": _psg_preset(bits) for bits in (8, 6, 4, 3, 2)},
     "psg-prune90": _prune_preset,
     **{f"psg-paper-w{bits}": _paper_preset(bits) for bits in (8, 6, 4, 3, 2)},
+    **{f"admm-prune-{rate}x": _admm_prune_preset(rate) for rate in (10, 70, 246)},
+    "admm-binary": _admm_binary_preset,
+    "kq": _kq_preset("global"),
+    "kq-layer": _kq_preset("layer"),
 }

@@ -12,7 +12,19 @@ import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
-__all__ = ["Cosine", "Cubic", "Exponential", "Linear", "Moment", "Number", "Schedule", "step_at", "value_at"]
+__all__ = [
+    "Cosine",
+    "Cubic",
+    "Exponential",
+    "Growth",
+    "Linear",
+    "Moment",
+    "Number",
+    "Schedule",
+    "Sigmoid",
+    "step_at",
+    "value_at",
+]
 
 Moment: TypeAlias = int | float
 
@@ -184,7 +196,93 @@ class Exponential(_Ramp):
         return self.first * (self.last / self.first) ** t
 
 
-Number: TypeAlias = float | Linear | Cosine | Cubic | Exponential
+@dataclass(frozen=True, kw_only=True)
+class Sigmoid(_Ramp):
+    """An S-curve cut and stretched to its ends: `first + (last - first) (s(t) - s(0)) / (s(1) - s(0))`.
+
+    Here `s(t) = 1 / (1 + exp(steepness (1/2 - t)))`: slow, fast, slow.
+
+    Args:
+        first: value up to `begin`.
+        last: value from `end` on.
+        begin: moment the change starts.
+        end: moment the change is over.
+        steepness: how sudden the middle is, in (0, 500]; nearly a straight line below 1.
+
+    Raises:
+        ValueError: a steepness outside its range.
+
+    Example:
+        >>> Sigmoid(first=1.0, last=0.0)(500, 1000)
+        0.5
+
+    Reference: Jin et al., "PARQ", arXiv 2503.15748 (the annealing of its inverse slope).
+    """
+
+    steepness: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.steepness <= 500:
+            raise ValueError(f"Sigmoid(steepness={self.steepness}): must lie in (0, 500]")
+
+    def _between(self, t: float) -> float:
+        def s(t: float) -> float:
+            return 1.0 / (1.0 + math.exp(self.steepness * (0.5 - t)))
+
+        return self.first + (self.last - self.first) * (s(t) - s(0.0)) / (s(1.0) - s(0.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth(Schedule):
+    """Multiplied by `factor` every so many steps, up to a cap: `min(first factor^ceil(step / every), last)`.
+
+    The timing is that of the released mirror-descent code, whose test `step % every == 0` comes after the step: the
+    first multiplication follows step 0 already. `factor = (last / first) ** (every / total_steps)` just reaches it.
+
+    Args:
+        first: value in step 0, > 0.
+        factor: what it is multiplied by, >= 1.
+        every: steps between multiplications, >= 1.
+        last: the cap, >= first.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    Example:
+        >>> beta = Growth(factor=2.0, every=100, last=5.0)
+        >>> [beta(step, None) for step in (0, 1, 100, 101, 201)]
+        [1.0, 2.0, 2.0, 4.0, 5.0]
+
+    Reference: the released code of Ajanthan et al., arXiv 1910.08237 (there the cap is 1e35; PMF's is 1e4).
+    """
+
+    first: float = 1.0
+    factor: float
+    every: int
+    last: float = 1e4
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.factor) and self.factor >= 1):
+            raise ValueError(f"Growth(factor={self.factor}): must be a finite number >= 1")
+        if self.every < 1:
+            raise ValueError(f"Growth(every={self.every}): must be >= 1 step")
+        if not 0 < self.first <= self.last < math.inf:
+            raise ValueError(f"Growth(first={self.first}, last={self.last}): need 0 < first <= last, both finite")
+
+    def __call__(self, step: int, total_steps: int | None) -> float:
+        times = -(-step // self.every)
+        # The power itself may overflow long before the training ends; its logarithm does not.
+        if times * math.log(self.factor) >= math.log(self.last / self.first):
+            return self.last
+        return self.first * self.factor**times
+
+    def bounds(self) -> tuple[float, float]:
+        """Its start and its cap."""
+        return self.first, self.last
+
+
+Number: TypeAlias = float | Linear | Cosine | Cubic | Exponential | Sigmoid | Growth
 
 
 def value_at(value: float | Schedule, step: int, total_steps: int | None) -> float:

@@ -139,7 +139,7 @@ def check_target(
     if target.is_exact and target.scope in ("tensor", "model"):
         for seed in range(6):
             _no_subset_is_nearer(target, seed)
-    if target.scope == "model":
+    if target.fits_together:
         _check_together(target, fitting)
 
 
@@ -281,8 +281,9 @@ def _codes_are_right(target: Target, sample: Sample, params: Params, q: Tensor) 
         elif stream.values.numel() and not 0 <= int(stream.values.min()) <= int(stream.values.max()) < 2**stream.width:
             detail = f"stream {stream.name!r} has a code outside [0, 2**{stream.width})"
             _broken(target, "codes fit their width", case, detail)
-    stored = [params[name] for name in target.stored]
-    written = 8 * codes.nbytes + sum(t.numel() * torch.finfo(t.dtype).bits for t in stored)
+    stored = [params[name] for name in target.stored if name not in target.shared]
+    own = Codes(streams=tuple(stream for stream in codes.streams if stream.name not in target.shared))
+    written = 8 * own.nbytes + sum(t.numel() * torch.finfo(t.dtype).bits for t in stored)
     if target.bits_on_disk(params) != written:
         detail = f"bits_on_disk says {target.bits_on_disk(params)} bits, {written} are written"
         _broken(target, "the price is the bytes written", case, detail)
@@ -469,18 +470,26 @@ def _adamw(model: nn.Module) -> list[Optimizer]:
 
 def _muon(model: nn.Module) -> list[Optimizer]:
     matrices = [p for p in model.parameters() if p.dim() == 2]
+    if not matrices:
+        return _adamw(model)
     rest = [p for p in model.parameters() if p.dim() != 2]
     return [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1), torch.optim.AdamW(rest, lr=0.01)]
 
 
-def _optimizers() -> dict[str, Callable[[nn.Module], list[Optimizer]]]:
+def _optimizers(mechanism: Mechanism) -> dict[str, Callable[[nn.Module], list[Optimizer]]]:
     found = {"SGD": _sgd, "AdamW": _adamw}
-    return found | {"Muon and AdamW": _muon} if hasattr(torch.optim, "Muon") else found
+    return found | {"Muon and AdamW": _muon} if hasattr(torch.optim, "Muon") and not mechanism.ties else found
 
 
-def _model(seed: int = 0) -> nn.Module:
+def _model(target: Target, seed: int = 0) -> nn.Module:
+    """Two linear layers; or, for a target that takes no matrices, two convolutions."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if target.accepts((8, 6), torch.float32, Layout(shape=(8, 6))) is not None:
+            first, second = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+            return nn.Sequential(
+                nn.Unflatten(1, (1, 2, 3)), first, nn.Tanh(), second, nn.AdaptiveAvgPool2d(1), nn.Flatten()
+            )
         return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
 
 
@@ -516,7 +525,7 @@ def _differs(a: nn.Module, b: nn.Module) -> str | None:
 
 
 def check_mechanism(mechanism: Mechanism, target: Target) -> None:
-    """Check that a mechanism keeps the laws on a target, by training a tiny network of two linear layers.
+    """Check that a mechanism keeps the laws on a target, by training a tiny network of two layers.
 
     * With strength 0, and before its start, every optimizer is bitwise what it is without Detent.
     * A run saved by `torch.save` of the model's and the optimizers' state dicts, loaded with `weights_only=True` into a
@@ -526,11 +535,11 @@ def check_mechanism(mechanism: Mechanism, target: Target) -> None:
     * Masked weights are zero, and the mask holds the exact count the target asks for.
     * The compressed life is put back bitwise, and after `finalize` every claimed weight lies in its target exactly.
 
-    SGD, AdamW and, where torch has it, Muon with AdamW for the biases.
+    SGD, AdamW and, where torch has it and the mechanism does not tie weights, Muon with AdamW for the biases.
 
     Args:
         mechanism: the mechanism.
-        target: a target it works on that accepts (8, 6) and (4, 8) float32 matrices.
+        target: a target it works on that accepts (8, 6) and (4, 8) float32 matrices, or else kernels of 3 x 3.
 
     Raises:
         AssertionError: a broken law, in a sentence.
@@ -543,7 +552,7 @@ def check_mechanism(mechanism: Mechanism, target: Target) -> None:
     reason = mechanism.check(target)
     if reason:
         raise ValueError(f"{mechanism!r} refuses {target!r}: {reason}")
-    for name, make in _optimizers().items():
+    for name, make in _optimizers(mechanism).items():
         case = f"{target!r} under {name}"
         _idle_is_base(mechanism, target, make, case)
         _resumes(mechanism, target, make, case)
@@ -594,7 +603,7 @@ def _idle_is_base(
     if "start" in fields:
         idle["before its start"] = replace(mechanism, start=10**6)  # type: ignore[type-var]
     for what, quiet in idle.items():
-        base, model = _model(), _model()
+        base, model = _model(target), _model(target)
         _train(base, make(base), 0, 5)
         optimizers = make(model)
         _attach(model, optimizers, quiet, target)
@@ -605,7 +614,7 @@ def _idle_is_base(
 
 
 def _resumes(mechanism: Mechanism, target: Target, make: Callable[[nn.Module], list[Optimizer]], case: str) -> None:
-    unbroken = _model()
+    unbroken = _model(target)
     optimizers = make(unbroken)
     whole = _attach(unbroken, optimizers, mechanism, target)
     saved: dict[int, bytes] = {}
@@ -623,7 +632,7 @@ def _resumes(mechanism: Mechanism, target: Target, make: Callable[[nn.Module], l
     expected = {name: e.decode() for name, e in whole.encoded().items()}
     for step, data in saved.items():
         checkpoint = torch.load(io.BytesIO(data), weights_only=True)
-        model = _model(seed=99)
+        model = _model(target, seed=99)
         fresh = make(model)
         run = _attach(model, fresh, mechanism, target)
         model.load_state_dict(checkpoint["model"])
@@ -644,7 +653,7 @@ def _dummy_steps_move_nothing(
     mechanism: Mechanism, target: Target, make: Callable[[nn.Module], list[Optimizer]], case: str
 ) -> None:
     for what in ("a rate of 0", "zero gradients and no state"):
-        model = _model()
+        model = _model(target)
         optimizers = make(model)
         run = _attach(model, optimizers, mechanism, target)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -674,7 +683,7 @@ def _dummy_steps_move_nothing(
 def _masks_hold(mechanism: Mechanism, target: Target, make: Callable[[nn.Module], list[Optimizer]], case: str) -> None:
     if "mask" not in mechanism.memory:
         return
-    model = _model()
+    model = _model(target)
     optimizers = make(model)
     run = _attach(model, optimizers, mechanism, target)
     weights = dict(model.named_parameters())
@@ -694,7 +703,7 @@ def _masks_hold(mechanism: Mechanism, target: Target, make: Callable[[nn.Module]
 
 
 def _two_lives(mechanism: Mechanism, target: Target, make: Callable[[nn.Module], list[Optimizer]], case: str) -> None:
-    model = _model()
+    model = _model(target)
     optimizers = make(model)
     run = _attach(model, optimizers, mechanism, target)
     _train(model, optimizers, 0, _STEPS)
@@ -725,7 +734,7 @@ def _two_lives(mechanism: Mechanism, target: Target, make: Callable[[nn.Module],
 
 def _keeps_signs(psg: PSG, target: Target, make: Callable[[nn.Module], list[Optimizer]], case: str) -> None:
     """One step with and without: no entry of the gradient, or of the step taken from it, may turn round."""
-    base, model = _model(), _model()
+    base, model = _model(target), _model(target)
     psg = replace(psg, clip=False, clip_norm=None)
     ours, plain = make(model), make(base)
     for group in (group for optimizer in (*ours, *plain) for group in optimizer.param_groups):

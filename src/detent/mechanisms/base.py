@@ -46,6 +46,8 @@ class Slot:
         relax: `target.relax(w, beta)`, right also under sharding.
         gather: the whole tensor of a part like the weight; a collective under sharding, so every rank must call it.
         rate: gives the optimizer's learning rate of this step.
+        moments: gives the optimizer's own tensors of the weight's shape (momentum), by name; written in place.
+        install: takes params that the mechanism has moved itself (a learned codebook) as the fitted ones.
         frozen: the fit is over: params do not change any more.
         plain: the optimizer's step is linear in the gradient (SGD), so a scaled gradient is a scaled step.
         decay: gives what decoupled weight decay takes off in this step, as a fraction of the weight.
@@ -67,6 +69,8 @@ class Slot:
     relax: Callable[[Tensor, float], Tensor]
     gather: Callable[[Tensor], Tensor]
     rate: Callable[[], float]
+    moments: Callable[[], dict[str, Tensor]]
+    install: Callable[[Params], None]
     frozen: bool
     plain: bool
     decay: Callable[[], float]
@@ -85,6 +89,8 @@ class Mechanism(abc.ABC):
         memory: names of the tensors kept between steps (empty: resuming needs nothing but the weights).
         offset: name of the memory that is added to the weights before the pull is fitted (ADMM's dual); the compressed
             life is still that of the weights alone. `None` for no offset.
+        ties: weights share one value and must be moved alike, which only an optimizer that treats every weight by
+            itself does (SGD, Adam; not Muon).
         fits_after: the fit of a period comes after its last step instead of before its first, and `after_fit` follows.
 
     Example:
@@ -97,6 +103,7 @@ class Mechanism(abc.ABC):
     memory: ClassVar[tuple[str, ...]] = ()
     offset: ClassVar[str | None] = None
     fits_after: ClassVar[bool] = False
+    ties: ClassVar[bool] = False
     # Lets a recipe file be checked field by field although fields may hold abstract types.
     __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}
 

@@ -313,10 +313,8 @@ class PSG(Mechanism):
         self, like: Tensor, target: Target, params: Params, step: int, total_steps: int | None
     ) -> tuple[Callable[[Tensor, bool], Tensor], Tensor | None, Tensor]:
         """(the warp of a distance or its inverse, cell width, warped width of a cell)."""
-        if not isinstance(target, (Uniform, Zero)):
-            raise ValueError(
-                f"the warp is known for evenly spaced levels (Uniform) and for Zero, not for {type(target).__name__}"
-            )
+        if not isinstance(target, (Uniform, Zero)) or (isinstance(target, Uniform) and not target.zero):
+            raise ValueError(f"the warp is known for evenly spaced levels (Uniform) and for Zero, not for {target!r}")
         slope, offset, cap = self._line(target, params, Clock(step=step, total_steps=total_steps), like.dtype)
         b = torch.as_tensor(slope, dtype=like.dtype)
         cap = torch.full((), math.inf, dtype=like.dtype) if cap is None else cap.to(like.dtype)

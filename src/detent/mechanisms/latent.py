@@ -2,17 +2,125 @@
 
 from __future__ import annotations
 
+import abc
+import functools
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
+from torch import Tensor
+
+from detent.grouping import GranularityLike, Layout, granularity_of
 from detent.mechanisms.base import Clock, Mechanism, Slot
-from detent.schedules import Moment, step_at
+from detent.mechanisms.maps import MirrorMap, SoftmaxMap, TanhMap, checked, piecewise_affine
+from detent.schedules import Exponential, Moment, Number, Schedule, Sigmoid, step_at, value_at
+from detent.targets import Target
+from detent.targets.base import compute_dtype
 
-__all__ = ["STE"]
+__all__ = ["PARQ", "PMF", "STE", "BinaryRelax", "GDTanh", "MirrorDescent"]
+
+_TO_HARD = Exponential(first=1.0, last=1e4)
+_TO_JUMPS = Sigmoid(first=1.0, last=0.0)
+_FARTHEST = 1e30  # units from zero: no map can tell a latent further out from its end
+_INSIDE = 0.95  # share of the range that an inverse keeps to, as the weights beyond have no latent
+
+
+@functools.lru_cache(maxsize=256)
+def level_count(target: Target) -> int | None:
+    """How many levels each weight of a target chooses among by itself, or `None` where there is no such list."""
+    if type(target).levels is Target.levels or target.scope != "element":
+        return None
+    for shape in ((16, 16), (256,), (16, 16, 3, 3)):
+        layout = Layout(shape=shape)
+        if target.accepts(shape, torch.float32, layout) is None:
+            levels = target.levels(target.fit(torch.linspace(-1, 1, math.prod(shape)).reshape(shape), layout))
+            return None if levels is None else levels.shape[-1]
+    return None
+
+
+def levels_of(slot: Slot, like: Tensor) -> Tensor:
+    """The levels of a weight in the dtype of `like`.
+
+    Raises:
+        ValueError: the target lists none.
+    """
+    levels = slot.target.levels(slot.params)
+    if levels is None:
+        raise ValueError(f"{slot.name!r}: {slot.target!r} lists no levels for these weights")
+    return levels.to(like)
+
+
+def _needs_levels(who: Mechanism, target: Target, instead: str) -> str | None:
+    count, name = level_count(target), type(target).__name__
+    if count is None:
+        return f"{type(who).__name__} lets each weight choose among listed levels, and {name} has none; {instead}"
+    if count < 2:
+        return f"{type(who).__name__} needs two levels at least, and {name} has one; {instead}"
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
-class STE(Mechanism):
+class _Latent(Mechanism):
+    """What all of them share: before the step the weight is the latent, after it the image of the latent."""
+
+    start: Moment = 0
+    clip_latent: float | None = None
+
+    keeps_full_life: ClassVar[bool] = False
+    memory: ClassVar[tuple[str, ...]] = ("latent",)
+
+    def __post_init__(self) -> None:
+        if self.clip_latent is not None and not 0 < self.clip_latent < math.inf:
+            raise ValueError(
+                f"{type(self).__name__}(clip_latent={self.clip_latent}): must be a finite number > 0 or None"
+            )
+
+    @abc.abstractmethod
+    def _seen(self, slot: Slot, latent: Tensor, step: int, total_steps: int | None) -> Tensor:
+        """What the forward pass of a step sees of a latent."""
+
+    def _first_latent(self, slot: Slot, clock: Clock) -> Tensor:
+        """The latent of weights that had none."""
+        return slot.weight.clone()
+
+    def _bend(self, slot: Slot, clock: Clock) -> None:
+        """Change the gradient on its way to the latent."""
+
+    def active(self, clock: Clock) -> bool:
+        return clock.step >= step_at(self.start, clock.total_steps, f"{type(self).__name__}.start")
+
+    def open(self, slot: Slot, clock: Clock) -> None:
+        if self.active(clock):
+            slot.state["latent"] = self._first_latent(slot, clock)
+            self._show(slot, clock, clock.step)
+
+    def before_step(self, slot: Slot, clock: Clock) -> None:
+        if "latent" in slot.state:
+            if slot.grad is not None:
+                self._bend(slot, clock)
+            slot.weight.copy_(slot.state["latent"])
+
+    def after_step(self, slot: Slot, clock: Clock) -> None:
+        if "latent" in slot.state:
+            slot.state["latent"].copy_(slot.weight)
+        else:
+            slot.state["latent"] = self._first_latent(slot, clock)
+        self._show(slot, clock, clock.step + 1)
+
+    def undo(self, slot: Slot, clock: Clock) -> None:
+        if "latent" in slot.state:
+            self._show(slot, clock, clock.step)
+
+    def _show(self, slot: Slot, clock: Clock, step: int) -> None:
+        latent = slot.state["latent"]
+        if self.clip_latent is not None:
+            latent.clamp_(-self.clip_latent, self.clip_latent)
+        slot.weight.copy_(self._seen(slot, latent, step, clock.total_steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class STE(_Latent):
     """Straight-through estimator: forward and backward at `project(latent)`, the gradient moves the latent as it is.
 
         w = project(a),    a <- a - lr * dL/dw
@@ -22,6 +130,11 @@ class STE(Mechanism):
 
     Args:
         start: moment the projection starts; before it the base optimizer runs untouched.
+        clip_latent: after each step the latent is clamped to [-clip_latent, clip_latent], as BinaryConnect does with 1;
+            > 0, or `None` for no limit.
+
+    Raises:
+        ValueError: a limit that is not positive.
 
     Example:
         >>> import torch, detent as dt
@@ -35,30 +148,417 @@ class STE(Mechanism):
     Reference: Courbariaux et al., "BinaryConnect", arXiv 1511.00363; Bengio et al., arXiv 1308.3432.
     """
 
-    start: Moment = 0
+    def _seen(self, slot: Slot, latent: Tensor, step: int, total_steps: int | None) -> Tensor:
+        return slot.project(latent)
 
-    keeps_full_life: ClassVar[bool] = False
-    memory: ClassVar[tuple[str, ...]] = ("latent",)
 
-    def active(self, clock: Clock) -> bool:
-        return clock.step >= step_at(self.start, clock.total_steps, "STE.start")
+@dataclass(frozen=True, kw_only=True)
+class PARQ(_Latent):
+    """Piecewise-affine proximal relaxation: the forward pass sees steps whose slopes steepen until they are jumps.
+
+        w = clamp(m + (a - m) / s, q, q')  between neighbouring levels q, q' of middle m,    a <- a - lr * dL/dw
+
+    With s = 1 a latent inside the range is seen as it is, with s = 0 this is STE. A latent beyond the outermost level
+    is seen on that level from `start` on.
+
+    Args:
+        inverse_slope: s, in [0, 1], by schedule from 1 to 0.
+        start: moment it starts; before it the base optimizer runs untouched.
+        clip_latent: after each step the latent is clamped to [-clip_latent, clip_latent]; `None` for no limit.
+
+    Raises:
+        ValueError: an inverse slope outside [0, 1].
+
+    Example:
+        >>> import detent as dt
+        >>> rule = dt.Rule(match="weight", target=dt.Uniform(bits=2), mechanism=dt.PARQ())
+
+    Reference: Jin et al., "PARQ: Piecewise-Affine Regularized Quantization", arXiv 2503.15748.
+    """
+
+    inverse_slope: Number = _TO_JUMPS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for value in _bounds(self.inverse_slope):
+            if not 0 <= value <= 1:
+                raise ValueError(f"PARQ(inverse_slope={self.inverse_slope}): must lie in [0, 1]")
+
+    def check(self, target: Target) -> str | None:
+        return _needs_levels(self, target, "use BinaryRelax")
+
+    def _seen(self, slot: Slot, latent: Tensor, step: int, total_steps: int | None) -> Tensor:
+        inverse_slope = value_at(self.inverse_slope, step, total_steps)
+        if inverse_slope <= 0:
+            return slot.project(latent)
+        x = latent.to(compute_dtype(latent.dtype))
+        return piecewise_affine(x, levels_of(slot, x), inverse_slope).to(latent.dtype)
+
+
+def _bounds(value: float | Schedule) -> tuple[float, ...]:
+    """The values between which a number or a schedule stays, as far as they are known."""
+    return (value.bounds() or ()) if isinstance(value, Schedule) else (value,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Annealed(_Latent):
+    """A latent seen through something that hardens with beta."""
+
+    beta: Number = _TO_HARD
+    hard_start: Moment | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for value in _bounds(self.beta):
+            if not value > 0:
+                raise ValueError(f"{type(self).__name__}(beta={self.beta}): must be > 0")
+
+    def beta_at(self, step: int, total_steps: int | None) -> float:
+        """Beta of the forward pass of a step; `inf` from `hard_start` on.
+
+        Raises:
+            ValueError: a schedule that gives no positive number.
+        """
+        name = type(self).__name__
+        if self.hard_start is not None and step >= step_at(self.hard_start, total_steps, f"{name}.hard_start"):
+            return math.inf
+        beta = value_at(self.beta, step, total_steps)
+        if not beta > 0:
+            raise ValueError(f"{name}.beta is {beta} at step {step}: must be > 0")
+        return beta
+
+    def _seen(self, slot: Slot, latent: Tensor, step: int, total_steps: int | None) -> Tensor:
+        beta = self.beta_at(step, total_steps)
+        return slot.project(latent) if math.isinf(beta) else self._softly(slot, latent, beta)
+
+    def _softly(self, slot: Slot, latent: Tensor, beta: float) -> Tensor:
+        """What is seen at a finite beta."""
+        return slot.relax(latent, beta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BinaryRelax(_Annealed):
+    """The forward pass sees a mean of latent and projection that leans to the projection: works for any target.
+
+        w = (a + beta project(a)) / (1 + beta),    a <- a - lr * dL/dw
+
+    Args:
+        beta: sharpness, > 0, by schedule.
+        hard_start: moment from which the projection itself is seen (the paper's second phase); `None` for never.
+        start: moment it starts; before it the base optimizer runs untouched.
+        clip_latent: after each step the latent is clamped to [-clip_latent, clip_latent]; `None` for no limit.
+
+    Raises:
+        ValueError: a beta that is not positive.
+
+    Example:
+        >>> import detent as dt
+        >>> rule = dt.Rule(match="weight", target=dt.TopK(keep=0.1), mechanism=dt.BinaryRelax(hard_start=0.8))
+
+    Reference: Yin et al., "BinaryRelax", arXiv 1801.06313, algorithm 1.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Mapped(_Annealed):
+    """A latent seen through a mirror map."""
+
+    units: Literal["cell", "weight"] = "cell"
+    scale_aware: GranularityLike | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.units not in ("cell", "weight"):
+            raise ValueError(f'{type(self).__name__}(units={self.units!r}): must be "cell" or "weight"')
+        if self.scale_aware is not None:
+            granularity_of(self.scale_aware, f"{type(self).__name__}.scale_aware")
+
+    @property
+    def _mirror(self) -> MirrorMap:
+        """The map."""
+        return TanhMap()
+
+    def check(self, target: Target) -> str | None:
+        return _needs_levels(self, target, "use BinaryRelax")
+
+    def _frame(self, slot: Slot, x: Tensor, beta: float) -> tuple[Tensor, Tensor, float | Tensor]:
+        """The levels, the unit that latent and levels are measured in, and beta in that unit."""
+        levels = levels_of(slot, x)
+        unit = torch.ones_like(levels[..., 0])
+        if self.units == "cell":
+            half_gap = (levels[..., -1] - levels[..., 0]) / (2 * (levels.shape[-1] - 1))
+            unit = torch.where(half_gap > 0, half_gap, unit)  # a dead group has one level many times over
+        if self.scale_aware is None:
+            return levels, unit, beta
+        return levels, unit, beta * unit / self._size(slot, x)
+
+    def _size(self, slot: Slot, x: Tensor) -> Tensor:
+        """Root mean square of the latents of a group."""
+        assert self.scale_aware is not None
+        groups, layout = granularity_of(self.scale_aware), slot.params.layout
+        whole = slot.gather(x).double()
+        count = groups.sum(torch.ones_like(whole), layout.whole())
+        size = (groups.sum(whole.square(), layout.whole()) / count).sqrt()
+        return groups.expand(torch.where(size > 0, size, 1.0).to(x), layout)
+
+    def _softly(self, slot: Slot, latent: Tensor, beta: float) -> Tensor:
+        x = latent.to(compute_dtype(latent.dtype))
+        levels, unit, beta_in_units = self._frame(slot, x, beta)
+        scaled = levels / unit.unsqueeze(-1)
+        seen = self._mirror.forward((x / unit).clamp(-_FARTHEST, _FARTHEST), scaled, beta_in_units)
+        w = seen * unit
+        # What the map has brought to a level is that level to the last bit, not the level there and back in units.
+        for level, at in zip(levels.unbind(-1), scaled.unbind(-1), strict=True):
+            w = torch.where(seen == at, level, w)
+        return w.to(latent.dtype)
+
+
+_NAMED: dict[str, MirrorMap] = {"tanh": TanhMap(), "softmax": SoftmaxMap()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MirrorDescent(_Mapped):
+    """Mirror descent: the base optimizer moves dual weights, the forward pass sees them through a map that hardens.
+
+        w = P_beta(a),    a <- a - lr * dL/dw  (or whatever the base optimizer makes of dL/dw)
+
+    With `Phi = integral of P^-1` this is `w_new = argmin <lr g, w> + D_Phi(w, w_old)` at constant beta. The compressed
+    life is `project(a)`, which P tends to as beta grows. The gradient is taken at w and moves a as it is.
+
+    The dual form keeps a. The primal form keeps only w, and steps by `P(P^-1(w) - lr g)`: when beta changes it does not
+    sharpen, its later steps only grow. In float32 it freezes near `|beta a| = 8.3` (in units of the cell), where w
+    rounds to its level: from there no step moves it. It exists for study, for two levels only.
+
+    Args:
+        map: "tanh", "softmax", any `MirrorMap` object that `check_map` passes, or "relax" for `target.relax`, which is
+            no mirror map but works for targets that list no levels (sparse sets, codebooks).
+        form: "dual" or "primal".
+        beta: sharpness, > 0, by schedule; of the order of 1e4 at the end.
+        units: what beta is measured in. "cell": latent and levels are divided by half the mean gap of neighbouring
+            levels, so that beta means the same for every target and scale; "weight": as published, for {-1, 1} the same
+            and for the ternary tanh half as large a number.
+        scale_aware: divide the latent by its root mean square ("tensor", "channel" or `Group`), so that layers with
+            small weights harden as early as the others; `None` for no.
+        init: "weights": the weights at the start are the latent; "inverse": they are what the first forward pass sees,
+            `a = P^-1(w)`, clipped to 95 % of the range of the levels (for pretrained weights).
+        hard_start: moment from which `project(a)` itself is seen, as in STE; `None` for never.
+        start: moment it starts; before it the base optimizer runs untouched.
+        clip_latent: after each step the latent is clamped to [-clip_latent, clip_latent]; `None` for no limit.
+
+    Raises:
+        ValueError: an unknown map, form or unit, a beta that is not positive, a map that fails the conditions, options
+            that exclude each other.
+
+    Example:
+        >>> import torch, detent as dt
+        >>> model = torch.nn.Linear(8, 8)
+        >>> optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        >>> rule = dt.Rule(match="weight", target=dt.Uniform(bits=2), mechanism=dt.MirrorDescent(map="softmax"))
+        >>> run = dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=50)
+        >>> for _ in range(50):
+        ...     loss = model(torch.randn(16, 8)).square().mean()
+        ...     optimizer.zero_grad(); loss.backward(); _ = optimizer.step()
+        >>> run.finalize()
+        >>> len(model.weight.unique()) <= 3
+        True
+
+    Reference: Ajanthan et al., "Mirror Descent View for Neural Network Quantization", arXiv 1910.08237, algorithm 1.
+    """
+
+    map: Literal["tanh", "softmax", "relax"] | MirrorMap = "tanh"
+    form: Literal["dual", "primal"] = "dual"
+    init: Literal["weights", "inverse"] = "weights"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.map, MirrorMap):
+            checked(self.map)
+        elif self.map not in (*_NAMED, "relax"):
+            raise ValueError(f'MirrorDescent(map={self.map!r}): must be "tanh", "softmax", "relax" or a MirrorMap')
+        if self.form not in ("dual", "primal"):
+            raise ValueError(f'MirrorDescent(form={self.form!r}): must be "dual" or "primal"')
+        if self.init not in ("weights", "inverse"):
+            raise ValueError(f'MirrorDescent(init={self.init!r}): must be "weights" or "inverse"')
+        inverts = "form='primal'" if self.form == "primal" else "init='inverse'" if self.init == "inverse" else ""
+        if inverts and self.map == "relax":
+            raise ValueError(f"MirrorDescent({inverts}, map='relax'): relax has no inverse; use a mirror map")
+        if inverts and self.scale_aware is not None:
+            raise ValueError(
+                f"MirrorDescent({inverts}, scale_aware={self.scale_aware!r}): the size of the latent is not known "
+                "before the latent; leave one of them out"
+            )
+        if self.form == "primal" and (self.init, self.hard_start, self.clip_latent) != ("weights", None, None):
+            raise ValueError("MirrorDescent(form='primal'): init, hard_start and clip_latent belong to the dual form")
+
+    @property
+    def _mirror(self) -> MirrorMap:
+        return self.map if isinstance(self.map, MirrorMap) else _NAMED[self.map]
+
+    @property
+    def fit_until(self) -> Moment | None:
+        # The primal form inverts with the levels it was seen with; they must not move in between.
+        return 0 if self.form == "primal" else None
+
+    def check(self, target: Target) -> str | None:
+        if self.map == "relax":
+            return None
+        reason = _needs_levels(self, target, "use map='relax'")
+        count = level_count(target)
+        if reason is None and self.form == "primal" and count is not None and count > 2:
+            return (
+                f"the primal form of MirrorDescent keeps no latent, and at the inner levels of {type(target).__name__} "
+                "a weight forgets it by rounding; use form='dual'"
+            )
+        return reason
+
+    def _softly(self, slot: Slot, latent: Tensor, beta: float) -> Tensor:
+        return slot.relax(latent, beta) if self.map == "relax" else super()._softly(slot, latent, beta)
+
+    def _unseen(self, slot: Slot, w: Tensor, beta: float, share: float) -> Tensor:
+        """The latent of weights, those outside a share of the range moved inside."""
+        x = w.to(compute_dtype(w.dtype))
+        levels, unit, beta_in_units = self._frame(slot, x, beta)
+        scaled = levels / unit.unsqueeze(-1)
+        margin = (scaled[..., -1] - scaled[..., 0]) * (1 - share) / 2
+        inside = torch.minimum(torch.maximum(x / unit, scaled[..., 0] + margin), scaled[..., -1] - margin)
+        return (self._mirror.inverse(inside, scaled, beta_in_units) * unit).to(w.dtype)
+
+    def _first_latent(self, slot: Slot, clock: Clock) -> Tensor:
+        beta = self.beta_at(clock.step, clock.total_steps)
+        if self.init == "weights" or math.isinf(beta):
+            return super()._first_latent(slot, clock)
+        return self._unseen(slot, slot.weight, beta, _INSIDE)
+
+    # --- the primal form ------------------------------------------------------------------------------------------
+
+    def _is_raw(self, clock: Clock) -> bool:
+        """Whether the weights of this step have not been through the map yet, as it starts only now."""
+        return 0 < clock.step == step_at(self.start, clock.total_steps, "MirrorDescent.start")
 
     def open(self, slot: Slot, clock: Clock) -> None:
-        if self.active(clock):
-            slot.state["latent"] = slot.weight.clone()
-            slot.weight.copy_(slot.project(slot.weight))
+        if self.form == "dual":
+            super().open(slot, clock)
+        elif self.active(clock) and not self._is_raw(clock):
+            slot.weight.copy_(self._seen(slot, slot.weight, clock.step, clock.total_steps))
 
     def before_step(self, slot: Slot, clock: Clock) -> None:
-        if "latent" in slot.state:
-            slot.weight.copy_(slot.state["latent"])
+        if self.form == "dual":
+            super().before_step(slot, clock)
+        elif not self._is_raw(clock):
+            slot.scratch["seen"] = slot.weight.clone()
+            nearly = 1 - torch.finfo(compute_dtype(slot.weight.dtype)).eps
+            beta = self.beta_at(clock.step, clock.total_steps)
+            slot.weight.copy_(self._unseen(slot, slot.weight, beta, nearly))
+            slot.scratch["dual"] = slot.weight.clone()
 
     def after_step(self, slot: Slot, clock: Clock) -> None:
-        if "latent" in slot.state:
-            slot.state["latent"].copy_(slot.weight)
-        else:
-            slot.state["latent"] = slot.weight.clone()
-        slot.weight.copy_(slot.project(slot.state["latent"]))
+        if self.form == "dual":
+            super().after_step(slot, clock)
+            return
+        moved = self._seen(slot, slot.weight, clock.step, clock.total_steps)
+        if "seen" in slot.scratch:
+            seen = slot.scratch["seen"]
+            levels = levels_of(slot, seen)
+            frozen = (seen <= levels[..., 0]) | (seen >= levels[..., -1])
+            moved = torch.where(frozen | (slot.weight == slot.scratch["dual"]), seen, moved)
+        slot.weight.copy_(moved)
 
     def undo(self, slot: Slot, clock: Clock) -> None:
-        if "latent" in slot.state:
-            slot.weight.copy_(slot.project(slot.state["latent"]))
+        if self.form == "dual":
+            super().undo(slot, clock)
+        elif "seen" in slot.scratch:
+            slot.weight.copy_(slot.scratch["seen"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Descent(_Mapped):
+    """A map with its derivative on the gradient: plain descent in the latent instead of mirror descent."""
+
+    def _bend(self, slot: Slot, clock: Clock) -> None:
+        assert slot.grad is not None
+        beta = self.beta_at(clock.step, clock.total_steps)
+        if math.isinf(beta):
+            return  # a jump has no derivative: straight through from here on
+        latent = slot.state["latent"]
+        x = latent.to(compute_dtype(latent.dtype))
+        levels, unit, beta_in_units = self._frame(slot, x, beta)
+        at = (x / unit).clamp(-_FARTHEST, _FARTHEST)
+        slot.grad.mul_(self._slope(at, levels / unit.unsqueeze(-1), beta_in_units).to(slot.grad.dtype))
+
+    def _slope(self, at: Tensor, levels: Tensor, beta: float | Tensor) -> Tensor:
+        """The factor on the gradient, from latent and levels in units."""
+        return self._mirror.derivative(at, levels, beta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GDTanh(_Descent):
+    """Gradient descent through the tanh map: mirror descent's forward pass, with the map's derivative on the gradient.
+
+        w = tanh(beta a),    a <- a - lr * beta (1 - w^2) dL/dw
+
+    Weights that have hardened no longer move, as the factor is nearly zero there. For more than two levels the shifted
+    tanh, as in `MirrorDescent`. The levels in the factor are those fitted at the start of the step.
+
+    Args:
+        beta: sharpness, > 0, by schedule.
+        units: "cell" or "weight", as in `MirrorDescent`.
+        scale_aware: "tensor", "channel", `Group` or `None`, as in `MirrorDescent`.
+        hard_start: moment from which `project(a)` is seen and the gradient passes straight through; `None` for never.
+        start: moment it starts; before it the base optimizer runs untouched.
+        clip_latent: after each step the latent is clamped to [-clip_latent, clip_latent]; `None` for no limit.
+
+    Raises:
+        ValueError: an unknown unit, or a beta that is not positive.
+
+    Example:
+        >>> import detent as dt
+        >>> rule = dt.Rule(match="weight", target=dt.Uniform(bits=2), mechanism=dt.GDTanh())
+
+    Reference: Ajanthan et al., arXiv 1910.08237 (the baseline "GD-tanh").
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class PMF(_Descent):
+    """Proximal mean-field: a softmax over the levels, with its Jacobian on the gradient.
+
+        w = sum_q u_q q,  u = softmax(-beta (a - q)^2 / 2),    a <- a - lr * beta (sum_q u_q q^2 - w^2) dL/dw
+
+    One latent serves all levels, where the published form keeps one a level; for two levels under SGD that is the same
+    at half the rate.
+
+    Args:
+        jacobian: "true" as above, or "paper": the released code's `beta (I - u u^T)`, here `beta (sum_q q^2 - w^2)`,
+            which never lets go of a hardened weight.
+        beta: sharpness, > 0, by schedule.
+        units: "cell" or "weight", as in `MirrorDescent`.
+        scale_aware: "tensor", "channel", `Group` or `None`, as in `MirrorDescent`.
+        hard_start: moment from which `project(a)` is seen and the gradient passes straight through; `None` for never.
+        start: moment it starts; before it the base optimizer runs untouched.
+        clip_latent: after each step the latent is clamped to [-clip_latent, clip_latent]; `None` for no limit.
+
+    Raises:
+        ValueError: an unknown Jacobian or unit, or a beta that is not positive.
+
+    Example:
+        >>> import detent as dt
+        >>> rule = dt.Rule(match="weight", target=dt.Uniform(bits=2), mechanism=dt.PMF(jacobian="paper"))
+
+    Reference: Ajanthan et al., "Proximal Mean-field for Neural Network Quantization", arXiv 1812.04353, and its code.
+    """
+
+    jacobian: Literal["true", "paper"] = "true"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.jacobian not in ("true", "paper"):
+            raise ValueError(f'PMF(jacobian={self.jacobian!r}): must be "true" or "paper"')
+
+    @property
+    def _mirror(self) -> MirrorMap:
+        return SoftmaxMap()
+
+    def _slope(self, at: Tensor, levels: Tensor, beta: float | Tensor) -> Tensor:
+        if self.jacobian == "true":
+            return super()._slope(at, levels, beta)
+        return beta * (levels.square().sum(-1) - self._mirror.forward(at, levels, beta).square())

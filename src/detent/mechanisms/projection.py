@@ -1,18 +1,21 @@
-"""Mechanisms that act on the weight after the step: hard projection, and staying inside the range."""
+"""Mechanisms that act on the weight after the step: projection hard and soft, masks, freezing, staying in range."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from detent.mechanisms.base import Clock, Mechanism, Slot
-from detent.schedules import Moment, step_at
+from detent.schedules import Moment, Number, Schedule, step_at, value_at
 from detent.targets import Params, Target
 
-__all__ = ["Clip", "HardProjection"]
+__all__ = ["Clip", "HardProjection", "Masked", "PartialFreeze", "Proximal"]
+
+NEVER = 1 << 62  # `fit_every` of a mechanism whose `wants_fit` alone says when
 
 
 def clip_to_range(w: Tensor, target: Target, params: Params) -> None:
@@ -123,16 +126,354 @@ class HardProjection(Mechanism):
         return clock.step >= step_at(self.start, clock.total_steps, "HardProjection.start")
 
     def before_step(self, slot: Slot, clock: Clock) -> None:
-        mask = slot.state.get("mask")
-        if mask is not None and slot.grad is not None:
-            slot.grad.mul_(mask)
+        hold_gradient(slot)
 
     def after_step(self, slot: Slot, clock: Clock) -> None:
-        mask = slot.state.get("mask")
-        if mask is not None:
-            # Momentum and weight decay of another rule's making may still move them: put them back.
-            slot.weight.mul_(mask)
+        hold_weight(slot)
         if (clock.step + 1) % self.every == 0:
             slot.weight.copy_(slot.project(slot.weight))
             if self.masks:
                 slot.state["mask"] = slot.weight != 0
+
+
+# --- staying feasible -------------------------------------------------------------------------------------------
+
+
+def hold_gradient(slot: Slot) -> None:
+    """Zero the gradients of masked and of frozen weights, so that no moment of the optimizer learns from them."""
+    if slot.grad is None:
+        return
+    if "mask" in slot.state:
+        slot.grad.masked_fill_(~slot.state["mask"], 0.0)
+    if "frozen" in slot.state:
+        slot.grad.masked_fill_(slot.state["frozen"], 0.0)
+
+
+def hold_weight(slot: Slot) -> None:
+    """Put masked and frozen weights back: momentum and weight decay move them although their gradient is zero."""
+    if "mask" in slot.state:
+        slot.weight.masked_fill_(~slot.state["mask"], 0.0)
+    if "frozen" in slot.state:
+        slot.weight.copy_(torch.where(slot.state["frozen"], slot.state["held"], slot.weight))
+
+
+def leaves_free(target: Target) -> bool:
+    """Whether some weights of the target may take any value (the survivors of a sparse target)."""
+    return type(target).free is not Target.free
+
+
+def map_and_mask(slot: Slot) -> None:
+    """Masked mapping: w = project(w), and its zeros are held from now on."""
+    slot.weight.copy_(slot.project(slot.weight))
+    slot.state["mask"] = slot.weight != 0
+
+
+def freeze_nearest(slot: Slot, share: float, per_level: bool) -> None:
+    """Put the share of weights that lie nearest their place on it, for good; the others stay as they are."""
+    q = slot.project(slot.weight)
+    if share >= 1.0:
+        # Everything at once, earlier freezes included: only the projection of the whole lies in the set for certain.
+        slot.weight.copy_(q)
+        frozen = torch.ones_like(slot.weight, dtype=torch.bool)
+    else:
+        distance = slot.target.distance(q - slot.weight, slot.params)
+        if "frozen" in slot.state:
+            distance = distance.masked_fill(slot.state["frozen"], -1.0)
+            q = torch.where(slot.state["frozen"], slot.state["held"], q)
+        # Ranks are those of the whole tensor, so that every sharding freezes the same weights.
+        frozen = _nearest(slot.gather(distance), share, slot.gather(q) if per_level else None)
+        rows = slot.params.layout.rows
+        frozen = frozen if rows is None else frozen[slice(*rows)].clone()
+        slot.weight.copy_(torch.where(frozen, q, slot.weight))
+    slot.state["frozen"], slot.state["held"] = frozen, slot.weight.clone()
+
+
+def _nearest(distance: Tensor, share: float, places: Tensor | None) -> Tensor:
+    """Mask of the share of smallest distances, among all or among those of each place; ties to the earlier position."""
+    order = distance.reshape(-1).argsort(stable=True)
+    rank = torch.arange(len(order), device=order.device)
+    if places is None:
+        taken = rank < round(share * len(order))
+    else:
+        inverse, sizes = places.reshape(-1).unique(return_inverse=True, return_counts=True)[1:]
+        order = order[inverse[order].argsort(stable=True)]
+        within = rank - (sizes.cumsum(0) - sizes)[inverse[order]]
+        taken = within < (share * sizes.double()).round()[inverse[order]]
+    mask = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+    mask[order] = taken
+    return mask.reshape(distance.shape)
+
+
+def check_rounds(rounds: tuple[float, ...], who: str) -> None:
+    """Refuse shares that do not rise to 1.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    rising = all(a < b for a, b in zip((0.0, *rounds), rounds, strict=False))
+    if not rounds or not rising or rounds[-1] != 1.0:
+        raise ValueError(f"{who}(rounds={rounds}): shares of frozen weights must rise within (0, 1] and end at 1.0")
+
+
+def round_steps(begin: int, every: Moment | None, rounds: int, total_steps: int | None, who: str) -> list[int]:
+    """The tick at whose start each freeze round is over; the rounds share what is left of training if `every` is None.
+
+    Raises:
+        ValueError: a length that depends on an unknown end of training.
+    """
+    if every is None:
+        if total_steps is None:
+            raise ValueError(f"{who}: pass total_steps= to attach, or the steps between rounds as an int")
+        return [begin + i * max(total_steps - begin, 0) // rounds for i in range(rounds)]
+    length = step_at(every, total_steps, f"{who} steps between rounds")
+    return [begin + i * length for i in range(rounds)]
+
+
+def due_share(tick: int, steps: list[int], rounds: tuple[float, ...]) -> float | None:
+    """The share to be frozen at the start of a tick, if a round falls there."""
+    due = [share for step, share in zip(steps, rounds, strict=True) if step == tick]
+    return max(due) if due else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masked(Mechanism):
+    """Masked retraining: project once, hold the zeros, train the survivors on the plain loss.
+
+        w <- project(w) at the start; from then on gradients and steps of zeros are taken back
+
+    What follows a pruning by any other means, and the plain rival of all of them (one-shot magnitude pruning).
+
+    Args:
+        start: moment (step or fraction of training) of the projection; before it the base optimizer runs untouched.
+
+    Example:
+        >>> import torch, detent as dt
+        >>> model = torch.nn.Linear(10, 10)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> recipe = dt.Recipe([dt.Rule(match="weight", target=dt.TopK(keep=7), mechanism=dt.Masked())])
+        >>> run = dt.attach(model, optimizer, recipe)
+        >>> int((model.weight != 0).sum())
+        7
+
+    Reference: Han et al., "Learning both weights and connections", arXiv 1506.02626.
+    """
+
+    start: Moment = 0
+
+    keeps_full_life: ClassVar[bool] = False
+    memory: ClassVar[tuple[str, ...]] = ("mask",)
+    fits_after: ClassVar[bool] = True
+
+    @property
+    def fit_every(self) -> int:
+        return NEVER
+
+    @property
+    def fit_until(self) -> Moment | None:
+        return self.start
+
+    def wants_fit(self, clock: Clock) -> bool:
+        return clock.step + 1 == self._begin(clock)
+
+    def _begin(self, clock: Clock) -> int:
+        return step_at(self.start, clock.total_steps, "Masked.start")
+
+    def check(self, target: Target) -> str | None:
+        if not leaves_free(target):
+            name = type(target).__name__
+            return (
+                f"Masked trains the survivors of a sparse target, and {name} leaves no weight free; use PartialFreeze"
+            )
+        return None
+
+    def active(self, clock: Clock) -> bool:
+        return clock.step + 1 >= self._begin(clock)
+
+    def open(self, slot: Slot, clock: Clock) -> None:
+        if clock.step >= self._begin(clock):
+            map_and_mask(slot)
+
+    def after_fit(self, slot: Slot, clock: Clock) -> None:
+        map_and_mask(slot)
+
+    def before_step(self, slot: Slot, clock: Clock) -> None:
+        hold_gradient(slot)
+
+    def after_step(self, slot: Slot, clock: Clock) -> None:
+        hold_weight(slot)
+
+    def undo(self, slot: Slot, clock: Clock) -> None:
+        hold_weight(slot)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialFreeze(Mechanism):
+    """Partial freeze rounds: the weights nearest their level are put on it and held, the others train on to make up.
+
+        in round i: w_j <- project(w)_j for the share rounds[i] of smallest |w_j - project(w)_j|, held from then on
+
+    The levels are those fitted at the start. After the last round every weight lies in the target exactly; what is
+    not claimed (biases, BatchNorm) trains on.
+
+    Args:
+        rounds: share of the weights that is frozen after each round, rising to 1.
+        every: steps (int) or fraction of training (float) between rounds; `None` spreads them evenly over what is left
+            after `start`, the first at once.
+        per_level: take the share among the weights of each level instead of the whole tensor. Rounds of 30 % of the
+            weights that are left at each level are `rounds=(0.3, 0.51, 0.657, 1.0)`.
+        start: moment of the first round; before it the base optimizer runs untouched.
+
+    Raises:
+        ValueError: shares that do not rise to 1, or no time between rounds.
+
+    Example:
+        >>> import torch, detent as dt
+        >>> model = torch.nn.Linear(8, 8)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> rule = dt.Rule(match="weight", target=dt.Uniform(bits=2), mechanism=dt.PartialFreeze(every=2))
+        >>> run = dt.attach(model, optimizer, dt.Recipe([rule]))
+        >>> for _ in range(5):
+        ...     optimizer.zero_grad()
+        ...     model(torch.randn(16, 8)).square().mean().backward()
+        ...     _ = optimizer.step()
+        >>> len(model.weight.unique())
+        3
+
+    Reference: Zhou et al., "Incremental Network Quantization", arXiv 1702.03044; per level: Ren et al., "ADMM-NN",
+    arXiv 1812.11677.
+    """
+
+    rounds: tuple[float, ...] = (0.5, 0.75, 1.0)
+    every: Moment | None = None
+    per_level: bool = False
+    start: Moment = 0
+
+    keeps_full_life: ClassVar[bool] = False
+    memory: ClassVar[tuple[str, ...]] = ("frozen", "held")
+    fits_after: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_rounds(self.rounds, "PartialFreeze")
+        if self.every is not None and not self.every > 0:
+            raise ValueError(f"PartialFreeze(every={self.every}): must be > 0 or None")
+
+    @property
+    def fit_every(self) -> int:
+        return NEVER
+
+    @property
+    def fit_until(self) -> Moment | None:
+        return self.start
+
+    def _steps(self, clock: Clock) -> list[int]:
+        begin = step_at(self.start, clock.total_steps, "PartialFreeze.start")
+        return round_steps(begin, self.every, len(self.rounds), clock.total_steps, "PartialFreeze")
+
+    def wants_fit(self, clock: Clock) -> bool:
+        return clock.step + 1 == self._steps(clock)[0]
+
+    def check(self, target: Target) -> str | None:
+        if leaves_free(target):
+            name = type(target).__name__
+            return f"PartialFreeze puts weights on levels, and the survivors of {name} have none to go to; use Masked"
+        return None
+
+    def active(self, clock: Clock) -> bool:
+        return clock.step + 1 >= self._steps(clock)[0]
+
+    def open(self, slot: Slot, clock: Clock) -> None:
+        due = [share for step, share in zip(self._steps(clock), self.rounds, strict=True) if step <= clock.step]
+        if due:
+            freeze_nearest(slot, max(due), self.per_level)
+
+    def before_step(self, slot: Slot, clock: Clock) -> None:
+        hold_gradient(slot)
+
+    def after_step(self, slot: Slot, clock: Clock) -> None:
+        hold_weight(slot)
+        share = due_share(clock.step + 1, self._steps(clock), self.rounds)
+        if share is not None and slot.frozen:
+            freeze_nearest(slot, share, self.per_level)
+
+    def after_fit(self, slot: Slot, clock: Clock) -> None:
+        share = due_share(clock.step + 1, self._steps(clock), self.rounds)
+        if share is not None:
+            freeze_nearest(slot, share, self.per_level)
+
+    def undo(self, slot: Slot, clock: Clock) -> None:
+        hold_weight(slot)
+
+
+# --- proximal steps ---------------------------------------------------------------------------------------------
+
+
+def check_strength(strength: float | Schedule, who: str) -> None:
+    """Refuse a negative or infinite strength.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    ends = (strength.bounds() or ()) if isinstance(strength, Schedule) else (strength,)
+    if not all(end >= 0 and math.isfinite(end) for end in ends):
+        raise ValueError(f"{who}(strength={strength}): must be a finite number >= 0, or a schedule that stays so")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proximal(Mechanism):
+    """Proximal steps: after the optimizer's step, one step of the prox of the distance to the target.
+
+        l2:  w <- (w + t q) / (1 + t)                         prox of t/2 |w - Q|^2
+        l1:  w <- q + sign(w - q) max(|w - q| - t, 0)         prox of t |w - Q|, q = project(w)
+
+    with t = strength * learning rate (`by_rate`), or t = strength.
+
+    Args:
+        strength: >= 0, a number or a schedule; 0 is the base optimizer, bitwise.
+        norm: "l2" comes near the target and never arrives; "l1" arrives.
+        every: steps between proximal steps, >= 1.
+        by_rate: multiply by the optimizer's learning rate of the step, as a proximal gradient method does.
+        start: moment the pull starts.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    Example:
+        >>> import detent as dt
+        >>> rule = dt.Rule(match="weight", target=dt.Uniform(bits=2), mechanism=dt.Proximal(strength=0.1, norm="l1"))
+
+    Reference: Bai, Wang, Liberty, "ProxQuant", arXiv 1810.00861, eqs. 6 and 7.
+    """
+
+    strength: Number
+    norm: Literal["l2", "l1"] = "l2"
+    every: int = 1
+    by_rate: bool = True
+    start: Moment = 0
+
+    keeps_full_life: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_strength(self.strength, "Proximal")
+        if self.norm not in ("l2", "l1"):
+            raise ValueError(f'Proximal(norm={self.norm!r}): must be "l2" or "l1"')
+        if self.every < 1:
+            raise ValueError(f"Proximal(every={self.every}): must be >= 1 step")
+
+    @property
+    def fit_every(self) -> int:
+        return 100
+
+    def active(self, clock: Clock) -> bool:
+        started = clock.step >= step_at(self.start, clock.total_steps, "Proximal.start")
+        return started and value_at(self.strength, clock.step, clock.total_steps) > 0
+
+    def after_step(self, slot: Slot, clock: Clock) -> None:
+        if (clock.step + 1) % self.every:
+            return
+        t = value_at(self.strength, clock.step, clock.total_steps) * (slot.rate() if self.by_rate else 1.0)
+        q = slot.pull_project(slot.weight)
+        if self.norm == "l2":
+            slot.weight.add_(q, alpha=t).div_(1.0 + t)
+        else:
+            gap = slot.weight - q
+            slot.weight.copy_(q.add_(gap.sign().mul_(gap.abs().sub_(t).clamp_min_(0.0))))

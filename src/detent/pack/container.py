@@ -42,6 +42,7 @@ from detent.pack.header import (
     Head,
     Header,
     Life,
+    SharedRow,
     digest,
     layout_of,
     raw_bytes,
@@ -233,15 +234,32 @@ def _raw_row(value: Tensor, why: int) -> tuple[str, tuple[int, ...], str, int]:
 
 
 @dataclass(kw_only=True)
+class _Pieces:
+    """Rows of some params and streams, and their bytes."""
+
+    params: list[Any] = field(default_factory=list)
+    streams: list[Any] = field(default_factory=list)
+    numbers: list[bytes] = field(default_factory=list)
+    codes: list[bytes] = field(default_factory=list)
+
+    @property
+    def data(self) -> list[bytes]:
+        return self.numbers + self.codes
+
+
+@dataclass(kw_only=True)
 class _Writer:
     """Rows of the header and the bytes they speak of, as they come in."""
 
     entries: dict[str, Tensor] = field(default_factory=dict)
     targets: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+    shared: list[Any] = field(default_factory=list)
+    held: list[_Pieces] = field(default_factory=list)
     why: list[str] = field(default_factory=list)
     coded: dict[str, Any] = field(default_factory=dict)
     rest: dict[str, Any] = field(default_factory=dict)
     full: dict[str, Any] = field(default_factory=dict)
+    blob_shared: list[bytes] = field(default_factory=list)
     blob_coded: list[bytes] = field(default_factory=list)
     blob_rest: list[bytes] = field(default_factory=list)
 
@@ -258,10 +276,13 @@ class _Writer:
         kind = (to_spec(item.target), mechanism)
         if kind not in self.targets:
             self.targets.append(kind)
-        numbers, streams = [], []
+        own, common = _Pieces(), _Pieces()
         for number in item.target.stored:
             value = item.params[number]
-            numbers.append((number, CODE_OF[value.dtype], tuple(value.shape), self._put(bytes_of(value).tobytes())))
+            data = bytes_of(value).tobytes()
+            part = common if number in item.target.shared else own
+            part.params.append((number, CODE_OF[value.dtype], tuple(value.shape), digest(data)))
+            part.numbers.append(data)
         for stream in item.codes.streams:
             real = stream.values.is_floating_point()
             if real:
@@ -270,14 +291,27 @@ class _Writer:
             else:
                 data = pack_bits(stream.values.cpu().numpy(), stream.width)
             width = CODE_OF[stream.values.dtype] if real else stream.width
-            streams.append((stream.name, width, stream.values.numel(), self._put(data)))
+            part = common if stream.name in item.target.shared else own
+            part.streams.append((stream.name, width, stream.values.numel(), digest(data)))
+            part.codes.append(data)
         layout = item.params.layout
         place = (layout.channel_dim, layout.conv_groups)
-        self.coded[name] = (self.targets.index(kind), CODE_OF[dtype], layout.shape, place, numbers, streams)
+        self.blob_coded += own.data
+        where = self._shared_index(common)
+        kind_index = self.targets.index(kind)
+        self.coded[name] = (kind_index, CODE_OF[dtype], layout.shape, place, own.params, own.streams, where)
 
-    def _put(self, data: bytes) -> str:
-        self.blob_coded.append(data)
-        return digest(data)
+    def _shared_index(self, common: _Pieces) -> int | None:
+        """Where the pieces stand that several tensors have in common: written once, compared by their bytes."""
+        if not common.data:
+            return None
+        for i, held in enumerate(self.held):
+            if (held.params, held.streams, held.data) == (common.params, common.streams, common.data):
+                return i
+        self.held.append(common)
+        self.shared.append((common.params, common.streams))
+        self.blob_shared += common.data
+        return len(self.held) - 1
 
     def finish(self, life: Life, batchnorm: str, aliases: dict[str, str], notes: dict[str, JsonValue]) -> _Content:
         head = {
@@ -287,6 +321,7 @@ class _Writer:
             "targets": self.targets,
             "why": self.why,
             "aliases": aliases,
+            "shared": self.shared,
             "coded": self.coded,
             "rest": self.rest,
             "full": self.full,
@@ -300,7 +335,7 @@ class _Writer:
         except ValueError as error:
             raise ValueError(f"save: nothing was written, because nobody could read it: {_first_line(error)}") from None
         entries = dict(self.entries)
-        blob = b"".join([*self.blob_coded, *self.blob_rest])
+        blob = b"".join([*self.blob_shared, *self.blob_coded, *self.blob_rest])
         if blob:
             entries[BLOB] = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
         metadata = {"detent": str(VERSION), "sha256": _sha256(text), "header": text}
@@ -388,10 +423,11 @@ def sizes(path: str | os.PathLike[str]) -> dict[str, int]:
     """
     with _opened(path) as file:
         head = file.head
-        streams = [stream for row in head.coded.values() for stream in row.streams]
+        pieces = (*head.shared, *head.coded.values())
+        streams = [stream for row in pieces for stream in row.streams]
         found = {
             "codes": sum(map(stream_bytes, streams)),
-            "params": sum(raw_bytes(row) for coded in head.coded.values() for row in coded.params),
+            "params": sum(raw_bytes(number) for row in pieces for number in row.params),
             "rest": sum(map(raw_bytes, head.rest.values())),
             "full": sum(map(raw_bytes, head.full.values())),
         }
@@ -543,9 +579,7 @@ class _Opened:
             self._verify(name, piece, expected)
             return piece
 
-        targets = head.build_targets()
-        found: dict[str, Tensor] = {}
-        for name, row in head.coded.items():
+        def read(name: str, row: SharedRow | CodedRow) -> tuple[dict[str, Tensor], tuple[Stream, ...]]:
             numbers = {
                 number.name: tensor_of(
                     take(f"{name}:{number.name}", raw_bytes(number), number.digest), DTYPES[number.dtype], number.shape
@@ -561,8 +595,17 @@ class _Opened:
                 else:
                     values = tensor_of(data, DTYPES[stream.kind], (stream.numel,))
                 streams.append(Stream(name=stream.name, values=values, width=stream_width(stream)))
+            return numbers, tuple(streams)
+
+        targets = head.build_targets()
+        shared = [read(f"shared[{i}]", row) for i, row in enumerate(head.shared)]
+        found: dict[str, Tensor] = {}
+        for name, row in head.coded.items():
+            numbers, streams = read(name, row)
+            if row.shared is not None:
+                numbers, streams = numbers | shared[row.shared][0], (*streams, *shared[row.shared][1])
             params = Params(tensors=numbers, layout=layout_of(row))
-            found[name] = self._decode(name, row, targets[row.target], params, Codes(streams=tuple(streams)))
+            found[name] = self._decode(name, row, targets[row.target], params, Codes(streams=streams))
         for name, raw in head.rest.items():
             found[name] = tensor_of(take(name, raw_bytes(raw), raw.digest), DTYPES[raw.dtype], raw.shape)
         for name, raw in head.full.items():

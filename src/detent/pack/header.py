@@ -30,6 +30,7 @@ __all__ = [
     "Head",
     "Header",
     "Life",
+    "SharedRow",
     "digest",
     "layout_of",
     "raw_bytes",
@@ -38,7 +39,7 @@ __all__ = [
     "stream_width",
 ]
 
-VERSION = 0
+VERSION = 1
 # No parameter or buffer can have this name: torch refuses empty names, so no canonical name starts with a dot.
 BLOB = ".data"
 BUFFER, CLAIMED, REESTIMATED = "buffer", "claimed", "buffer, re-estimated"
@@ -101,8 +102,18 @@ class StreamRow(NamedTuple):
     digest: Digest
 
 
+class SharedRow(NamedTuple):
+    """Numbers and runs of codes that several coded tensors have in common: a global codebook."""
+
+    params: tuple[ParamRow, ...]
+    streams: tuple[StreamRow, ...]
+
+
 class CodedRow(NamedTuple):
-    """A tensor stored as codes. `target` points into `Head.targets`; `layout` is (channel_dim, conv_groups)."""
+    """A tensor stored as codes.
+
+    `target` points into `Head.targets`; `layout` is (channel_dim, conv_groups); `shared` points into `Head.shared`.
+    """
 
     target: Count
     dtype: Code
@@ -110,6 +121,7 @@ class CodedRow(NamedTuple):
     layout: tuple[Count, Count]
     params: tuple[ParamRow, ...]
     streams: tuple[StreamRow, ...]
+    shared: Count | None
 
 
 class Head(pydantic.BaseModel):
@@ -123,6 +135,7 @@ class Head(pydantic.BaseModel):
     targets: tuple[tuple[dict[str, JsonValue], str], ...]
     why: tuple[str, ...]
     aliases: dict[Name, Name]
+    shared: tuple[SharedRow, ...]
     coded: dict[Name, CodedRow]
     rest: dict[Name, RawRow]
     full: dict[Name, RawRow]
@@ -144,8 +157,9 @@ class Head(pydantic.BaseModel):
 
     def blob_bytes(self) -> int:
         """Size of the block that holds codes, params and raw rest."""
-        coded = sum(raw_bytes(n) for row in self.coded.values() for n in row.params)
-        coded += sum(stream_bytes(r) for row in self.coded.values() for r in row.streams)
+        pieces = (*self.shared, *self.coded.values())
+        coded = sum(raw_bytes(n) for row in pieces for n in row.params)
+        coded += sum(stream_bytes(r) for row in pieces for r in row.streams)
         return coded + sum(raw_bytes(row) for row in self.rest.values())
 
     def check(self) -> None:
@@ -156,7 +170,9 @@ class Head(pydantic.BaseModel):
         """
         targets = self.build_targets()
         for name, row in self.coded.items():
-            _check_coded(name, row, targets)
+            _check_coded(name, row, targets, self.shared)
+        if odd := set(range(len(self.shared))) - {row.shared for row in self.coded.values()}:
+            raise ValueError(f"shared[{min(odd)}] belongs to no tensor")
         for name, raw in (*self.rest.items(), *self.full.items()):
             if raw.why >= len(self.why):
                 raise ValueError(f"{name!r} points at reason {raw.why} of {len(self.why)}")
@@ -180,7 +196,7 @@ class Head(pydantic.BaseModel):
         return {name: (row.dtype, row.shape) for name, row in rows.items()}
 
 
-def _check_coded(name: str, row: CodedRow, targets: list[Target]) -> None:
+def _check_coded(name: str, row: CodedRow, targets: list[Target], shared: tuple[SharedRow, ...]) -> None:
     axis, groups = row.layout
     if row.target >= len(targets):
         raise ValueError(f"{name!r} points at target {row.target} of {len(targets)}")
@@ -192,9 +208,19 @@ def _check_coded(name: str, row: CodedRow, targets: list[Target]) -> None:
     reason = target.accepts(row.shape, DTYPES[row.dtype], layout_of(row))
     if reason:
         raise ValueError(f"{name!r}: {reason}")
-    if sorted(number.name for number in row.params) != sorted(target.stored):
+    common = SharedRow(params=(), streams=())
+    if row.shared is not None:
+        if row.shared >= len(shared):
+            raise ValueError(f"{name!r} points at shared[{row.shared}] of {len(shared)}")
+        common = shared[row.shared]
+    if {piece.name for piece in (*common.params, *common.streams)} - set(target.shared) or (
+        {piece.name for piece in (*row.params, *row.streams)} & set(target.shared)
+    ):
+        raise ValueError(f"{name!r} shares what is its own for {type(target).__name__}, or the other way round")
+    if sorted(number.name for number in (*row.params, *common.params)) != sorted(target.stored):
         raise ValueError(f"{name!r} lacks numbers that {type(target).__name__} decodes with, or has others")
-    if len({stream.name for stream in row.streams}) != len(row.streams):
+    streams = (*row.streams, *common.streams)
+    if len({stream.name for stream in streams}) != len(streams):
         raise ValueError(f"{name!r} has two streams of one name")
 
 

@@ -231,6 +231,10 @@ class Target(abc.ABC):
         """The same params with other codewords in the same order, rounded to what is stored, for weights of a dtype."""
         raise ValueError(f"{type(self).__name__} has no codebook")
 
+    def held_codewords(self, params: Params) -> Tensor | None:
+        """Mask of the codewords that may not move (a zero that prunes), or `None`."""
+        return None
+
     def family(self, params: Params) -> tuple[str, int] | None:
         """Where several tensors of a rule share one codebook: its name among them, and the units of all of them."""
         return None

@@ -1,7 +1,9 @@
-"""Targets whose values are levels: the uniform grid and the single level zero."""
+"""Targets whose values are levels: a scale times integers, powers of two, learned levels, the single level zero."""
 
 from __future__ import annotations
 
+import abc
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -10,91 +12,48 @@ from torch import Tensor
 
 from detent.grouping import GranularityLike, Layout, granularity_of
 from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite, compute_dtype
+from detent.targets.kmeans import kmeans, ternary_scale
 
-__all__ = ["Uniform", "Zero"]
+__all__ = ["Binary", "LearnedLevels", "PowerOfTwo", "Ternary", "Uniform", "Zero"]
 
-_MSE_CANDIDATES = 41  # ratios of the largest |w|; the search of the probes in the design notes
-_MSE_SMALLEST_RATIO = 0.1
+_MSE_RATIOS = torch.linspace(1.0, 0.1, 41, dtype=torch.float64).tolist()  # of the largest |w|: the search of the probes
+_INTERVAL_RATIOS = torch.linspace(1.1, 0.9, 201, dtype=torch.float64).tolist()  # ADMM-NN's: steps of a thousandth
 _PARAM_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_PIECE = 1 << 21  # weights placed at a time where a group's levels have to be looked up weight by weight
 
 
-@dataclass(frozen=True, kw_only=True)
-class Uniform(Target):
-    """A symmetric b-bit grid: `project(w) = scale * clamp(round(w / scale), -n, n)` with `n = 2^(b-1) - 1`.
+def _check_param_dtype(who: str, name: str) -> None:
+    if name not in _PARAM_DTYPES:
+        raise ValueError(f"{who}(param_dtype={name!r}): must be one of {sorted(_PARAM_DTYPES)}")
 
-    The range is *restricted* (-n .. n, the code -2^(b-1) stays unused), so zero is a level and the grid is its
-    own mirror image. A group whose weights are all zero has scale 0 and stays zero.
 
-    Args:
-        bits: width of a code, 2 to 8.
-        granularity: weights that share a scale: "tensor", "channel" or `Group(size=...)`.
-        range: how the scale is found. "minmax": max|w| / n. "ema": the same from running extremes,
-            `new = 0.9 old + 0.1 current`, as PSG's released code does. "mse": the one of 41 clipped ranges
-            (0.1 to 1 times max|w|) with the least squared error.
-        param_dtype: what a scale is rounded to before anything is projected, and stored as.
+class _Scaled(Target):
+    """Levels that are a scale a group times integers: 0, +-1 .. +-n, or the same without 0."""
 
-    Raises:
-        ValueError: bits outside 2..8, or an unknown range, granularity or param_dtype.
-
-    Example:
-        >>> w = torch.tensor([1.0, 0.4, -0.7, 0.0])
-        >>> grid = Uniform(bits=2, range="minmax")
-        >>> params = grid.fit(w)
-        >>> grid.project(w, params)
-        tensor([ 1.,  0., -1.,  0.])
-        >>> grid.bits_on_disk(params)      # four 2-bit codes and one float32 scale
-        40
-
-    Reference: the released code of Kim et al., "Position-based Scaled Gradient", arXiv 2005.11035.
-    """
-
-    bits: int
-    granularity: GranularityLike = "tensor"
-    range: Literal["minmax", "ema", "mse"] = "mse"
-    param_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
+    granularity: GranularityLike
+    param_dtype: Literal["float16", "bfloat16", "float32"]
 
     is_exact: ClassVar[bool] = True
-    has_bits: ClassVar[bool] = True
     stored: ClassVar[tuple[str, ...]] = ("scale",)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            raise ValueError(f"Uniform(bits={self.bits}): bits must be a whole number from 2 to 8")
-        granularity_of(self.granularity, "Uniform.granularity")
-        if self.range not in ("minmax", "ema", "mse"):
-            raise ValueError(f'Uniform(range={self.range!r}): must be "minmax", "ema" or "mse"')
-        if self.param_dtype not in _PARAM_DTYPES:
-            raise ValueError(f"Uniform(param_dtype={self.param_dtype!r}): must be one of {sorted(_PARAM_DTYPES)}")
 
     @property
     def scope(self) -> Scope:
         return "element"
 
     @property
+    @abc.abstractmethod
     def _n(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+        """The largest integer."""
 
-    def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
-        layout = layout or Layout(shape=tuple(w.shape))
-        groups = granularity_of(self.granularity)
-        check_finite(w)
-        x = w.detach().to(compute_dtype(w.dtype))
-        tensors: dict[str, Tensor] = {}
-        if self.range == "ema":
-            low = groups.amin(x, layout).clamp_max(0.0)
-            high = groups.amax(x, layout).clamp_min(0.0)
-            if previous is not None:
-                low = 0.9 * previous["low"] + 0.1 * low
-                high = 0.9 * previous["high"] + 0.1 * high
-            tensors |= {"low": low, "high": high}
-            largest = torch.maximum(-low, high)
-        else:
-            largest = groups.amax(x.abs(), layout)
-        scale = self._rounded(largest / self._n, w.dtype)
-        if self.range == "mse":
-            scale = self._least_error(x, scale, layout, w.dtype)
-        tensors["scale"] = scale
-        return Params(tensors=tensors, layout=layout)
+    @property
+    @abc.abstractmethod
+    def _width(self) -> int:
+        """Bits a code."""
+
+    @property
+    @abc.abstractmethod
+    def _has_zero(self) -> bool:
+        """Whether 0 is one of the integers."""
 
     def _rounded(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Round to `param_dtype`, far enough from underflow that projecting twice is projecting once."""
@@ -108,12 +67,14 @@ class Uniform(Target):
         live = scale.clamp(min=smallest, max=largest).to(store)
         return torch.where(scale > 0, live, torch.zeros_like(live))
 
-    def _least_error(self, x: Tensor, full: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    def _least_error(
+        self, x: Tensor, full: Tensor, ratios: Iterable[float], layout: Layout, dtype: torch.dtype
+    ) -> Tensor:
         groups = granularity_of(self.granularity)
         best = full
         best_error = torch.full(full.shape, torch.inf, dtype=torch.float64, device=x.device)
         # From the widest range down, and only a strictly smaller error wins: ties keep the wider range.
-        for ratio in torch.linspace(1.0, _MSE_SMALLEST_RATIO, _MSE_CANDIDATES, dtype=torch.float64).tolist():
+        for ratio in ratios:
             scale = self._rounded(full.to(x.dtype) * ratio, dtype)
             error = groups.sum((self._on_grid(x, scale, layout) - x).square_(), layout)
             better = error < best_error
@@ -121,11 +82,40 @@ class Uniform(Target):
             best_error = torch.where(better, error, best_error)
         return best
 
+    def _alternating(self, x: Tensor, layout: Layout, rounds: int) -> Tensor:
+        """Nearest integers for the scale, best scale for the integers, in turn; neither can make the error larger."""
+        groups = granularity_of(self.granularity)
+        largest = groups.amax(x.abs(), layout)
+        # In units of about the largest weight, so that no product leaves the range of the dtype.
+        unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
+        unit = torch.where(largest > 0, unit, 1.0)
+        x = x / groups.expand(unit, layout)
+        live = groups.sum((x != 0).to(x.dtype), layout).clamp_min_(1.0)
+        scale = groups.sum(x.abs(), layout) / live / max(self._n / 2, 1.0)
+        for _ in range(rounds):
+            q = self._indices(x, scale, layout)
+            size, along = groups.sum(q.square(), layout), groups.sum(q.mul_(x), layout)
+            fresh = torch.where(size > 0, along / size.clamp_min(1.0), scale)
+            if torch.equal(fresh, scale):
+                break
+            scale = fresh
+        return scale * unit
+
+    def _scale(self, params: Params, dtype: torch.dtype) -> Tensor:
+        """One scale a group; 1 where the target stores none and the params come from a file."""
+        if "scale" in params.tensors:
+            return params["scale"].to(dtype)
+        return torch.ones(granularity_of(self.granularity).count(params.layout), dtype=dtype)
+
     def _indices(self, x: Tensor, scale: Tensor, layout: Layout) -> Tensor:
         # An all-zero group has scale 0; divide it by 1 instead, the multiplication makes it zero again.
         divisor = torch.where(scale > 0, scale, 1.0).to(x.dtype)
-        step = granularity_of(self.granularity).expand(divisor, layout)
-        return torch.div(x, step).round_().clamp_(-self._n, self._n)
+        index = torch.div(x, granularity_of(self.granularity).expand(divisor, layout))
+        if self._has_zero:
+            return index.round_().clamp_(-self._n, self._n)
+        # By the sign of the weight, not of the quotient: sign(0) and sign(-0) are both +1.
+        size = index.abs_().round_().clamp_(1, self._n)
+        return torch.where(x < 0, -size, size)
 
     def _on_grid(self, x: Tensor, scale: Tensor, layout: Layout) -> Tensor:
         step = granularity_of(self.granularity).expand(scale.to(x.dtype), layout)
@@ -134,35 +124,152 @@ class Uniform(Target):
 
     def project(self, w: Tensor, params: Params) -> Tensor:
         x = w.detach().to(compute_dtype(w.dtype))
-        return self._on_grid(x, params["scale"], params.layout).to(w.dtype)
+        return self._on_grid(x, self._scale(params, x.dtype), params.layout).to(w.dtype)
 
     def encode(self, w: Tensor, params: Params) -> Codes:
         check_finite(w)
         x = w.detach().to(compute_dtype(w.dtype))
-        codes = self._indices(x, params["scale"], params.layout).add_(self._n).to(torch.uint8)
-        return Codes(streams=(Stream(name="codes", values=codes.reshape(-1), width=self.bits),))
+        codes = self._indices(x, self._scale(params, x.dtype), params.layout).add_(self._n)
+        if not self._has_zero:
+            codes.sub_((codes > self._n).to(codes.dtype))
+        return Codes(streams=(Stream(name="codes", values=codes.to(torch.uint8).reshape(-1), width=self._width),))
 
     def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
         compute = compute_dtype(dtype)
         indices = codes["codes"].to(compute).sub_(self._n).reshape(params.layout.shape)
-        step = granularity_of(self.granularity).expand(params["scale"].to(compute), params.layout)
+        if not self._has_zero:
+            indices.add_((indices >= 0).to(compute))
+        step = granularity_of(self.granularity).expand(self._scale(params, compute).to(indices.device), params.layout)
         return indices.mul_(step).add_(0.0).to(dtype)
 
     def bits_on_disk(self, params: Params) -> int:
-        codes = 8 * -(-params.layout.numel * self.bits // 8)
+        codes = 8 * -(-params.layout.numel * self._width // 8)
+        if not self.stored:
+            return codes
         return codes + params["scale"].numel() * torch.finfo(_PARAM_DTYPES[self.param_dtype]).bits
 
     def cell(self, params: Params) -> Tensor:
         # A dead group (scale 0) still needs a positive width to divide by; its weights are exactly zero.
-        scale = params["scale"].float()
-        return granularity_of(self.granularity).expand(torch.where(scale > 0, scale, 1.0), params.layout)
+        scale = self._scale(params, torch.float32)
+        # Without zero the middle cell is twice as wide; where n is 1 there is no other.
+        width = scale if self._has_zero or self._n > 1 else 2 * scale.clamp(max=torch.finfo(torch.float32).max / 2)
+        return granularity_of(self.granularity).expand(torch.where(scale > 0, width, 1.0), params.layout)
 
     def typical(self, params: Params) -> Tensor:
         return self.cell(params) / 4
 
     def limits(self, params: Params) -> Tensor:
         # In float64 the product is exact, so that rounded to the weight's dtype it is the outermost level itself.
-        return granularity_of(self.granularity).expand(params["scale"].double() * self._n, params.layout)
+        scale = self._scale(params, torch.float64)
+        return granularity_of(self.granularity).expand(scale * self._n, params.layout)
+
+    def levels(self, params: Params) -> Tensor:
+        """Scale times integers, exactly, in float64; a group of scale 0 repeats the level 0."""
+        scale = granularity_of(self.granularity).expand(self._scale(params, torch.float64), params.layout)
+        steps = torch.arange(-self._n, self._n + 1, dtype=torch.float64, device=scale.device)
+        steps = steps if self._has_zero else steps[steps != 0]
+        return scale.unsqueeze(-1) * steps + 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform(_Scaled):
+    """A symmetric b-bit grid: `project(w) = scale * clamp(round(w / scale), -n, n)` with `n = 2^(b-1) - 1`.
+
+    The range is *restricted* (-n .. n, the code -2^(b-1) stays unused), so zero is a level and the grid is its
+    own mirror image. A group whose weights are all zero has scale 0 and stays zero. With `zero=False` the levels are
+    scale times +-1 .. +-n with n = 2^(b-1), every code used and 0 itself going to +scale: the grid for the survivors
+    of a pruning (the published code stops at n = 2^(b-1) - 1, its last code standing for the pruned zeros).
+
+    Args:
+        bits: width of a code, 2 to 8.
+        granularity: weights that share a scale: "tensor", "channel" or `Group(size=...)`.
+        range: how the scale is found. "minmax": max|w| / n. "ema": the same from running extremes,
+            `new = 0.9 old + 0.1 current`, as PSG's released code does. "mse": the one of 41 clipped ranges
+            (0.1 to 1 times max|w|) with the least squared error. "alternate": Q = clamp(round(w / scale)) and
+            scale = <w, Q> / <Q, Q> in turn, from the mean of |w| over non-zeros divided by n / 2 (by 1 if n < 2), as
+            the ADMM line does; the squared error never grows. "interval": the best of 201 scales, 0.9 to 1.1 times
+            max|w| / n, as in ADMM-NN.
+        param_dtype: what a scale is rounded to before anything is projected, and stored as.
+        zero: whether 0 is a level.
+        rounds: most rounds of "alternate", >= 1; the ADMM line takes 6 to 20. It stops sooner if nothing moves.
+
+    Raises:
+        ValueError: bits outside 2..8, rounds below 1, or an unknown range, granularity or param_dtype.
+
+    Example:
+        >>> w = torch.tensor([1.0, 0.4, -0.7, 0.0])
+        >>> grid = Uniform(bits=2, range="minmax")
+        >>> params = grid.fit(w)
+        >>> grid.project(w, params)
+        tensor([ 1.,  0., -1.,  0.])
+        >>> grid.bits_on_disk(params)      # four 2-bit codes and one float32 scale
+        40
+        >>> halves = Uniform(bits=2, range="minmax", zero=False)
+        >>> halves.levels(halves.fit(w)).tolist()
+        [-1.0, -0.5, 0.5, 1.0]
+
+    Reference: the released code of Kim et al., "Position-based Scaled Gradient", arXiv 2005.11035. "alternate": Leng
+    et al., "Extremely Low Bit Neural Network: Squeeze the Last Bit Out with ADMM", arXiv 1707.09870. "interval": Ren
+    et al., "ADMM-NN", arXiv 1812.11677.
+    """
+
+    bits: int
+    granularity: GranularityLike = "tensor"
+    range: Literal["minmax", "ema", "mse", "alternate", "interval"] = "mse"
+    param_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
+    zero: bool = True
+    rounds: int = 20
+
+    has_bits: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise ValueError(f"Uniform(bits={self.bits}): bits must be a whole number from 2 to 8")
+        granularity_of(self.granularity, "Uniform.granularity")
+        if self.range not in ("minmax", "ema", "mse", "alternate", "interval"):
+            known = '"minmax", "ema", "mse", "alternate" or "interval"'
+            raise ValueError(f"Uniform(range={self.range!r}): must be {known}")
+        if self.rounds < 1:
+            raise ValueError(f"Uniform(rounds={self.rounds}): must be >= 1")
+        _check_param_dtype("Uniform", self.param_dtype)
+
+    @property
+    def _n(self) -> int:
+        return 2 ** (self.bits - 1) - int(self.zero)
+
+    @property
+    def _width(self) -> int:
+        return self.bits
+
+    @property
+    def _has_zero(self) -> bool:
+        return self.zero
+
+    def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
+        layout = layout or Layout(shape=tuple(w.shape))
+        groups = granularity_of(self.granularity)
+        check_finite(w)
+        x = w.detach().to(compute_dtype(w.dtype))
+        if self.range == "alternate":
+            scale = self._rounded(self._alternating(x, layout, self.rounds), w.dtype)
+            return Params(tensors={"scale": scale}, layout=layout)
+        tensors: dict[str, Tensor] = {}
+        if self.range == "ema":
+            low = groups.amin(x, layout).clamp_max(0.0)
+            high = groups.amax(x, layout).clamp_min(0.0)
+            if previous is not None:
+                low = 0.9 * previous["low"] + 0.1 * low
+                high = 0.9 * previous["high"] + 0.1 * high
+            tensors |= {"low": low, "high": high}
+            largest = torch.maximum(-low, high)
+        else:
+            largest = groups.amax(x.abs(), layout)
+        scale = self._rounded(largest / self._n, w.dtype)
+        if self.range in ("mse", "interval"):
+            ratios = _MSE_RATIOS if self.range == "mse" else _INTERVAL_RATIOS
+            scale = self._least_error(x, scale, ratios, layout, w.dtype)
+        tensors["scale"] = scale
+        return Params(tensors=tensors, layout=layout)
 
     def at_bits(self, w: Tensor, params: Params, bits: int) -> tuple[Target, Params]:
         """The b-bit grid with the least squared error among a fresh fit and the trained steps times 2^-3 .. 2^3.
@@ -172,10 +279,9 @@ class Uniform(Target):
         """
         if bits == self.bits:
             return self, params
-        fresh_range: Literal["minmax", "mse"] = "mse" if self.range == "mse" else "minmax"
-        target = replace(self, bits=bits, range=fresh_range)
+        target = replace(self, bits=bits, range="minmax" if self.range == "ema" else self.range)
         fresh = target.fit(w, params.layout)
-        if self.range != "mse":
+        if target.range == "minmax":
             return target, fresh
         groups = granularity_of(self.granularity)
         x = w.detach().to(compute_dtype(w.dtype))
@@ -188,6 +294,411 @@ class Uniform(Target):
             best = torch.where(better, scale, best)
             best_error = torch.where(better, error, best_error)
         return target, Params(tensors={"scale": best}, layout=params.layout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Binary(_Scaled):
+    """One bit a weight: `project(w) = alpha * sign(w)` with sign(0) = +1.
+
+    Args:
+        scale: "mean": alpha is the mean |w| of a group, which is the exact least squares. `None`: alpha is 1 and
+            nothing is stored, as in mirror descent on {-1, +1}; it needs a normalisation layer after each weight.
+        granularity: weights that share alpha: "tensor", "channel" or `Group(size=...)`.
+        param_dtype: what alpha is rounded to before anything is projected, and stored as.
+
+    Raises:
+        ValueError: an unknown scale, granularity or param_dtype.
+
+    Example:
+        >>> w = torch.tensor([0.5, -1.5, 0.0, 2.0])
+        >>> binary = Binary()
+        >>> binary.project(w, binary.fit(w))
+        tensor([ 1., -1.,  1.,  1.])
+        >>> binary.bits_on_disk(binary.fit(w))      # four bits in a byte, and one float32
+        40
+
+    Reference: Rastegari et al., "XNOR-Net", arXiv 1603.05279, section 3.1; without a scale Ajanthan et al., "Mirror
+    Descent View for Neural Network Quantization", arXiv 1910.08237.
+    """
+
+    scale: Literal["mean"] | None = "mean"
+    granularity: GranularityLike = "tensor"
+    param_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.scale not in ("mean", None):
+            raise ValueError(f'Binary(scale={self.scale!r}): must be "mean" or None')
+        granularity_of(self.granularity, "Binary.granularity")
+        _check_param_dtype("Binary", self.param_dtype)
+
+    @property
+    def stored(self) -> tuple[str, ...]:  # type: ignore[override]
+        return () if self.scale is None else ("scale",)
+
+    @property
+    def _n(self) -> int:
+        return 1
+
+    @property
+    def _width(self) -> int:
+        return 1
+
+    @property
+    def _has_zero(self) -> bool:
+        return False
+
+    def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
+        layout = layout or Layout(shape=tuple(w.shape))
+        check_finite(w)
+        groups = granularity_of(self.granularity)
+        if self.scale is None:
+            ones = torch.ones(groups.count(layout), dtype=torch.float32, device=w.device)
+            return Params(tensors={"scale": ones}, layout=layout)
+        x = w.detach().abs().to(compute_dtype(w.dtype))
+        mean = groups.sum(x, layout) / groups.sizes(layout).to(x.device)
+        return Params(tensors={"scale": self._rounded(mean, w.dtype)}, layout=layout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ternary(_Scaled):
+    """Three levels: `project(w) = a * clamp(round(w / a), -1, 1)`, so the threshold is a / 2 (where w goes to 0).
+
+    Args:
+        scale: "exact": the a with the least squared error, found by sorting |w| and taking the k with the largest
+            (sum of the k largest)^2 / k. "alternate": Q = clamp(round(w / a)) and a = <w, Q> / <Q, Q> in turn from the
+            mean |w| over non-zeros, 20 rounds at most, as the ADMM line does; faster, and a local optimum. `None`: a
+            is 1 and nothing is stored, as in mirror descent on {-1, 0, +1}.
+        granularity: weights that share a: "tensor", "channel" or `Group(size=...)`.
+        param_dtype: what a is rounded to before anything is projected, and stored as.
+
+    Raises:
+        ValueError: an unknown scale, granularity or param_dtype.
+
+    Example:
+        >>> w = torch.tensor([1.0, 0.1, -0.8, 0.0])
+        >>> ternary = Ternary()
+        >>> ternary.project(w, ternary.fit(w))
+        tensor([ 0.9000,  0.0000, -0.9000,  0.0000])
+        >>> ternary.bits_on_disk(ternary.fit(w))      # four 2-bit codes and one float32
+        40
+
+    Reference: Li et al., "Ternary Weight Networks", arXiv 1605.04711; "alternate": Leng et al., arXiv 1707.09870;
+    without a scale Ajanthan et al., arXiv 1910.08237.
+    """
+
+    scale: Literal["exact", "alternate"] | None = "exact"
+    granularity: GranularityLike = "tensor"
+    param_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.scale not in ("exact", "alternate", None):
+            raise ValueError(f'Ternary(scale={self.scale!r}): must be "exact", "alternate" or None')
+        granularity_of(self.granularity, "Ternary.granularity")
+        _check_param_dtype("Ternary", self.param_dtype)
+
+    @property
+    def stored(self) -> tuple[str, ...]:  # type: ignore[override]
+        return () if self.scale is None else ("scale",)
+
+    @property
+    def _n(self) -> int:
+        return 1
+
+    @property
+    def _width(self) -> int:
+        return 2
+
+    @property
+    def _has_zero(self) -> bool:
+        return True
+
+    def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
+        layout = layout or Layout(shape=tuple(w.shape))
+        check_finite(w)
+        groups = granularity_of(self.granularity)
+        if self.scale is None:
+            ones = torch.ones(groups.count(layout), dtype=torch.float32, device=w.device)
+            return Params(tensors={"scale": ones}, layout=layout)
+        x = w.detach().to(compute_dtype(w.dtype))
+        if self.scale == "exact":
+            scale = ternary_scale(groups.cut(x.abs(), layout, 0.0))
+        else:
+            scale = self._alternating(x, layout, 20)
+        return Params(tensors={"scale": self._rounded(scale, w.dtype)}, layout=layout)
+
+
+class _Listed(Target):
+    """Levels that are listed one by one for each group."""
+
+    granularity: GranularityLike
+
+    is_exact: ClassVar[bool] = True
+
+    @property
+    def scope(self) -> Scope:
+        return "element"
+
+    @property
+    @abc.abstractmethod
+    def _width(self) -> int:
+        """Bits a code."""
+
+    @abc.abstractmethod
+    def _table(self, params: Params) -> Tensor:
+        """(groups, levels), ascending, in float64; every level is a number of the weight's dtype."""
+
+    def _pieces(self, x: Tensor, layout: Layout) -> Iterable[tuple[Tensor, Tensor]]:
+        """Pieces of a tensor, each with the group of every weight."""
+        marks = torch.arange(granularity_of(self.granularity).count(layout), dtype=torch.int32, device=x.device)
+        group = granularity_of(self.granularity).expand(marks, layout).broadcast_to(x.shape)
+        if x.numel() <= _PIECE or x.dim() < 2:
+            return [(x, group)]
+        rows = max(1, _PIECE * x.shape[0] // x.numel())
+        return zip(x.split(rows), group.split(rows), strict=True)
+
+    def _places(self, x: Tensor, table: Tensor, layout: Layout) -> Tensor:
+        """Number of the nearest level of each weight's group, int32; half-way the lower one."""
+        middles = (table[:, :-1] + table[:, 1:]) / 2
+        # Rounded down: a weight is above the true middle exactly when it is above the largest number not beyond it.
+        bounds = middles.to(x.dtype)
+        bounds = torch.where(bounds.double() > middles, bounds.nextafter(torch.full_like(bounds, -torch.inf)), bounds)
+        if len(table) == 1:
+            return torch.bucketize(x.contiguous(), bounds[0], out_int32=True)
+        size = 1 << (table.shape[1] - 1).bit_length()
+        bounds = torch.nn.functional.pad(bounds, (0, size - 1 - bounds.shape[1]), value=torch.inf).reshape(-1)
+        places = []
+        for part, group in self._pieces(x, layout):
+            place = torch.zeros_like(part, dtype=torch.int32)
+            step = size
+            while step > 1:
+                step //= 2
+                bound = bounds.index_select(0, (group * (size - 1) + place + (step - 1)).reshape(-1))
+                place += step * (part > bound.reshape(part.shape))
+            places.append(place)
+        return torch.cat(places) if len(places) > 1 else places[0]
+
+    def _values(self, places: Tensor, table: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+        table = table.to(dtype)
+        if len(table) == 1:
+            return table[0].index_select(0, places.reshape(-1)).reshape(places.shape)
+        flat, k = table.reshape(-1), table.shape[1]
+        parts = [
+            flat.index_select(0, (group * k + place).reshape(-1)).reshape(place.shape)
+            for place, group in self._pieces(places, layout)
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def project(self, w: Tensor, params: Params) -> Tensor:
+        x = w.detach().to(compute_dtype(w.dtype))
+        table = self._table(params)
+        return self._values(self._places(x, table, params.layout), table, params.layout, w.dtype)
+
+    def encode(self, w: Tensor, params: Params) -> Codes:
+        check_finite(w)
+        x = w.detach().to(compute_dtype(w.dtype))
+        codes = self._places(x, self._table(params), params.layout).to(torch.uint8).reshape(-1)
+        return Codes(streams=(Stream(name="codes", values=codes, width=self._width),))
+
+    def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
+        table = self._table(params).to(codes["codes"].device)
+        places = codes["codes"].to(torch.int32).reshape(params.layout.shape)
+        if places.numel() and int(places.max()) >= table.shape[1]:
+            raise ValueError(f"a code of {int(places.max())}, where there are only {table.shape[1]} levels")
+        return self._values(places, table, params.layout, dtype)
+
+    def bits_on_disk(self, params: Params) -> int:
+        codes = 8 * -(-params.layout.numel * self._width // 8)
+        return codes + sum(params[name].numel() * torch.finfo(params[name].dtype).bits for name in self.stored)
+
+    def typical(self, params: Params) -> Tensor:
+        """A quarter of the mean distance of neighbouring levels, as on an evenly spaced grid."""
+        table = self._table(params)
+        mean = (table[:, -1] - table[:, 0]) / (4 * (table.shape[1] - 1))
+        smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+        mean = torch.where(mean > 0, mean.clamp(smallest, largest), 1.0).float()
+        return granularity_of(self.granularity).expand(mean, params.layout)
+
+    def limits(self, params: Params) -> Tensor:
+        return granularity_of(self.granularity).expand(self._table(params).abs().amax(dim=1), params.layout)
+
+    def levels(self, params: Params) -> Tensor:
+        """The levels in float64, ascending; where a group has fewer, some are repeated."""
+        groups = granularity_of(self.granularity)
+        return torch.stack([groups.expand(level, params.layout) for level in self._table(params).unbind(1)], dim=-1)
+
+
+_SMALLEST_POWER = {torch.float16: -24}  # half precision has few exponents, so its subnormal numbers count too
+_DEAD = -2048.0  # the exponent of a group of zeros without the level 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerOfTwo(_Listed):
+    """Levels +-2^top, +-2^(top-1), .. and 0: multiplying by a weight is a shift.
+
+        project(w) = the nearest of {0, +-2^(top-n+1) .. +-2^top},    n = 2^(b-1) - 1
+
+    Nearest in value: the boundary between 2^j and 2^(j+1) is 1.5 * 2^j, that between 0 and the smallest level half that
+    level; a weight on a boundary goes to the lower level. With `zero=False` there are n = 2^(b-1) powers a side, 0
+    itself goes to the smallest negative one, and a group of zeros stays zero.
+
+    Args:
+        bits: width of a code, 2 to 5: more powers than five bits hold no weight tensor spans.
+        granularity: weights that share a top: "tensor", "channel" or `Group(size=...)`.
+        range: how the top is found. "max": the power nearest to max|w|, which is floor(log2(4 max|w| / 3)). "mse": the
+            one of that and the three below with the least squared error.
+        zero: whether 0 is a level.
+
+    Raises:
+        ValueError: bits outside 2..5, or an unknown range or granularity.
+
+    Example:
+        >>> w = torch.tensor([1.1, 0.4, -0.7, 0.05])
+        >>> powers = PowerOfTwo(bits=3)
+        >>> powers.project(w, powers.fit(w))
+        tensor([ 1.0000,  0.5000, -0.5000,  0.0000])
+
+    Reference: Zhou et al., "Incremental Network Quantization", arXiv 1702.03044, section 2.2 (same rule for the top).
+    """
+
+    bits: int
+    granularity: GranularityLike = "tensor"
+    range: Literal["max", "mse"] = "mse"
+    zero: bool = True
+
+    has_bits: ClassVar[bool] = True
+    stored: ClassVar[tuple[str, ...]] = ("top",)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 5:
+            raise ValueError(f"PowerOfTwo(bits={self.bits}): bits must be a whole number from 2 to 5")
+        granularity_of(self.granularity, "PowerOfTwo.granularity")
+        if self.range not in ("max", "mse"):
+            raise ValueError(f'PowerOfTwo(range={self.range!r}): must be "max" or "mse"')
+
+    @property
+    def _n(self) -> int:
+        return 2 ** (self.bits - 1) - int(self.zero)
+
+    @property
+    def _width(self) -> int:
+        return self.bits
+
+    def _table(self, params: Params) -> Tensor:
+        top = params["top"].double().unsqueeze(1)
+        down = torch.arange(self._n, dtype=torch.float64, device=top.device)
+        sizes = torch.where(top > _DEAD, _power(top - down), 0.0)
+        middle = [torch.zeros_like(top)] if self.zero else []
+        return torch.cat([-sizes, *middle, sizes.flip(1)], dim=1) + 0.0
+
+    def _window(self, top: Tensor, dtype: torch.dtype) -> Tensor:
+        """Tops moved so that every level is a number of the weight's dtype; exact in float16, as they are stored."""
+        smallest = _SMALLEST_POWER.get(dtype, -126)
+        largest = 15 if dtype == torch.float16 else 127
+        return top.clamp(smallest + self._n - 1, largest).to(torch.float16)
+
+    def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
+        layout = layout or Layout(shape=tuple(w.shape))
+        check_finite(w)
+        x = w.detach().to(compute_dtype(w.dtype))
+        largest = granularity_of(self.granularity).amax(x.abs(), layout)
+        mantissa, exponent = torch.frexp(largest)  # largest = mantissa * 2^exponent, mantissa in [1/2, 1)
+        top = self._window(exponent - (mantissa < 0.75).to(exponent.dtype), w.dtype)
+        if not self.zero:
+            top = torch.where(largest > 0, top, _DEAD)
+        if self.range == "mse":
+            top = self._best(x, [top, *(self._window(top.int() - i, w.dtype) for i in (1, 2, 3))], layout)
+        return Params(tensors={"top": top}, layout=layout)
+
+    def _best(self, x: Tensor, tops: list[Tensor], layout: Layout) -> Tensor:
+        """For each group the top with the least squared error, the earliest of equals."""
+        best, least = tops[0], self._error(x, tops[0], layout)
+        for top in tops[1:]:
+            error = self._error(x, top, layout)
+            better = (error < least) & (best > _DEAD)
+            best, least = torch.where(better, top, best), torch.where(better, error, least)
+        return best
+
+    def _error(self, x: Tensor, top: Tensor, layout: Layout) -> Tensor:
+        q = self.project(x, Params(tensors={"top": top}, layout=layout))
+        return granularity_of(self.granularity).sum(q.sub_(x).square_(), layout)
+
+    def at_bits(self, w: Tensor, params: Params, bits: int) -> tuple[Target, Params]:
+        """More or fewer powers: the better, for each group, of a fresh fit and the trained top."""
+        if bits == self.bits:
+            return self, params
+        target = replace(self, bits=bits)
+        fresh = target.fit(w, params.layout)
+        trained = torch.where(params["top"] > _DEAD, target._window(params["top"], w.dtype), params["top"])
+        best = target._best(w.detach().to(compute_dtype(w.dtype)), [trained, fresh["top"]], params.layout)
+        return target, Params(tensors={"top": best}, layout=params.layout)
+
+
+def _power(exponent: Tensor) -> Tensor:
+    """2^exponent for whole exponents in -1022 .. 1023, exactly: written as the bits of a float64."""
+    return ((exponent.clamp(-1022, 1023).long() + 1023) << 52).view(torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedLevels(_Listed):
+    """k levels a group, found by k-means: `project(w)` is the nearest level, half-way the lower one.
+
+    Each level is the mean of the weights it serves (Lloyd's algorithm from two fixed starts, the better one kept), so
+    the fit draws nothing at random. Sorting takes one copy of the weights, whatever their number. Groups with fewer
+    distinct weights than levels are met exactly, and the largest level is repeated.
+
+    Args:
+        k: levels, 2 to 256; a code takes ceil(log2 k) bits.
+        zero: one of the levels is 0, for weights that a pruning set to zero.
+        granularity: weights that share levels: "tensor", "channel" or `Group(size=...)`.
+        param_dtype: what levels are rounded to before anything is projected, and stored as.
+
+    Raises:
+        ValueError: k outside 2..256, or an unknown granularity or param_dtype.
+
+    Example:
+        >>> w = torch.tensor([1.0, 1.5, -2.0, -2.5, 0.0])
+        >>> learned = LearnedLevels(k=3, zero=True)
+        >>> learned.project(w, learned.fit(w))
+        tensor([ 1.2500,  1.2500, -2.2500, -2.2500,  0.0000])
+        >>> learned.bits_on_disk(learned.fit(w))      # five 2-bit codes in two bytes, and three float32
+        112
+
+    Reference: Han et al., "Deep Compression", arXiv 1510.00149, section 3.1.
+    """
+
+    k: int
+    zero: bool = False
+    granularity: GranularityLike = "tensor"
+    param_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
+
+    stored: ClassVar[tuple[str, ...]] = ("levels",)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.k, int) or isinstance(self.k, bool) or not 2 <= self.k <= 256:
+            raise ValueError(f"LearnedLevels(k={self.k}): k must be a whole number from 2 to 256")
+        granularity_of(self.granularity, "LearnedLevels.granularity")
+        _check_param_dtype("LearnedLevels", self.param_dtype)
+
+    @property
+    def _width(self) -> int:
+        return (self.k - 1).bit_length()
+
+    def _table(self, params: Params) -> Tensor:
+        return params["levels"].double()
+
+    def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
+        layout = layout or Layout(shape=tuple(w.shape))
+        check_finite(w)
+        groups = granularity_of(self.granularity)
+        x = w.detach().to(compute_dtype(w.dtype))
+        levels = kmeans(groups.cut(x, layout, torch.inf), groups.sizes(layout), self.k, self.zero)
+        store = _PARAM_DTYPES[self.param_dtype]
+        # Numbers of both dtypes, so that a level stays where it is when it becomes a weight: 65280 is the largest
+        # number that float16 and bfloat16 share.
+        most = min(torch.finfo(store).max, torch.finfo(w.dtype).max)
+        most = min(most, 65280.0) if {store, w.dtype} == {torch.float16, torch.bfloat16} else most
+        levels = levels.clamp(-most, most).to(w.dtype).to(store)
+        return Params(tensors={"levels": levels.add_(0.0)}, layout=layout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,3 +756,6 @@ class Zero(Target):
     def typical(self, params: Params) -> Tensor:
         mean = params["mean"]
         return granularity_of(self.granularity).expand(torch.where(mean > 0, mean, 1.0), params.layout)
+
+    def levels(self, params: Params) -> Tensor:
+        return torch.zeros(1, dtype=torch.float64, device=params["mean"].device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import abc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -10,19 +12,99 @@ import torch
 from torch import Tensor
 
 from detent.grouping import Layout
-from detent.targets.base import Codes, Params, Stream, Target, check_finite, compute_dtype
+from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite, compute_dtype
 
-__all__ = ["TopK"]
+__all__ = ["NM", "Sparse", "Structured", "TopK", "square_unit"]
+
+_PIECE = 1 << 20  # weights ranked at a time, so that passing tensors stay small beside the weight
+_COMPARED = 16  # up to this length of a block, comparing all pairs is faster than sorting
+_LONGEST_RANK = 1 << 62  # patterns of a block that int64 can count
+
+
+class Sparse(Target):
+    """A target that keeps some weights as they are: which ones is all there is to say.
+
+    A final subclass says which patterns are allowed (`choose`) and how one is written (`pattern`, `unpattern`).
+    `SparseLevels` uses the same three to put the survivors on levels.
+    """
+
+    is_exact: ClassVar[bool] = True
+    stored: ClassVar[tuple[str, ...]] = ()
+
+    @abc.abstractmethod
+    def choose(self, gain: Tensor, params: Params) -> Tensor:
+        """The allowed pattern whose kept weights have the largest sum of gains, as a mask; ties go to earlier ones."""
+
+    @abc.abstractmethod
+    def pattern(self, mask: Tensor, params: Params) -> tuple[Stream, ...]:
+        """A chosen mask as codes."""
+
+    @abc.abstractmethod
+    def unpattern(self, codes: Codes, params: Params) -> Tensor:
+        """The mask, from its codes; only the layout of the params is there."""
+
+    @abc.abstractmethod
+    def pattern_bits(self, params: Params) -> int:
+        """Bits on disk of the pattern, each stream padded to whole bytes."""
+
+    @abc.abstractmethod
+    def kept(self, params: Params) -> int:
+        """Number of values written: that of the weights kept, or the largest possible one where it may differ."""
+
+    def mask(self, w: Tensor, params: Params) -> Tensor:
+        """Mask of the weights that `project` keeps."""
+        return self.choose(w.detach().abs(), params)
+
+    def _numbers(self, w: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Bits of a weight, and the typical distance of those that must go: any positive number if none must."""
+        size = w.detach().abs().to(compute_dtype(w.dtype))
+        losers = size.numel() - int(mask.sum())
+        total = size.sum(dtype=torch.float64) - size[mask].sum(dtype=torch.float64)
+        mean = (total / max(losers, 1)).float()
+        return {
+            "width": torch.tensor(torch.finfo(w.dtype).bits),
+            "mean": torch.where(mean > 0, mean, torch.ones_like(mean)),
+        }
+
+    def project(self, w: Tensor, params: Params) -> Tensor:
+        w = w.detach()
+        # where, not multiplication: 0 * inf would be NaN, and a kept -0.0 must become +0.0.
+        kept = torch.where(self.mask(w, params), w, torch.zeros((), dtype=w.dtype, device=w.device))
+        return kept.add_(0.0)
+
+    def encode(self, w: Tensor, params: Params) -> Codes:
+        check_finite(w)
+        mask = self.mask(w, params)
+        values = (w.detach().reshape(-1)[mask.reshape(-1)] + 0.0).contiguous()
+        stream = Stream(name="values", values=padded(values, self.kept(params)), width=torch.finfo(w.dtype).bits)
+        return Codes(streams=(*self.pattern(mask, params), stream))
+
+    def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
+        values = codes["values"]
+        mask = self.unpattern(codes, params).reshape(-1)
+        whole = torch.zeros(params.layout.numel, dtype=dtype, device=values.device)
+        whole[mask] = values[: int(mask.sum())].to(dtype)
+        return whole.reshape(params.layout.shape)
+
+    def bits_on_disk(self, params: Params) -> int:
+        return self.pattern_bits(params) + self.kept(params) * int(params["width"])
+
+    def typical(self, params: Params) -> Tensor:
+        return params["mean"]
+
+    def free(self, w: Tensor, params: Params) -> Tensor:
+        return self.mask(w, params)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopK(Target):
+class TopK(Sparse):
     """At most k non-zero weights: `project(w)` keeps the k largest |w| and sets the others to zero.
 
     Ties are broken by position (row-major), so the count is exact and every rank agrees.
 
     Args:
-        keep: fraction of weights kept, a `float` in (0, 1], rounded to the nearest count; or a count, an `int` >= 1.
+        keep: fraction of weights kept, a `float` in (0, 1], rounded to the nearest count; or a count, an `int` >= 1;
+            or "nonzero", as many as are not zero when the target is fitted: what an earlier pruning left.
         scope: "tensor": `keep` applies to each tensor. "model": `keep` applies to all tensors of the rule
             together; `fit` then shares the count out by one threshold over all of them.
 
@@ -38,17 +120,12 @@ class TopK(Target):
     Reference: magnitude pruning; Han et al., arXiv 1506.02626.
     """
 
-    keep: float | int
+    keep: float | int | Literal["nonzero"]
     scope: Literal["tensor", "model"] = "tensor"  # type: ignore[assignment]
 
-    is_exact: ClassVar[bool] = True
-    stored: ClassVar[tuple[str, ...]] = ()
-
     def __post_init__(self) -> None:
-        if isinstance(self.keep, bool) or (isinstance(self.keep, int) and self.keep < 1):
-            raise ValueError(f"TopK(keep={self.keep}): a count must be an int >= 1")
-        if isinstance(self.keep, float) and not 0.0 < self.keep <= 1.0:
-            raise ValueError(f"TopK(keep={self.keep}): a fraction must lie in (0, 1]")
+        if self.keep != "nonzero":
+            _check_keep("TopK", self.keep)
         if self.scope not in ("tensor", "model"):
             raise ValueError(f'TopK(scope={self.scope!r}): must be "tensor" or "model"')
 
@@ -57,30 +134,18 @@ class TopK(Target):
             return f"TopK(keep={self.keep}) asks for more weights than the {layout.numel} there are"
         return Target.accepts(self, shape, dtype, layout)
 
-    def _count(self, total: int) -> int:
-        if isinstance(self.keep, int):
-            if self.keep > total:
-                raise ValueError(f"TopK(keep={self.keep}) asks for more weights than the {total} there are")
-            return self.keep
-        return max(1, round(self.keep * total))
+    def _count(self, weights: Sequence[Tensor]) -> int:
+        if isinstance(self.keep, str):
+            return sum(int(torch.count_nonzero(w.detach())) for w in weights)
+        return _count_of("TopK", self.keep, sum(w.numel() for w in weights), "weights")
 
     def _params(self, w: Tensor, layout: Layout, count: int) -> Params:
-        size = w.detach().abs().to(compute_dtype(w.dtype))
-        losers = size.numel() - count
-        # The typical distance is the mean |w| of the weights that must go; any positive number if none must.
-        total = size.sum(dtype=torch.float64) - size[_largest(w, count)].sum(dtype=torch.float64)
-        mean = (total / max(losers, 1)).float()
-        tensors = {
-            "count": torch.tensor(count),
-            "width": torch.tensor(torch.finfo(w.dtype).bits),
-            "mean": torch.where(mean > 0, mean, torch.ones_like(mean)),
-        }
-        return Params(tensors=tensors, layout=layout)
+        numbers = self._numbers(w, _largest(w.detach().abs(), count))
+        return Params(tensors={"count": torch.tensor(count), **numbers}, layout=layout)
 
     def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
         check_finite(w)
-        layout = layout or Layout(shape=tuple(w.shape))
-        return self._params(w, layout, self._count(w.numel()))
+        return self._params(w, layout or Layout(shape=tuple(w.shape)), self._count([w]))
 
     def fit_model(
         self, weights: Sequence[Tensor], layouts: Sequence[Layout], previous: Sequence[Params | None]
@@ -90,53 +155,411 @@ class TopK(Target):
         for w in weights:
             check_finite(w)
         flat = torch.cat([w.detach().reshape(-1).to(compute_dtype(w.dtype)) for w in weights])
-        kept = _largest(flat, self._count(flat.numel()))
+        kept = _largest(flat.abs_(), self._count(weights))
         counts = [int(part.sum()) for part in kept.split([w.numel() for w in weights])]
         return [self._params(w, layout, k) for w, layout, k in zip(weights, layouts, counts, strict=True)]
 
-    def project(self, w: Tensor, params: Params) -> Tensor:
-        w = w.detach()
-        # where, not multiplication: 0 * inf would be NaN, and a kept -0.0 must become +0.0.
-        kept = torch.where(_largest(w, int(params["count"])), w, torch.zeros((), dtype=w.dtype, device=w.device))
-        return kept.add_(0.0)
+    def choose(self, gain: Tensor, params: Params) -> Tensor:
+        return _largest(gain, int(params["count"]))
 
-    def encode(self, w: Tensor, params: Params) -> Codes:
+    def pattern(self, mask: Tensor, params: Params) -> tuple[Stream, ...]:
+        return (Stream(name="mask", values=mask.reshape(-1).to(torch.uint8), width=1),)
+
+    def unpattern(self, codes: Codes, params: Params) -> Tensor:
+        return codes["mask"].bool().reshape(params.layout.shape)
+
+    def pattern_bits(self, params: Params) -> int:
+        return 8 * -(-params.layout.numel // 8)
+
+    def kept(self, params: Params) -> int:
+        return int(params["count"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class NM(Sparse):
+    """At most n non-zero weights in every m consecutive ones along the inputs: the n largest |w| of each block.
+
+    Blocks run along the inputs of one output channel. Ties are broken by position in the block; a last short block
+    keeps min(n, its length). On disk a block is the number of its pattern, `ceil(log2(C(m, n)))` bits, and n values.
+
+    Args:
+        n: non-zero weights a block, 1 to m.
+        m: weights a block, >= 1.
+        along: order of the inputs of a convolution. "channels": input channels at one kernel position, which is how
+            2:4 hardware reads a convolution; a depthwise one has a single input channel and is left whole. "columns":
+            columns of the GEMM matrix, that is input channel by input channel, each with its kernel positions. Linear
+            layers know no difference.
+
+    Raises:
+        ValueError: n or m outside its range, or an unknown order.
+
+    Example:
+        >>> w = torch.tensor([[3.0, -1.0, 1.0, -4.0, 0.5, 0.1]])
+        >>> two_of_four = NM(n=2, m=4)
+        >>> two_of_four.project(w, two_of_four.fit(w))
+        tensor([[ 3.0000,  0.0000,  0.0000, -4.0000,  0.5000,  0.1000]])
+
+    Reference: Mishra et al., "Accelerating Sparse Deep Neural Networks", arXiv 2104.08378.
+    """
+
+    n: int
+    m: int
+    along: Literal["channels", "columns"] = "channels"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.m, bool) or not isinstance(self.m, int) or self.m < 1:
+            raise ValueError(f"NM(m={self.m}): a block holds a whole number of weights, at least 1")
+        if isinstance(self.n, bool) or not isinstance(self.n, int) or not 1 <= self.n <= self.m:
+            raise ValueError(f"NM(n={self.n}, m={self.m}): n must be a whole number from 1 to m")
+        if self.along not in ("channels", "columns"):
+            raise ValueError(f'NM(along={self.along!r}): must be "channels" or "columns"')
+
+    @property
+    def scope(self) -> Scope:
+        return "tensor"  # a row of axis 0 is no output channel in a transposed convolution
+
+    def _shape(self, layout: Layout) -> tuple[int, int, int]:
+        """(lines that blocks run along, full blocks a line, length of its last short block)."""
+        kernel = _kernel(layout) if self.along == "channels" else 1
+        length = _matrix(layout)[1] // kernel
+        return layout.channels * kernel, length // self.m, length % self.m
+
+    def _blocks(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """(full blocks, short blocks), one a row."""
+        lines, full, _ = self._shape(layout)
+        matrix = layout.by_channel(x)
+        kernel = lines // layout.channels
+        line = matrix.reshape(layout.channels, -1, kernel).transpose(1, 2).reshape(lines, -1)
+        return line[:, : full * self.m].reshape(-1, self.m), line[:, full * self.m :]
+
+    def _whole(self, blocks: Tensor, rest: Tensor, layout: Layout) -> Tensor:
+        """Inverse of `_blocks`."""
+        lines, full, _ = self._shape(layout)
+        line = torch.cat([blocks.reshape(lines, full * self.m), rest], dim=1)
+        matrix = line.reshape(layout.channels, lines // layout.channels, -1).transpose(1, 2)
+        return layout.from_channels(matrix.reshape(layout.channels, -1))
+
+    def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
         check_finite(w)
-        mask = _largest(w.detach(), int(params["count"])).reshape(-1)
-        values = (w.detach().reshape(-1)[mask] + 0.0).contiguous()
-        width = torch.finfo(w.dtype).bits
-        return Codes(
-            streams=(
-                Stream(name="mask", values=mask.to(torch.uint8), width=1),
-                Stream(name="values", values=values, width=width),
-            )
-        )
+        params = Params(layout=layout or Layout(shape=tuple(w.shape)))
+        tensors = {"count": torch.tensor(self.kept(params)), **self._numbers(w, self.mask(w, params))}
+        return Params(tensors=tensors, layout=params.layout)
 
-    def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
-        values = codes["values"]
-        whole = torch.zeros(params.layout.numel, dtype=dtype, device=values.device)
-        whole[codes["mask"].bool()] = values.to(dtype)
-        return whole.reshape(params.layout.shape)
+    def choose(self, gain: Tensor, params: Params) -> Tensor:
+        layout = params.layout.whole()
+        blocks, rest = self._blocks(gain, layout)
+        return self._whole(_best(blocks, self.n), _best(rest, self.n), layout)
 
-    def bits_on_disk(self, params: Params) -> int:
-        return 8 * -(-params.layout.numel // 8) + int(params["count"]) * int(params["width"])
+    def pattern(self, mask: Tensor, params: Params) -> tuple[Stream, ...]:
+        blocks, rest = self._blocks(mask, params.layout.whole())
+        return (*_ranked("positions", blocks, self.n), *_ranked("last", rest, self.n))
 
-    def typical(self, params: Params) -> Tensor:
-        return params["mean"]
+    def unpattern(self, codes: Codes, params: Params) -> Tensor:
+        lines, full, tail = self._shape(params.layout)
+        blocks = _unranked("positions", codes, lines * full, self.m, self.n)
+        return self._whole(blocks, _unranked("last", codes, lines, tail, self.n), params.layout)
 
-    def free(self, w: Tensor, params: Params) -> Tensor:
-        return _largest(w.detach(), int(params["count"]))
+    def pattern_bits(self, params: Params) -> int:
+        lines, full, tail = self._shape(params.layout)
+        written = [(lines * full, width) for width in _rank_widths(self.m, self.n)]
+        written += [(lines, width) for width in _rank_widths(tail, self.n)]
+        return sum(8 * -(-count * width // 8) for count, width in written)
+
+    def kept(self, params: Params) -> int:
+        lines, full, tail = self._shape(params.layout)
+        return lines * (full * self.n + min(tail, self.n))
 
 
-def _largest(w: Tensor, count: int) -> Tensor:
-    """Mask of the `count` largest |w|; ties go to the earlier position in row-major order."""
-    size = w.detach().abs().reshape(-1)
-    if count >= size.numel():
-        return torch.ones_like(w, dtype=torch.bool)
+@dataclass(frozen=True, kw_only=True)
+class Structured(Sparse):
+    """At most k non-zero groups of the GEMM matrix: the k of the largest L2 norm; all other groups are zero.
+
+    The matrix has a row an output channel and a column an input position (input channel by input channel, each with
+    its kernel positions). Ties are broken by position, so counts are exact. In a convolution of several groups a
+    column or channel is that position in all of them.
+
+    Args:
+        group: "filter": a row. "column": a column, one input position of all filters (shape-wise). "channel": the
+            columns of one input channel. "block": a tile of the matrix.
+        keep: fraction of the groups kept, a `float` in (0, 1], rounded to the nearest count; or a count, an `int` >= 1.
+        scope: "tensor": `keep` applies to each tensor. "model": to the groups of all tensors of the rule together,
+            which are then compared by their mean square, as groups of different layers have different sizes.
+        block: (rows, columns) of a tile, each >= 1, for group="block"; tiles at the edges may be smaller.
+
+    Raises:
+        ValueError: a field outside its range, or a block without group="block" or the other way round.
+
+    Example:
+        >>> w = torch.tensor([[3.0, -1.0], [0.5, 0.1], [1.0, -4.0]])
+        >>> rows = Structured(group="filter", keep=2)
+        >>> rows.project(w, rows.fit(w))
+        tensor([[ 3., -1.],
+                [ 0.,  0.],
+                [ 1., -4.]])
+
+    Reference: Zhang et al., "StructADMM", arXiv 1807.11091.
+    """
+
+    group: Literal["filter", "channel", "column", "block"]
+    keep: float | int
+    scope: Literal["tensor", "model"] = "tensor"  # type: ignore[assignment]
+    block: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.group not in ("filter", "channel", "column", "block"):
+            raise ValueError(f'Structured(group={self.group!r}): must be "filter", "channel", "column" or "block"')
+        _check_keep("Structured", self.keep)
+        if self.scope not in ("tensor", "model"):
+            raise ValueError(f'Structured(scope={self.scope!r}): must be "tensor" or "model"')
+        if (self.block is not None) != (self.group == "block"):
+            raise ValueError(f"Structured(group={self.group!r}, block={self.block}): tiles need both, others no block")
+        sides = self.block if isinstance(self.block, tuple) and len(self.block) == 2 else (0,)
+        if self.block is not None and not all(type(side) is int and side >= 1 for side in sides):
+            raise ValueError(f"Structured(block={self.block}): must be a pair (rows, columns) of whole numbers >= 1")
+
+    def accepts(self, shape: Sequence[int], dtype: torch.dtype, layout: Layout) -> str | None:
+        reason = Target.accepts(self, shape, dtype, layout)
+        if reason is None and self.scope == "tensor" and isinstance(self.keep, int):
+            groups = self._count(layout)
+            if self.keep > groups:
+                return f"Structured(keep={self.keep}) asks for more groups ({self.group}) than the {groups} there are"
+        return reason
+
+    def _tile(self, layout: Layout) -> tuple[int, int]:
+        """Rows and columns of one group."""
+        rows, columns = _matrix(layout)
+        if self.group == "block":
+            assert self.block is not None
+            return min(self.block[0], rows), min(self.block[1], columns)
+        return {"filter": (1, columns), "column": (rows, 1), "channel": (rows, _kernel(layout))}[self.group]
+
+    def _sizes(self, layout: Layout) -> Tensor:
+        """Weights in each group."""
+        sides = []
+        for length, size in zip(_matrix(layout), self._tile(layout), strict=True):
+            side = torch.full((-(-length // size),), size)
+            side[-1] = length - size * (len(side) - 1)
+            sides.append(side)
+        return (sides[0][:, None] * sides[1]).reshape(-1)
+
+    def _count(self, layout: Layout) -> int:
+        """Number of groups."""
+        return math.prod(-(-length // size) for length, size in zip(_matrix(layout), self._tile(layout), strict=True))
+
+    def _groups(self, x: Tensor, layout: Layout) -> Tensor:
+        """The groups as rows of a contiguous matrix, smaller ones filled with zeros."""
+        matrix = layout.by_channel(x)
+        (rows, columns), (r, c) = matrix.shape, self._tile(layout)
+        matrix = torch.nn.functional.pad(matrix, (0, -columns % c, 0, -rows % r))
+        tiles = matrix.reshape(matrix.shape[0] // r, r, matrix.shape[1] // c, c).permute(0, 2, 1, 3)
+        return tiles.reshape(-1, r * c).contiguous()
+
+    def _spread(self, chosen: Tensor, layout: Layout) -> Tensor:
+        """One value a group, for each of its weights."""
+        rows, columns = _matrix(layout)
+        r, c = self._tile(layout)
+        grid = chosen.reshape(-(-rows // r), -(-columns // c))
+        matrix = grid.repeat_interleave(r, dim=0)[:rows].repeat_interleave(c, dim=1)[:, :columns]
+        return layout.from_channels(matrix)
+
+    def _sums(self, gain: Tensor, layout: Layout) -> Tensor:
+        return self._groups(gain, layout).sum(dim=1, dtype=torch.float64)
+
+    def _params(self, w: Tensor, layout: Layout, groups: int) -> Params:
+        held = Params(tensors={"groups": torch.tensor(groups)}, layout=layout)
+        return Params(tensors={**held.tensors, **self._numbers(w, self.mask(w, held))}, layout=layout)
+
+    def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
+        check_finite(w)
+        layout = layout or Layout(shape=tuple(w.shape))
+        return self._params(w, layout, _count_of("Structured", self.keep, self._count(layout), "groups"))
+
+    def fit_model(
+        self, weights: Sequence[Tensor], layouts: Sequence[Layout], previous: Sequence[Params | None]
+    ) -> list[Params]:
+        if self.scope == "tensor":
+            return Target.fit_model(self, weights, layouts, previous)
+        for w in weights:
+            check_finite(w)
+        unit = square_unit(*weights)
+        means = [
+            self._sums((w.detach().double() * unit).square_(), layout) / self._sizes(layout).to(w.device)
+            for w, layout in zip(weights, layouts, strict=True)
+        ]
+        total = _count_of("Structured", self.keep, sum(map(len, means)), "groups")
+        kept = _largest(torch.cat(means), total).split([len(part) for part in means])
+        return [
+            self._params(w, layout, int(part.sum())) for w, layout, part in zip(weights, layouts, kept, strict=True)
+        ]
+
+    def mask(self, w: Tensor, params: Params) -> Tensor:
+        x = w.detach().double()
+        return self.choose((x * square_unit(x)).square_(), params)
+
+    def choose(self, gain: Tensor, params: Params) -> Tensor:
+        layout = params.layout.whole()
+        return self._spread(_largest(self._sums(gain, layout), int(params["groups"])), layout)
+
+    def pattern(self, mask: Tensor, params: Params) -> tuple[Stream, ...]:
+        groups = self._groups(mask, params.layout.whole()).any(dim=1)
+        return (Stream(name="mask", values=groups.to(torch.uint8), width=1),)
+
+    def unpattern(self, codes: Codes, params: Params) -> Tensor:
+        return self._spread(codes["mask"].bool(), params.layout)
+
+    def pattern_bits(self, params: Params) -> int:
+        return 8 * -(-self._count(params.layout) // 8)
+
+    def kept(self, params: Params) -> int:
+        # Tiles at the edges are smaller, and which tiles are kept is not told by the params: the most it can be.
+        sizes = self._sizes(params.layout)
+        return int(sizes.sort(descending=True).values[: int(params["groups"])].sum())
+
+
+# --- counting and ranking ----------------------------------------------------------------------------------------
+
+
+def _check_keep(who: str, keep: object) -> None:
+    if isinstance(keep, bool) or (isinstance(keep, int) and keep < 1):
+        raise ValueError(f"{who}(keep={keep}): a count must be an int >= 1")
+    if isinstance(keep, float) and not 0.0 < keep <= 1.0:
+        raise ValueError(f"{who}(keep={keep}): a fraction must lie in (0, 1]")
+    if not isinstance(keep, (int, float)):
+        raise ValueError(f"{who}(keep={keep!r}): must be a fraction in (0, 1] or a count >= 1")
+
+
+def _count_of(who: str, keep: float, total: int, what: str) -> int:
+    if not isinstance(keep, int):
+        return max(1, round(keep * total))
+    if keep > total:
+        raise ValueError(f"{who}(keep={keep}) asks for more {what} than the {total} there are")
+    return keep
+
+
+def _matrix(layout: Layout) -> tuple[int, int]:
+    """(output channels, inputs of each): the shape of `Layout.by_channel`."""
+    return layout.channels, layout.numel // layout.channels
+
+
+def _kernel(layout: Layout) -> int:
+    """Kernel positions of a convolution; 1 for a matrix."""
+    return math.prod(layout.shape[2:])
+
+
+def padded(values: Tensor, count: int) -> Tensor:
+    """Filled up with zeros to `count` values."""
+    return torch.nn.functional.pad(values, (0, count - values.numel())) if values.numel() < count else values
+
+
+def square_unit(*tensors: Tensor) -> float:
+    """A power of two by which to multiply weights so that their squares neither overflow nor vanish together."""
+    largest = max(float(x.detach().abs().amax()) for x in tensors)
+    return math.ldexp(1.0, -min(max(math.frexp(largest)[1], -1000), 1000)) if math.isfinite(largest) else 1.0
+
+
+def _largest(gain: Tensor, count: int) -> Tensor:
+    """Mask of the `count` largest; ties go to the earlier position in row-major order."""
+    flat = gain.reshape(-1)
+    if count >= flat.numel():
+        return torch.ones_like(gain, dtype=torch.bool)
     if count <= 0:
-        return torch.zeros_like(w, dtype=torch.bool)
-    threshold = size.kthvalue(size.numel() - count + 1).values
-    mask = size > threshold
-    ties = (size == threshold).nonzero().reshape(-1)
+        return torch.zeros_like(gain, dtype=torch.bool)
+    threshold = flat.kthvalue(flat.numel() - count + 1).values
+    mask = flat > threshold
+    ties = (flat == threshold).nonzero().reshape(-1)
     mask[ties[: count - int(mask.sum())]] = True
-    return mask.reshape(w.shape)
+    return mask.reshape(gain.shape)
+
+
+def _best(gain: Tensor, n: int) -> Tensor:
+    """Mask of the n largest of each row; ties go to the earlier place in the row."""
+    rows, length = gain.shape
+    if n >= length:
+        return torch.ones_like(gain, dtype=torch.bool)
+    mask = torch.empty_like(gain, dtype=torch.bool, memory_format=torch.contiguous_format)
+    step = max(_PIECE // length, 1)
+    for first in range(0, rows, step):
+        part = gain[first : first + step]
+        if length > _COMPARED:
+            order = part.sort(dim=1, descending=True, stable=True).indices[:, :n]
+            mask[first : first + step] = torch.zeros_like(part, dtype=torch.bool).scatter_(1, order, True)
+            continue
+        columns = part.t().contiguous()
+        better = torch.zeros(columns.shape, dtype=torch.uint8, device=gain.device)
+        for j in range(length):
+            better[j + 1 :] += columns[j] >= columns[j + 1 :]
+            better[:j] += columns[j] > columns[:j]
+        mask[first : first + step] = (better < n).t()
+    return mask
+
+
+def _rank_widths(m: int, n: int) -> list[int]:
+    """Widths of the streams that hold the number of a pattern of n in m: at most 16 bits each, none if it is certain.
+
+    Patterns that int64 cannot count are written as one bit a weight: [m] stands for that.
+    """
+    if n >= m:
+        return []
+    patterns = math.comb(m, n)
+    if patterns > _LONGEST_RANK:
+        return [m]
+    bits = (patterns - 1).bit_length()
+    return [min(16, bits - at) for at in range(0, bits, 16)]
+
+
+def _binomials(m: int, k: int) -> list[list[int]]:
+    return [[math.comb(p, i) for i in range(k + 1)] for p in range(m)]
+
+
+def _ranked(name: str, mask: Tensor, n: int) -> tuple[Stream, ...]:
+    """Rows of a mask with n set each, as the numbers of their patterns (the combinatorial number system)."""
+    rows, m = mask.shape
+    if n >= m:
+        return ()
+    if math.comb(m, n) > _LONGEST_RANK:
+        return (Stream(name=name, values=mask.reshape(-1).to(torch.uint8), width=1),)
+    few = min(n, m - n)  # counting the rarer kind keeps every number below that of the patterns
+    table = torch.tensor(_binomials(m, few), device=mask.device)
+    rank = torch.zeros(rows, dtype=torch.int64, device=mask.device)
+    seen = torch.zeros_like(rank)
+    for p in range(m):
+        hit = mask[:, p] if few == n else ~mask[:, p]
+        seen += hit
+        rank += torch.where(hit, table[p][seen], 0)
+    widths = _rank_widths(m, n)
+    return tuple(
+        Stream(name=_part(name, i), values=(rank >> 16 * i & (1 << width) - 1).to(torch.int32), width=width)
+        for i, width in enumerate(widths)
+    )
+
+
+def _unranked(name: str, codes: Codes, rows: int, m: int, n: int) -> Tensor:
+    """Inverse of `_ranked`.
+
+    Raises:
+        ValueError: a number that stands for no pattern.
+    """
+    device = codes.streams[-1].values.device if codes.streams else None
+    if n >= m:
+        return torch.ones(rows, m, dtype=torch.bool, device=device)
+    if math.comb(m, n) > _LONGEST_RANK:
+        return codes[name].bool().reshape(rows, m)
+    few = min(n, m - n)
+    table = torch.tensor(_binomials(m, few), device=device)
+    rank = torch.zeros(rows, dtype=torch.int64, device=device)
+    for i in range(len(_rank_widths(m, n))):
+        rank += codes[_part(name, i)].to(torch.int64) << 16 * i
+    left = torch.full_like(rank, few)
+    mask = torch.empty(rows, m, dtype=torch.bool, device=device)
+    for p in reversed(range(m)):
+        hit = (left > 0) & (table[p][left] <= rank)
+        rank -= torch.where(hit, table[p][left], 0)
+        left -= hit.to(left.dtype)
+        mask[:, p] = hit
+    if bool(((rank != 0) | (left != 0)).any()):
+        raise ValueError(f"{name!r} holds a number of no pattern of {n} in {m}")
+    return mask if few == n else ~mask
+
+
+def _part(name: str, index: int) -> str:
+    return name if index == 0 else f"{name}-{index}"

@@ -1,0 +1,1 @@
+"""Progressive ADMM: pruning and quantizing LeNet-5 at the published rates and beyond."""

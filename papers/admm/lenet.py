@@ -1,0 +1,423 @@
+"""LeNet-5 on MNIST: progressive ADMM at the published pruning rates and beyond, one bit in all layers, and rivals.
+
+    python -m papers.admm.lenet --data-dir DIR [--only NAME] [--seed N] [--epochs N] [--holdout N] [--resume]
+
+NAME is one of `python -m papers.admm.lenet --list`, or prune<rate> / oneshot<rate> / imp<rate> for any rate. Every job
+starts from the same dense network of its seed (trained first if it is not there) and has the same epochs; the last
+epoch counts; the test split is read once, at the end. With --holdout the training images are fewer and curves are
+measured on those held out: that is how settings are looked for, and how the rivals' curves are drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+import yaml
+from rich.console import Console
+from torch import Tensor
+
+import detent as dt
+from benchmarks import RECORDS
+from detent.report.record import summarise, write_record
+from papers.train import Experiment, Trainer
+
+WEIGHTS = 430_500
+PUBLISHED = {"conv1": 100, "conv2": 2_000, "fc1": 3_600, "fc2": 350}  # 80 / 92 / 99.1 / 93 % pruned: 71.2x
+UNTIL = 0.5  # the part of a stage that ADMM takes; masked retraining has the rest
+PERIODS = 5  # updates of z and u in that part
+FOLDER = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training.
+
+    Args:
+        question: what it is for.
+        recipe: gives the recipe; `None` for the dense network.
+        epochs: its length, all stages together.
+        rate: pruning rate over all 430,500 weights, or `None`.
+    """
+
+    question: str
+    recipe: Callable[[], dt.Recipe] | None
+    epochs: int = 60
+    rate: float | None = None
+
+
+# --- recipes ------------------------------------------------------------------------------------------------------
+
+
+def admm(**changes: Any) -> dt.ADMM:
+    """ADMM as all jobs use it: `UNTIL` of a stage in `PERIODS` periods, then the feasibility steps."""
+    return replace(dt.ADMM(rho=1e-3, growth=1.5, every=UNTIL / PERIODS, until=UNTIL), **changes)
+
+
+def ladder(rate: float) -> list[float]:
+    """Rates of the progressive stages: each twice the one before, as the paper takes its two steps."""
+    return [rate] if rate < 20 else [rate / 4, rate / 2, rate]
+
+
+def prune(rates: Sequence[float], mechanism: dt.Mechanism) -> dt.Recipe:
+    """Stages of equal share; how many weights each layer keeps is found by one threshold on |w| over the model."""
+    stages = []
+    for rate in rates:
+        target = dt.TopK(keep=round(WEIGHTS / rate), scope="model")
+        rule = dt.Rule(match=r"weight$", target=target, mechanism=mechanism)
+        stages.append(dt.Stage(rules=[rule], share=1 / len(rates), name=f"prune {rate:g}x"))
+    return dt.Recipe(stages=stages)
+
+
+def prune_published(mechanism: dt.Mechanism) -> dt.Recipe:
+    """The published ratios of each layer, reached in two stages: three times as many weights first."""
+    stages = []
+    for times, name in ((3, "prune 24x"), (1, "prune 71x")):
+        rules = []
+        for layer, keep in PUBLISHED.items():
+            most = {"conv1": 500, "conv2": 25_000, "fc1": 400_000, "fc2": 5_000}[layer]
+            target = dt.TopK(keep=min(keep * times, most))
+            rules.append(dt.Rule(match=rf"^{layer}\.weight$", target=target, mechanism=mechanism))
+        stages.append(dt.Stage(rules=rules, share=0.5, name=name))
+    return dt.Recipe(stages=stages)
+
+
+def quantize(target: dt.Target, mechanism: dt.Mechanism) -> dt.Recipe:
+    """The paper's two steps: all layers but the first and last, then those two."""
+    ends = ("@first", "@last")
+    body = [
+        *(dt.Rule(match=end, keep=True) for end in ends),
+        dt.Rule(match=r"weight$", target=target, mechanism=mechanism),
+    ]
+    last = [dt.Rule(match=end, target=target, mechanism=mechanism) for end in ends]
+    return dt.Recipe(
+        stages=[
+            dt.Stage(rules=body, share=0.6, name="all but the ends"),
+            dt.Stage(rules=last, share=0.4, name="the ends"),
+        ]
+    )
+
+
+def binary() -> dt.Recipe:
+    """One bit a weight and one scale a tensor, in all layers."""
+    return quantize(dt.Binary(), admm(rho=1e-3, growth=2.0, rounds=(0.5, 0.75, 0.9, 1.0)))
+
+
+def progressive_yaml() -> dt.Recipe:
+    """The recipe of the paper's whole procedure, from the file beside this script."""
+    return dt.Recipe.from_yaml(FOLDER / "lenet-progressive.yaml")
+
+
+JOBS: dict[str, Job] = {
+    "dense": Job(question="How good is the dense network that everything starts from?", recipe=None, epochs=20),
+    "published71": Job(
+        question="Does progressive ADMM hold 99.2 % at the published per-layer ratios (71.2x)?",
+        recipe=lambda: prune_published(admm()),
+        rate=WEIGHTS / sum(PUBLISHED.values()),
+    ),
+    "binary": Job(question="Does one bit in all layers cost accuracy against the dense network?", recipe=binary),
+    "prune246-w3": Job(
+        question="Prune 71x, then 246x, then 3 bits on the survivors, ends last: one YAML file",
+        recipe=progressive_yaml,
+        rate=246,
+        epochs=80,
+    ),
+}
+STANDARD = ("dense", "published71", "prune167", "prune246", "prune350", "binary", "prune246-w3")
+RIVALS = ("prune246", "oneshot246", "imp246", "magnitude246", "fixed246", "nofinish246")
+_KINDS: dict[str, tuple[str, Callable[[float], dt.Recipe]]] = {
+    "prune": ("progressive ADMM", lambda rate: prune(ladder(rate), admm())),
+    "oneshot": ("one-shot ADMM", lambda rate: prune([rate], admm())),
+    "imp": ("iterative magnitude pruning", lambda rate: prune(ladder(rate), dt.Masked())),
+    "magnitude": ("one-shot magnitude pruning, then masked retraining", lambda rate: prune([rate], dt.Masked())),
+    "fixed": ("progressive ADMM with rho fixed at its geometric mean", lambda rate: prune(ladder(rate), fixed())),
+    "nofinish": (
+        "one-shot ADMM to the end, with no feasibility steps",
+        lambda rate: prune([rate], admm(until=None, every=1 / PERIODS)),
+    ),
+    "nogrowth": ("one-shot ADMM with rho fixed at its first value", lambda rate: prune([rate], admm(growth=1.0))),
+    "balanced": ("progressive ADMM with balanced residuals", lambda rate: prune(ladder(rate), admm(balance=True))),
+}
+
+
+def fixed() -> dt.ADMM:
+    """rho constant at the geometric mean of what `admm` goes through."""
+    usual = admm()
+    return replace(usual, rho=usual.rho * usual.growth ** ((PERIODS - 1) / 2), growth=1.0)
+
+
+def job_of(name: str) -> Job:
+    """A job by name; prune<rate> and its rivals take any rate.
+
+    Raises:
+        typer.BadParameter: an unknown name.
+    """
+    if name in JOBS:
+        return JOBS[name]
+    found = re.fullmatch(r"([a-z]+)(\d+)", name)
+    if found is None or found[1] not in _KINDS or not 1 < int(found[2]) <= 5000:
+        known = ", ".join([*JOBS, *(f"{kind}<rate>" for kind in _KINDS)])
+        raise typer.BadParameter(f"{name}: known are {known}")
+    rate = float(found[2])
+    what, make = _KINDS[found[1]]
+    return Job(question=f"How accurate is {what} at {rate:g}x?", recipe=lambda: make(rate), rate=rate)
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def rate_factor(step: int, recipe: dt.Recipe | None, total: int) -> float:
+    """The learning rate's factor: in every stage, periods of 1, 0.1, 0.01 up to the mapping, then a cosine to 0.01.
+
+    Without ADMM in the stage (dense training, masks alone) it is the cosine over the whole stage.
+    """
+    first, past, until, every = 0, total, 0, 1
+    if recipe is not None:
+        for (begin, end), rules in zip(recipe.bounds(total), recipe.stage_rules(), strict=True):
+            assert end is not None
+            if begin <= step < end:
+                pulls = [m for i in rules if isinstance(m := recipe.rules[i].mechanism, dt.ADMM)]
+                first, past = begin, end
+                if pulls:
+                    length = end - begin
+                    until = length if pulls[0].until is None else round(pulls[0].until * length)
+                    every = max(round(pulls[0].every * length), 1)
+    at = step - first
+    if at < until:
+        return 0.1 ** int(3 * (at % every) / every)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (at - until) / max(past - first - until, 1)))
+
+
+class LeNetTrainer(Trainer):
+    """The common trainer, with ADMM's periodic learning rate and its residuals by epoch."""
+
+    def __init__(self, experiment: Experiment, recipe: dt.Recipe | None, *args: Any, **kwargs: Any) -> None:
+        super().__init__(experiment, *args, **kwargs)
+        self.recipe = recipe
+        self.base = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _step(self, x: Tensor, y: Tensor) -> Tensor:
+        factor = rate_factor(self.step, self.recipe, self.total)
+        for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
+            group["initial_lr"] = base * factor
+        return super()._step(x, y)
+
+    def _end_of_epoch(self) -> None:
+        super()._end_of_epoch()
+        if self.run is not None:
+            row = self.history[-1]
+            row["residuals"] = dt.residuals(self.run)
+            row["weights"] = {r["name"]: {k: r[k] for k in ("error", "zeros", "weights")} for r in self.run.measure()}
+
+
+def experiment(name: str, job: Job, seed: int, options: Options) -> Experiment:
+    """The job as the common trainer takes it."""
+    recipe = None if job.recipe is None else yaml.safe_load(job.recipe().to_yaml())
+    return Experiment.model_validate(
+        {
+            "name": f"admm-lenet-{name}",
+            "question": job.question,
+            "model": "LeNet5",
+            "init": None if recipe is None else str((options.folder("dense", seed) / "model.safetensors").resolve()),
+            "data": {
+                "name": "data/mnist",
+                "holdout": options.holdout,
+                "holdout_seed": seed,
+                "mean": [0.1307],
+                "std": [0.3081],
+                "cache": str(options.out / "cache"),
+            },
+            "recipe": recipe,
+            "optimizer": {"name": "Adam", "args": {"lr": options.lr, "weight_decay": options.decay, "fused": True}},
+            "schedule": {"kind": "constant"},
+            "batch_size": options.batch,
+            "epochs": options.epochs or job.epochs,
+            "device": "cpu",
+            "threads": options.threads,
+            "seeds": [seed],
+            "evaluate": {"bits": [], "calibrate": 0, "every": 1 if options.holdout else 0},
+            "extra": {"max_steps": options.max_steps, "train_subset": options.subset},
+        }
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line may change for all jobs alike."""
+
+    data_dir: Path
+    out: Path
+    holdout: int = 0
+    epochs: int | None = None
+    lr: float = 1e-3
+    decay: float = 5e-5
+    batch: int = 64
+    threads: int = 1
+    subset: int | None = None
+    max_steps: int | None = None
+
+    def folder(self, name: str, seed: int) -> Path:
+        """Where a job of one seed keeps its files; other settings have other folders."""
+        held = f"-holdout{self.holdout}" if self.holdout else ""
+        return self.out / f"{name}{held}" / f"seed{seed}"
+
+
+def kept(run: dt.Run) -> dict[str, int]:
+    """Weights that are not zero in the compressed life, by name."""
+    return {row["name"]: round(row["weights"] * (1 - row["zeros"])) for row in run.measure()}
+
+
+def train_one(name: str, seed: int, options: Options, console: Console, resume: bool) -> dict[str, Any]:
+    """One job of one seed, after the dense network it starts from; a finished one is read from its file.
+
+    Raises:
+        ValueError: its folder holds an unfinished run and `resume` was not asked for.
+    """
+    out = options.folder(name, seed)
+    if (out / "result.json").exists():
+        return json.loads((out / "result.json").read_text())
+    if not resume and (out / "last.pt").exists():
+        raise ValueError(f"{out} holds an unfinished run: add --resume or choose another --out")
+    job = job_of(name)
+    recipe = None if job.recipe is None else job.recipe()
+    if recipe is not None:
+        train_one("dense", seed, replace(options, epochs=None), console, resume=True)
+    plan = experiment(name, job, seed, options)
+    trainer = LeNetTrainer(plan, recipe, seed, out, options.data_dir, None, console)
+    if resume:
+        trainer.resume()
+    if trainer.run is not None:
+        trainer.log(f"plan:\n{trainer.run.plan}")
+    trainer.train()
+    result = trainer.result()
+    if trainer.run is not None:
+        result |= sizes(trainer, out)
+    passing = out / "result.json.tmp"
+    passing.write_text(json.dumps(result, indent=1))
+    passing.replace(out / "result.json")
+    return result
+
+
+def sizes(trainer: LeNetTrainer, out: Path) -> dict[str, Any]:
+    """What is left of the weights, whether they lie in their targets, and the bytes of the file."""
+    run = trainer.run
+    assert run is not None
+    rows = run.measure()
+    counts = kept(run)
+    written = dt.save(run, out / "model.detent", "compressed")
+    found = {
+        "kept": counts,
+        "kept_all": sum(counts.values()),
+        "rate": WEIGHTS / max(sum(counts.values()), 1),
+        "error": max(row["error"] for row in rows),
+        "bytes": written,
+    }
+    trainer.log(f"kept {found['kept_all']} weights ({found['rate']:.1f}x) {counts}, {found['bytes']} bytes")
+    return found
+
+
+# --- records ------------------------------------------------------------------------------------------------------
+
+
+def record(name: str, options: Options, folder: Path, command: str) -> Path | None:
+    """Writes the record of a job from all its seeds that are finished."""
+    parent = options.folder(name, 0).parent
+    done = sorted(parent.glob("seed*/result.json"))
+    if not done:
+        return None
+    results = [json.loads(file.read_text()) for file in done]
+    job = job_of(name)
+    summary: dict[str, Any] = {"full": summarise([r["test"]["full"]["accuracy"] for r in results])}
+    if job.recipe is not None:
+        lives = [r["test"]["compressed"]["recipe"]["data_free"]["accuracy"] for r in results]
+        summary |= {
+            "compressed": summarise(lives),
+            "kept": summarise([float(r["kept_all"]) for r in results]),
+            "rate": summarise([r["rate"] for r in results]),
+            "bytes": summarise([float(r["bytes"]) for r in results]),
+        }
+    stem = f"admm-lenet-{parent.name}"
+    config = experiment(name, job, results[0]["seed"], options).model_dump()
+    config["data"]["cache"] = config["init"] = None  # folders of one machine
+    write_record(
+        folder / f"{stem}.json",
+        name=stem,
+        question=job.question,
+        command=command,
+        seeds=[r["seed"] for r in results],
+        config=config,
+        results={"summary": summary, "seeds": results},
+        notes="Accuracies in % on the test split, read once after the last epoch; every seed starts from a dense "
+        "network of its own. Settings were chosen on images held out from the train split. Rates count weights, "
+        "not indices, of the 430,500; bytes are those of the file, indices and biases included.",
+        cost={"train_seconds": sum(r["train_seconds"] for r in results)},
+    )
+    return folder / f"{stem}.json"
+
+
+def main(
+    data_dir: Annotated[Path, typer.Option(help="folder with data/mnist", envvar="DETENT_SHARED")],
+    only: Annotated[list[str] | None, typer.Option(help="a job by name; may be repeated")] = None,
+    rivals: Annotated[bool, typer.Option("--rivals", help="the jobs of the comparison at one rate")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="name the jobs and stop")] = False,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="may be repeated; 0, 1 and 2 by default")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="instead of the job's own")] = None,
+    holdout: Annotated[int, typer.Option(min=0, help="train images that are measured on instead")] = 0,
+    lr: Annotated[float, typer.Option(help="base learning rate of Adam")] = 1e-3,
+    batch: Annotated[int, typer.Option(min=1)] = 64,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    subset: Annotated[int | None, typer.Option(min=64, help="train on this many images only")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="stop early, for trying things out")] = None,
+    out: Annotated[Path, typer.Option(help="where trainings are kept")] = Path("runs/admm-lenet"),
+    records: Annotated[Path, typer.Option(help="folder of the records")] = RECORDS,
+    resume: Annotated[bool, typer.Option("--resume", help="continue what --out holds")] = False,
+) -> None:
+    """Trains what is not finished in --out yet, job by job and seed by seed, and writes a record for each job."""
+    console = Console()
+    names = [*(only or ()), *(RIVALS if rivals else ())] or list(STANDARD)
+    if listed:
+        for name in [*JOBS, *RIVALS]:
+            console.print(f"{name:16} {job_of(name).question}", highlight=False)
+        return
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    options = Options(
+        data_dir=data_dir,
+        out=out,
+        holdout=holdout,
+        epochs=epochs,
+        lr=lr,
+        batch=batch,
+        threads=threads,
+        subset=subset,
+        max_steps=max_steps,
+    )
+    command = shlex.join(["python", "-m", "papers.admm.lenet", *sys.argv[1:]])
+    for name in names:
+        job_of(name)
+        for number in seed or (0, 1, 2):
+            result = train_one(name, number, options, console, resume)
+            console.print(_line(name, number, result), highlight=False)
+        written = record(name, options, records, command)
+        console.print(f"record: {written}", highlight=False)
+
+
+def _line(name: str, seed: int, result: Mapping[str, Any]) -> str:
+    test = result["test"]
+    text = f"{name} seed {seed}: test, full {test['full']['accuracy']:.2f} %"
+    if "recipe" in test["compressed"]:
+        text += f", compressed {test['compressed']['recipe']['data_free']['accuracy']:.2f} %, kept {result['kept_all']}"
+    return text
+
+
+if __name__ == "__main__":
+    typer.run(main)

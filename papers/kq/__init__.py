@@ -1,0 +1,1 @@
+"""Kernel Quantization (arXiv 2003.05148): experiments on CIFAR-100."""

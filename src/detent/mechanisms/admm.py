@@ -1,0 +1,408 @@
+"""ADMM and its plain relative, the penalty: a pull towards the target that acts through the gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from detent.mechanisms.base import Clock, Mechanism, Slot
+from detent.mechanisms.projection import (
+    NEVER,
+    check_rounds,
+    check_strength,
+    due_share,
+    freeze_nearest,
+    hold_gradient,
+    hold_weight,
+    leaves_free,
+    map_and_mask,
+    round_steps,
+)
+from detent.schedules import Moment, Number, step_at, value_at
+from detent.targets import Target
+from detent.targets.base import compute_dtype
+
+__all__ = ["ADMM", "Penalty", "periodic_rate", "residuals"]
+
+_OUT_OF_BALANCE = 10.0  # a residual this much larger than the other makes rho change (Boyd et al., section 3.4.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ADMM(Mechanism):
+    """Alternating direction method of multipliers: train towards z, a point of the target that moves with the weights.
+
+        every step:      g <- g + rho (w - z + u)
+        every period:    z <- project(w + u),  u <- u + w - z;  then rho <- growth rho,  u <- u / growth
+        at `until`:      w <- project(w), and the feasibility steps of `finish` to the end of training
+
+    z starts as project(w) and u as 0. u is the dual variable divided by rho, so it is rescaled whenever rho changes:
+    the force rho u stays what it was. The penalty acts through the gradient under every optimizer; biases and
+    normalisation are not touched. ADMM ends near the target, not on it: a training that stops at `until` loses what the
+    last projection takes, which is what `finish` is for.
+
+    The learning rate is meant to be periodic (`periodic_rate`): back to its base after every z, small before the next.
+
+    Before `until` the weights are full precision and useful so. With `finish` the two lives become one at the end.
+
+    Args:
+        rho: first strength of the pull, > 0; multiplies a distance between weights to give a gradient.
+        growth: factor on rho after every period, >= 1.
+        every: steps (int) or fraction of training (float) between updates of z and u.
+        until: moment of the masked mapping; `None` for ADMM to the end and no mapping in training.
+        rho_max: rho grows no further, or `None`.
+        balance: instead of growing, compare the residuals |w - z| and rho |z - z_old|: rho is multiplied (divided) by
+            `growth` where the first (second) is more than ten times the other.
+        form: "gradient" as above; "decoupled" takes lr rho (w - z + u) off the weight after the step, as AdamW does
+            with weight decay. Under an optimizer that is not plain SGD that is another objective, with another end.
+        finish: what holds from `until` on. "mask": zeros stay zero, survivors train on the plain loss. "freeze": the
+            share `rounds[i]` of weights nearest their level is put there and held in each round. `None`: all weights
+            train on freely. "auto": "mask" where a target leaves survivors free, else "freeze".
+        rounds: cumulative shares of the freeze rounds, rising to 1.
+        freeze_every: steps or fraction of training between freeze rounds; `None` spreads them evenly over what is left
+            after `until`, the first at `until`.
+        per_level: freeze the nearest of each level instead of the whole tensor.
+        start: moment ADMM starts; before it the base optimizer runs untouched.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    Example:
+        >>> import torch, detent as dt
+        >>> model = torch.nn.Linear(10, 10)
+        >>> optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        >>> admm = dt.ADMM(rho=0.1, every=5, until=25)
+        >>> recipe = dt.Recipe([dt.Rule(match="weight", target=dt.TopK(keep=7), mechanism=admm)])
+        >>> run = dt.attach(model, optimizer, recipe)
+        >>> for _ in range(30):
+        ...     optimizer.zero_grad()
+        ...     (model(torch.randn(16, 10)) - 1).square().mean().backward()
+        ...     _ = optimizer.step()
+        >>> int((model.weight != 0).sum())
+        7
+
+    Reference: Ye et al., "Progressive DNN Compression", arXiv 1903.09769; Zhang et al., arXiv 1804.03294. Rescaling and
+    balancing: Boyd et al., "Distributed Optimization and Statistical Learning via ADMM", 2011, section 3.4.1.
+    """
+
+    rho: float = 1e-3
+    growth: float = 1.3
+    every: Moment = 0.05
+    until: Moment | None = 0.5
+    rho_max: float | None = None
+    balance: bool = False
+    form: Literal["gradient", "decoupled"] = "gradient"
+    finish: Literal["auto", "mask", "freeze"] | None = "auto"
+    rounds: tuple[float, ...] = (0.5, 0.75, 1.0)
+    freeze_every: Moment | None = None
+    per_level: bool = False
+    start: Moment = 0
+
+    keeps_full_life: ClassVar[bool] = True
+    memory: ClassVar[tuple[str, ...]] = ("z", "dual", "rho", "primal", "drift", "mask", "frozen", "held")
+    offset: ClassVar[str | None] = "dual"
+    fits_after: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not (self.rho > 0 and math.isfinite(self.rho)):
+            raise ValueError(f"ADMM(rho={self.rho}): must be a finite number > 0")
+        if not (self.growth >= 1 and math.isfinite(self.growth)):
+            raise ValueError(f"ADMM(growth={self.growth}): must be a finite number >= 1")
+        if not self.every > 0:
+            raise ValueError(f"ADMM(every={self.every}): must be >= 1 step, or a fraction of training > 0")
+        if self.until is not None and not self.until > 0:
+            raise ValueError(f"ADMM(until={self.until}): must be > 0 or None")
+        if self.rho_max is not None and not self.rho_max >= self.rho:
+            raise ValueError(f"ADMM(rho_max={self.rho_max}): must be >= rho={self.rho}, or None")
+        if self.form not in ("gradient", "decoupled"):
+            raise ValueError(f'ADMM(form={self.form!r}): must be "gradient" or "decoupled"')
+        if self.finish not in ("auto", "mask", "freeze", None):
+            raise ValueError(f'ADMM(finish={self.finish!r}): must be "auto", "mask", "freeze" or None')
+        check_rounds(self.rounds, "ADMM")
+        if self.freeze_every is not None and not self.freeze_every > 0:
+            raise ValueError(f"ADMM(freeze_every={self.freeze_every}): must be > 0 or None")
+
+    # --- when ---------------------------------------------------------------------------------------------------
+
+    @property
+    def fit_every(self) -> int:
+        return self.every if isinstance(self.every, int) else NEVER
+
+    @property
+    def fit_until(self) -> Moment | None:
+        return self.until
+
+    def _moments(self, clock: Clock) -> tuple[int, int | None]:
+        """(first tick of ADMM, first tick after the mapping)."""
+        start = step_at(self.start, clock.total_steps, "ADMM.start")
+        until = None if self.until is None else step_at(self.until, clock.total_steps, "ADMM.until")
+        return start, until
+
+    def _freeze_steps(self, clock: Clock) -> list[int]:
+        until = self._moments(clock)[1]
+        assert until is not None
+        return round_steps(until, self.freeze_every, len(self.rounds), clock.total_steps, "ADMM.freeze_every")
+
+    def wants_fit(self, clock: Clock) -> bool:
+        start, until = self._moments(clock)
+        tick = clock.step + 1
+        if tick in (start, until):
+            return True
+        if isinstance(self.every, int) or tick <= start:
+            return False
+        return (tick - start) % max(step_at(self.every, clock.total_steps, "ADMM.every"), 1) == 0
+
+    def check(self, target: Target) -> str | None:
+        name = type(target).__name__
+        if self.finish == "mask" and not leaves_free(target):
+            return f'ADMM(finish="mask") trains the survivors of a sparse target, and {name} leaves no weight free'
+        if self.finish == "freeze" and leaves_free(target):
+            return f'ADMM(finish="freeze") puts weights on levels, and the survivors of {name} have none to go to'
+        return None
+
+    def active(self, clock: Clock) -> bool:
+        start, until = self._moments(clock)
+        if until is not None and until <= start and (clock.total_steps is None or start < clock.total_steps):
+            raise ValueError(
+                f"ADMM: until={self.until} (step {until}) must come after start={self.start} (step {start})"
+            )
+        return clock.step + 1 >= start
+
+    # --- the moments of a step ------------------------------------------------------------------------------------
+
+    def open(self, slot: Slot, clock: Clock) -> None:
+        start, until = self._moments(clock)
+        self._number(slot, "rho", self.rho)
+        self._number(slot, "primal", math.nan)
+        self._number(slot, "drift", math.nan)
+        if until is not None and self._freezes(slot.target):
+            self._freeze_steps(clock)  # an end that is not known is found now, not at the mapping
+        if until is not None and clock.step >= until:
+            self._finish(slot, clock, clock.step)
+        elif clock.step >= start:
+            self._begin(slot)
+
+    def before_step(self, slot: Slot, clock: Clock) -> None:
+        hold_gradient(slot)
+        if "z" in slot.state and self.form == "gradient" and slot.grad is not None:
+            pull = self._pull(slot)
+            slot.grad.add_(pull if slot.grad_scale is None else pull.mul_(slot.grad_scale))
+
+    def after_step(self, slot: Slot, clock: Clock) -> None:
+        hold_weight(slot)
+        if "z" in slot.state and self.form == "decoupled":
+            slot.weight.sub_(self._pull(slot).mul_(slot.rate()))
+        if "frozen" in slot.state and slot.frozen:
+            share = due_share(clock.step + 1, self._freeze_steps(clock), self.rounds)
+            if share is not None:
+                freeze_nearest(slot, share, self.per_level)
+
+    def after_fit(self, slot: Slot, clock: Clock) -> None:
+        if "z" in slot.state:
+            self._update(slot)
+        else:
+            self._begin(slot)
+        if clock.step + 1 == self._moments(clock)[1]:
+            self._finish(slot, clock, clock.step + 1)
+
+    def undo(self, slot: Slot, clock: Clock) -> None:
+        hold_weight(slot)
+
+    # --- the algorithm --------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _number(slot: Slot, name: str, value: float | Tensor) -> None:
+        dtype = compute_dtype(slot.weight.dtype)
+        slot.state[name] = torch.as_tensor(value, dtype=dtype, device=slot.weight.device).clone()
+
+    @staticmethod
+    def _wide(w: Tensor) -> Tensor:
+        # The dual is a sum of small differences; in half precision it would stand still.
+        return w.to(compute_dtype(w.dtype))
+
+    def _pull(self, slot: Slot) -> Tensor:
+        return (self._wide(slot.weight) - slot.state["z"]).add_(slot.state["dual"]).mul_(slot.state["rho"])
+
+    def _begin(self, slot: Slot) -> None:
+        slot.state["z"] = slot.pull_project(self._wide(slot.weight))
+        slot.state["dual"] = torch.zeros_like(slot.state["z"])
+
+    def _update(self, slot: Slot) -> None:
+        state, w = slot.state, self._wide(slot.weight)
+        old, z = state["z"], slot.pull_project(w + state["dual"])
+        state["z"], state["dual"] = z, state["dual"] + w - z
+        primal, drift = slot.gather(w - z).double().norm(), slot.gather(z - old).double().norm()
+        self._number(slot, "primal", primal)
+        self._number(slot, "drift", drift)
+        before = state["rho"]
+        self._number(slot, "rho", self._next(before.double(), primal, drift))
+        state["dual"] *= before / state["rho"]  # the force rho u is what it was
+
+    def _next(self, rho: Tensor, primal: Tensor, drift: Tensor) -> Tensor:
+        if not self.balance:
+            rho = rho * self.growth
+        else:
+            up, down = primal > _OUT_OF_BALANCE * rho * drift, rho * drift > _OUT_OF_BALANCE * primal
+            rho = torch.where(up, rho * self.growth, torch.where(down, rho / self.growth, rho))
+        return rho if self.rho_max is None else rho.clamp_max(self.rho_max)
+
+    def _freezes(self, target: Target) -> bool:
+        return self.finish == "freeze" or (self.finish == "auto" and not leaves_free(target))
+
+    def _finish(self, slot: Slot, clock: Clock, tick: int) -> None:
+        """Masked mapping, by the projection of w and not of w + u; the fit is frozen from here on."""
+        for name in ("z", "dual"):
+            slot.state.pop(name, None)
+        if self.finish is None:
+            slot.weight.copy_(slot.project(slot.weight))
+        elif self._freezes(slot.target):
+            due = [share for at, share in zip(self._freeze_steps(clock), self.rounds, strict=True) if at <= tick]
+            freeze_nearest(slot, max(due), self.per_level)
+        else:
+            map_and_mask(slot)
+
+
+class _Remembers(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+def residuals(run: _Remembers) -> dict[str, dict[str, float]]:
+    """How far ADMM was from its target at the last update of z, and how strong it pulls now.
+
+    Args:
+        run: from `attach`.
+
+    Returns:
+        By name of the weight: primal (|w - z|), drift (|z - z_old|) and rho; nan before the first update.
+
+    Example:
+        >>> import torch, detent as dt
+        >>> model = torch.nn.Linear(4, 4)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> rule = dt.Rule(match="weight", target=dt.TopK(keep=4), mechanism=dt.ADMM(rho=0.5, every=1, until=None))
+        >>> run = dt.attach(model, optimizer, dt.Recipe([rule]))
+        >>> residuals(run)["weight"]["rho"]
+        0.5
+    """
+    found = {}
+    for name, entry in run.state_dict()["weights"].items():
+        if entry["held"].get("rho") and "drift" in entry["held"]:
+            found[name] = {key: float(entry["state"][key]) for key in ("primal", "drift", "rho")}
+    return found
+
+
+def periodic_rate(
+    optimizer: Optimizer,
+    every: int,
+    *,
+    until: int | None = None,
+    total: int | None = None,
+    milestones: Sequence[float] = (1 / 3, 2 / 3),
+    gamma: float = 0.1,
+) -> LambdaLR:
+    """The learning rate ADMM wants: at its base after every update of z and u, decayed inside the period.
+
+        factor = gamma ^ (number of milestones passed in this period);  after `until`: (1 + cos(pi t)) / 2
+
+    Call its `step()` after every optimizer step. After `until` (the masked mapping) the rate starts from its base once
+    more and falls along half a cosine to 0 at `total`, or stays at the base if `total` is unknown.
+
+    Args:
+        optimizer: the optimizer, with its base learning rates.
+        every: steps of a period, >= 1: what `ADMM(every=...)` says.
+        until: step of the masked mapping, or `None` for periods to the end.
+        total: steps in the whole training, or `None`.
+        milestones: fractions of a period in (0, 1) at which the rate is multiplied by `gamma`.
+        gamma: factor in (0, 1].
+
+    Raises:
+        ValueError: a value outside its range.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> rate = periodic_rate(optimizer, 4, milestones=(0.5,), until=8, total=10)
+        >>> seen = []
+        >>> for _ in range(10):
+        ...     seen.append(round(rate.get_last_lr()[0], 3))
+        ...     optimizer.step(); rate.step()
+        >>> seen
+        [1.0, 1.0, 0.1, 0.1, 1.0, 1.0, 0.1, 0.1, 1.0, 0.5]
+
+    Reference: the training scripts behind arXiv 1903.09769.
+    """
+    if every < 1:
+        raise ValueError(f"periodic_rate(every={every}): must be >= 1 step")
+    if not 0 < gamma <= 1:
+        raise ValueError(f"periodic_rate(gamma={gamma}): must lie in (0, 1]")
+    if not all(0 < m < 1 for m in milestones):
+        raise ValueError(f"periodic_rate(milestones={tuple(milestones)}): must lie in (0, 1)")
+    if until is not None and total is not None and not until < total:
+        raise ValueError(f"periodic_rate(until={until}, total={total}): the mapping must come before the end")
+
+    def factor(step: int) -> float:
+        if until is None or step < until:
+            return gamma ** sum(step % every >= m * every for m in milestones)
+        if total is None:
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * min((step - until) / (total - until), 1.0)))
+
+    return LambdaLR(optimizer, factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Penalty(Mechanism):
+    """A penalty on the distance to the target, through the gradient under every optimizer.
+
+        l2:  g <- g + strength (w - project(w))         of strength/2 |w - Q|^2
+        l1:  g <- g + strength sign(w - project(w))     of strength |w - Q|
+
+    Args:
+        strength: >= 0, a number or a schedule; 0 is the base optimizer, bitwise.
+        norm: "l2" or "l1".
+        start: moment the pull starts.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    Example:
+        >>> import detent as dt
+        >>> ramp = dt.Linear(first=0.0, last=1e-2)
+        >>> rule = dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.Penalty(strength=ramp))
+
+    Reference: Choi, El-Khamy, Lee, "Learning low precision deep neural networks through regularization",
+    arXiv 1809.00095.
+    """
+
+    strength: Number
+    norm: Literal["l2", "l1"] = "l2"
+    start: Moment = 0
+
+    keeps_full_life: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_strength(self.strength, "Penalty")
+        if self.norm not in ("l2", "l1"):
+            raise ValueError(f'Penalty(norm={self.norm!r}): must be "l2" or "l1"')
+
+    @property
+    def fit_every(self) -> int:
+        return 100
+
+    def active(self, clock: Clock) -> bool:
+        started = clock.step >= step_at(self.start, clock.total_steps, "Penalty.start")
+        return started and value_at(self.strength, clock.step, clock.total_steps) > 0
+
+    def before_step(self, slot: Slot, clock: Clock) -> None:
+        if slot.grad is None:
+            return
+        gap = slot.weight - slot.pull_project(slot.weight)
+        gap = gap if self.norm == "l2" else gap.sign_()
+        if slot.grad_scale is not None:
+            gap = gap * slot.grad_scale
+        slot.grad.add_(gap, alpha=value_at(self.strength, clock.step, clock.total_steps))

@@ -1,0 +1,540 @@
+"""ADMM and what surrounds it: fast against the slow reference, exact counts, rescaling, masks and freezes that hold."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from torch import nn
+
+import detent as dt
+from detent.mechanisms import Clock
+from detent.recipe import from_spec, to_spec
+
+STEPS = 40
+SGD, ADAM = "SGD", "Adam"
+
+
+def _start(seed: int = 3) -> tuple[np.ndarray, list[np.ndarray]]:
+    generator = np.random.default_rng(seed)
+    w = generator.normal(size=(6, 5)) * 0.3
+    return w, [generator.normal(size=(6, 5)) for _ in range(STEPS)]
+
+
+def _layer(w: np.ndarray) -> nn.Linear:
+    layer = nn.Linear(5, 6, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(w))
+    return layer
+
+
+def _run(layer: nn.Module, optimizer: torch.optim.Optimizer, mechanism: dt.Mechanism, target: dt.Target) -> dt.Run:
+    rule = dt.Rule(match="weight", target=target, mechanism=mechanism)
+    return dt.attach(layer, optimizer, dt.Recipe([rule]), total_steps=STEPS)
+
+
+def _state(run: dt.Run, name: str = "weight") -> dict[str, torch.Tensor]:
+    entry = run.state_dict()["weights"][name]
+    return {key: value for key, value in entry["state"].items() if entry["held"][key]}
+
+
+# --- fast == reference -------------------------------------------------------------------------------------------
+
+_TARGETS = {
+    "sparse": (dt.TopK(keep=9), lambda x: reference.top_k(x, 9)),
+    "grid": (
+        dt.Uniform(bits=3, range="minmax"),
+        lambda x: reference.grid(x, reference.minmax_delta(x, 3), 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAM])
+@pytest.mark.parametrize("kind", _TARGETS)
+def test_admm_is_the_reference(kind: str, optimizer: str) -> None:
+    """Every step of W, Z, U and rho: growth with a ceiling, updates every 4 steps, mapping at 23, what follows."""
+    target, project = _TARGETS[kind]
+    w, gradients = _start()
+    layer = _layer(w)
+    fast: torch.optim.Optimizer = torch.optim.SGD(layer.parameters(), lr=0.02, momentum=0.9)
+    slow: reference.SGD | reference.Adam = reference.SGD(0.02, 0.9)
+    if optimizer == ADAM:
+        fast, slow = torch.optim.Adam(layer.parameters(), lr=0.02), reference.Adam(0.02)
+    finish: Any = "mask" if kind == "sparse" else None
+    run = _run(layer, fast, dt.ADMM(rho=0.5, growth=1.3, rho_max=1.2, every=4, until=23, finish=finish), target)
+    expected = reference.admm(
+        w,
+        gradients,
+        project=project,
+        rho=0.5,
+        growth=1.3,
+        rho_max=1.2,
+        update_at=lambda t: t % 4 == 3,
+        until=23,
+        optimizer=slow,
+        mask_after=kind == "sparse",
+    )
+    assert float(np.abs(expected[22]["W"] - expected[0]["W"]).max()) > 0.02, "nothing moved"
+    for t, (gradient, want) in enumerate(zip(gradients, expected, strict=True)):
+        layer.weight.grad = torch.from_numpy(gradient.copy())
+        fast.step()
+        assert np.allclose(layer.weight.detach().numpy(), want["W"], rtol=0, atol=1e-12), f"W after step {t}"
+        state = _state(run)
+        assert float(state["rho"]) == pytest.approx(want["rho"], rel=1e-12)
+        if t < 22:
+            assert np.allclose(state["z"].numpy(), want["Z"], rtol=0, atol=1e-12), f"Z after step {t}"
+            assert np.allclose(state["dual"].numpy(), want["U"], rtol=0, atol=1e-12), f"U after step {t}"
+        else:
+            assert not {"z", "dual"} & set(state), "nothing reads z and u after the mapping"
+
+
+def test_the_residuals_are_those_of_the_update() -> None:
+    w, gradients = _start()
+    layer = _layer(w)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
+    run = _run(layer, optimizer, dt.ADMM(rho=0.5, growth=1.5, every=2, until=None), dt.TopK(keep=9))
+    assert math.isnan(dt.residuals(run)["weight"]["primal"])
+    before = _state(run)["z"].numpy().copy()
+    for gradient in gradients[:2]:
+        layer.weight.grad = torch.from_numpy(gradient.copy())
+        optimizer.step()
+    found, z = dt.residuals(run)["weight"], _state(run)["z"].numpy()
+    assert found["primal"] == pytest.approx(np.linalg.norm(layer.weight.detach().numpy() - z), rel=1e-12)
+    assert found["drift"] == pytest.approx(np.linalg.norm(z - before), rel=1e-12)
+    assert found["drift"] > 0 and found["rho"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("balance", [False, True])
+def test_the_force_of_the_dual_survives_a_change_of_rho(balance: bool) -> None:
+    """rho u is the multiplier: growing rho must not inflate it. Without growth the same update gives the same force."""
+    forces = {}
+    for growth in (1.0, 3.0):
+        w, gradients = _start()
+        layer = _layer(w)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
+        mechanism = dt.ADMM(rho=0.01, growth=growth, every=3, until=None, balance=balance)
+        run = _run(layer, optimizer, mechanism, dt.TopK(keep=9))
+        for gradient in gradients[:3]:
+            layer.weight.grad = torch.from_numpy(gradient.copy())
+            optimizer.step()
+        state = _state(run)
+        forces[growth] = (state["rho"] * state["dual"]).numpy()
+        assert float(state["rho"]) == pytest.approx(0.01 * growth)
+    assert np.abs(forces[1.0]).max() > 0
+    assert np.allclose(forces[1.0], forces[3.0], rtol=1e-12, atol=0)
+
+
+def test_balance_moves_rho_both_ways() -> None:
+    number = torch.tensor(2.0, dtype=torch.float64)
+    admm = dt.ADMM(rho=0.1, growth=1.5, balance=True, rho_max=2.5)
+    far, near = torch.tensor(100.0, dtype=torch.float64), torch.tensor(0.01, dtype=torch.float64)
+    assert float(admm._next(number, near, far)) == pytest.approx(2.0 / 1.5)
+    assert float(admm._next(number, far, near)) == 2.5, "the ceiling holds"
+    assert float(admm._next(number, near, near)) == 2.0
+
+
+def test_a_pull_under_a_gradient_scaler_is_scaled_too() -> None:
+    """Fused steps under GradScaler divide the gradient inside: what was not multiplied would all but vanish."""
+    ends = []
+    for scale in (None, 1024.0):
+        w, gradients = _start()
+        layer = _layer(w)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
+        run = _run(layer, optimizer, dt.ADMM(rho=0.5, every=2, until=None), dt.TopK(keep=9))
+        run.detach()
+        run = dt.attach(layer, optimizer, run.plan.recipe, total_steps=STEPS, hooks=False)
+        for gradient in gradients[:6]:
+            layer.weight.grad = torch.from_numpy(gradient * (scale or 1.0))
+            if scale is not None:
+                optimizer.grad_scale = torch.tensor(scale, dtype=torch.float64)  # type: ignore[attr-defined]
+            run.before_step()
+            optimizer.__dict__.pop("grad_scale", None)  # SGD unscales inside its fused step only: done here by hand
+            layer.weight.grad.div_(scale or 1.0)
+            optimizer.step()
+            run.after_step()
+        ends.append(layer.weight.detach().numpy().copy())
+    assert np.allclose(*ends, rtol=0, atol=1e-12)
+
+
+# --- when --------------------------------------------------------------------------------------------------------
+
+
+def test_updates_fall_where_every_says() -> None:
+    """Steps count from step 0, fractions from the start; z begins at the start, and the mapping has an update."""
+    steps = dt.ADMM(every=0.1, start=10, until=0.6)
+    wanted = [t for t in range(100) if steps.wants_fit(Clock(step=t, total_steps=100))]
+    assert wanted == [9, 19, 29, 39, 49, 59, 69, 79, 89, 99]
+    assert dt.ADMM(every=7).fit_every == 7
+    assert [t for t in range(100) if dt.ADMM(every=7, until=0.5).wants_fit(Clock(step=t, total_steps=100))] == [49]
+
+
+def test_a_late_start_takes_z_from_the_weights_of_that_moment() -> None:
+    w, gradients = _start()
+    layer = _layer(w)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.2)
+    run = _run(layer, optimizer, dt.ADMM(start=5, every=50, until=None), dt.TopK(keep=9))
+    for t, gradient in enumerate(gradients[:5]):
+        assert ("z" in _state(run)) == (t == 5)
+        layer.weight.grad = torch.from_numpy(gradient.copy())
+        optimizer.step()
+    state, now = _state(run), layer.weight.detach().numpy()
+    assert np.array_equal(state["z"].numpy(), reference.top_k(now, 9)) and not bool(state["dual"].any())
+    assert not np.array_equal(reference.top_k(now, 9) != 0, reference.top_k(w, 9) != 0), "the case shows nothing"
+
+
+def test_periodic_rate() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    rate, seen = dt.periodic_rate(optimizer, 6, until=12, total=16), []
+    for _ in range(16):
+        seen.append(rate.get_last_lr()[0])
+        optimizer.step()
+        rate.step()
+    period = [2.0, 2.0, 0.2, 0.2, 0.02, 0.02]
+    tail = [2.0 * 0.5 * (1 + math.cos(math.pi * t / 4)) for t in range(4)]
+    assert seen == pytest.approx([*period, *period, *tail])
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: dt.ADMM(rho=0.0), "ADMM(rho=0.0): must be a finite number > 0"),
+        (lambda: dt.ADMM(growth=0.5), "ADMM(growth=0.5): must be a finite number >= 1"),
+        (lambda: dt.ADMM(every=0), "ADMM(every=0): must be >= 1 step"),
+        (lambda: dt.ADMM(until=0), "ADMM(until=0): must be > 0 or None"),
+        (lambda: dt.ADMM(rho=1.0, rho_max=0.5), "must be >= rho=1.0"),
+        (lambda: dt.ADMM(form="dual"), '"gradient" or "decoupled"'),  # type: ignore[arg-type]
+        (lambda: dt.ADMM(finish="stop"), '"auto", "mask", "freeze" or None'),  # type: ignore[arg-type]
+        (lambda: dt.ADMM(rounds=(0.5, 0.4, 1.0)), "must rise within (0, 1] and end at 1.0"),
+        (lambda: dt.ADMM(freeze_every=0), "ADMM(freeze_every=0)"),
+        (lambda: dt.PartialFreeze(rounds=(0.5,)), "PartialFreeze(rounds=(0.5,)): shares of frozen weights must rise"),
+        (lambda: dt.PartialFreeze(every=0), "PartialFreeze(every=0): must be > 0 or None"),
+        (lambda: dt.Penalty(strength=-1.0), "Penalty(strength=-1.0): must be a finite number >= 0"),
+        (lambda: dt.Penalty(strength=1.0, norm="l3"), 'must be "l2" or "l1"'),  # type: ignore[arg-type]
+        (lambda: dt.Proximal(strength=math.inf), "Proximal(strength=inf)"),
+        (lambda: dt.Proximal(strength=1.0, every=0), "Proximal(every=0): must be >= 1 step"),
+        (lambda: dt.Proximal(strength=1.0, norm="l0"), 'must be "l2" or "l1"'),  # type: ignore[arg-type]
+        (lambda: _attach(dt.ADMM(start=0.8, until=0.5), 10), "until=0.5 (step 5) must come after start=0.8 (step 8)"),
+        (lambda: _attach(dt.ADMM(every=2, until=4), None), "ADMM.freeze_every: pass total_steps= to attach"),
+        (lambda: _attach(dt.PartialFreeze(), None), "PartialFreeze: pass total_steps= to attach"),
+        (lambda: _rule(dt.TopK(keep=5), dt.ADMM(finish="freeze")), "the survivors of TopK have none to go to"),
+        (lambda: _rule(dt.Uniform(bits=4), dt.ADMM(finish="mask")), "Uniform leaves no weight free"),
+        (lambda: dt.periodic_rate(_sgd(), 0), "periodic_rate(every=0)"),
+        (lambda: dt.periodic_rate(_sgd(), 5, gamma=0.0), "gamma=0.0"),
+        (lambda: dt.periodic_rate(_sgd(), 5, milestones=(1.0,)), "must lie in (0, 1)"),
+        (lambda: dt.periodic_rate(_sgd(), 5, until=9, total=9), "the mapping must come before the end"),
+    ],
+)
+def test_what_cannot_be_is_said_in_words(make: Any, says: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        make()
+    assert says in str(caught.value)
+
+
+def _sgd() -> torch.optim.SGD:
+    return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+
+
+def _rule(target: dt.Target, mechanism: dt.Mechanism) -> dt.Rule:
+    return dt.Rule(match="weight", target=target, mechanism=mechanism)
+
+
+def _attach(mechanism: dt.Mechanism, total: int | None) -> dt.Run:
+    layer = _layer(_start()[0])
+    recipe = dt.Recipe([_rule(dt.Uniform(bits=3), mechanism)])
+    return dt.attach(layer, torch.optim.SGD(layer.parameters(), lr=0.1), recipe, total_steps=total)
+
+
+def test_rounds_survive_a_spec() -> None:
+    admm = dt.ADMM(rounds=(0.3, 1.0), freeze_every=0.1, finish=None)
+    assert from_spec(to_spec(admm)) == admm
+    recipe = dt.Recipe([_rule(dt.Uniform(bits=2), admm)])
+    assert dt.Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+# --- staying feasible --------------------------------------------------------------------------------------------
+
+
+def _network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 4))
+
+
+def _optimizers(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
+    params = list(model.parameters())
+    if name == "SGD momentum":
+        return [torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-2)]
+    if name == "AdamW":
+        return [torch.optim.AdamW(params, lr=0.02, weight_decay=0.1)]
+    if name == "Adam fused":
+        return [torch.optim.Adam(params, lr=0.02, weight_decay=0.1, fused=True)]
+    if name == "RMSprop":
+        return [torch.optim.RMSprop(params, lr=0.01, momentum=0.9)]
+    if name == "Adadelta":
+        return [torch.optim.Adadelta(params, lr=1.0)]
+    matrices = [p for p in params if p.dim() == 2]
+    return [
+        torch.optim.Muon(matrices, lr=0.05, weight_decay=0.1),
+        torch.optim.AdamW([p for p in params if p.dim() != 2], lr=0.02),
+    ]
+
+
+ALL = ["SGD momentum", "AdamW", "Adam fused", "RMSprop", "Adadelta", "Muon"]
+
+
+def _train(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: range) -> None:
+    for step in steps:
+        data = torch.Generator().manual_seed(step)
+        x, y = torch.randn(32, 10, generator=data), torch.randn(32, 4, generator=data)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer", ALL)
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_masks_survive_every_optimizer(optimizer: str, scope: Any) -> None:
+    """From the mapping on: the zeros of that moment, bitwise +0.0, the exact count, and survivors that move."""
+    if optimizer == "Muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    model = _network()
+    optimizers = _optimizers(optimizer, model)
+    target = dt.TopK(keep=0.1, scope=scope)
+    rule = dt.Rule(match="weight$", target=target, mechanism=dt.ADMM(rho=0.1, every=3, until=12))
+    run = dt.attach(model, optimizers, dt.Recipe([rule]), total_steps=STEPS)
+    _train(model, optimizers, range(12))
+    mapped = {name: p.detach().clone() for name, p in model.named_parameters() if p.dim() == 2}
+    assert sum(int((w != 0).sum()) for w in mapped.values()) == round(0.1 * 168)
+    for step in range(12, STEPS):
+        _train(model, optimizers, range(step, step + 1))
+        for name, w in mapped.items():
+            now = dict(model.named_parameters())[name].detach()
+            assert torch.equal(now != 0, w != 0) and not bool((torch.signbit(now) & (now == 0)).any())
+    assert all(not torch.equal(dict(model.named_parameters())[name], w) for name, w in mapped.items())
+    last = {name: p.detach().clone() for name, p in model.named_parameters()}
+    run.finalize()
+    assert all(torch.equal(p, last[name]) for name, p in model.named_parameters()), "finalize had something to do"
+
+
+@pytest.mark.parametrize("optimizer", ALL)
+@pytest.mark.parametrize("mechanism", [dt.ADMM(rho=0.1, every=3, until=10), dt.PartialFreeze(start=10)])
+def test_freezes_survive_every_optimizer(optimizer: str, mechanism: dt.Mechanism) -> None:
+    """Half, three quarters, all: on their level, bitwise held, and finalize has nothing left to do."""
+    if optimizer == "Muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    model = _network()
+    optimizers = _optimizers(optimizer, model)
+    recipe = dt.Recipe(
+        [dt.Rule(match="weight$", target=dt.Uniform(bits=3, granularity="channel"), mechanism=mechanism)]
+    )
+    run = dt.attach(model, optimizers, recipe, total_steps=STEPS)
+    _train(model, optimizers, range(9))
+    assert "frozen" not in _state(run, "0.weight")
+    _train(model, optimizers, range(9, 10))
+    held: dict[str, torch.Tensor] = {}
+    for step in range(10, STEPS):
+        for name, p in model.named_parameters():
+            if p.dim() == 2:
+                state = _state(run, name)
+                share = 0.5 if step < 20 else 0.75 if step < 30 else 1.0
+                assert int(state["frozen"].sum()) == round(share * p.numel()), f"{name} before step {step}"
+                levels = run.encoded()[name].decode()
+                assert torch.equal(p[state["frozen"]], levels[state["frozen"]])
+                if name in held:
+                    before = held[name]
+                    assert torch.equal(p[~before.isnan()], before[~before.isnan()]), "a frozen weight moved"
+                held[name] = torch.where(state["frozen"], p.detach(), torch.nan)
+        _train(model, optimizers, range(step, step + 1))
+    last = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert all(row["error"] == 0 for row in run.measure())
+    run.finalize()
+    assert all(torch.equal(p, last[name]) for name, p in model.named_parameters())
+
+
+def test_freeze_rounds_are_the_reference() -> None:
+    w, gradients = _start()
+    layer = _layer(w)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01, momentum=0.9)
+    target = dt.Uniform(bits=3, range="minmax")
+    run = _run(layer, optimizer, dt.PartialFreeze(rounds=(0.3, 0.7, 1.0), every=8, start=4), target)
+    slow = reference.SGD(0.01, 0.9)
+    x = w
+    for gradient in gradients[:4]:
+        x = slow.step(x, gradient)
+    delta = reference.minmax_delta(x, 3)
+    first: dict[int, float] = {3: 0.3, 11: 0.7, 19: 1.0}
+    expected = reference.freeze_rounds(
+        w,
+        gradients,
+        project=lambda a: reference.grid(a, delta, 3),
+        rounds=first,
+        optimizer=reference.SGD(0.01, 0.9),
+    )
+    for t, (gradient, (want, frozen)) in enumerate(zip(gradients, expected, strict=True)):
+        layer.weight.grad = torch.from_numpy(gradient.copy())
+        optimizer.step()
+        assert np.allclose(layer.weight.detach().numpy(), want, rtol=0, atol=1e-12), f"step {t}"
+        if t >= 3:
+            assert np.array_equal(_state(run)["frozen"].numpy(), frozen), f"frozen after step {t}"
+    assert 0 < int(expected[12][1].sum()) < 30
+
+
+def test_per_level_freezes_a_share_of_every_level() -> None:
+    layer = _layer(_start()[0])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+    mechanism = dt.PartialFreeze(rounds=(0.5, 1.0), per_level=True)
+    before = layer.weight.detach().clone()
+    target = dt.Uniform(bits=2, range="minmax")
+    run = _run(layer, optimizer, mechanism, target)
+    q = target.project(before, target.fit(before))
+    frozen = _state(run)["frozen"]
+    for level in q.unique():
+        mine = q == level
+        assert int((frozen & mine).sum()) == round(0.5 * int(mine.sum()))
+        inside, outside = (before - q).abs()[frozen & mine], (before - q).abs()[~frozen & mine]
+        assert not len(outside) or float(inside.max()) <= float(outside.min())
+
+
+def test_a_sparse_set_on_levels_is_met_after_the_last_round() -> None:
+    """The pattern of a joint set may still move between rounds: only a projection of the whole lies in it for sure."""
+    model = _network()
+    optimizers = _optimizers("AdamW", model)
+    target = dt.SparseLevels(sparse=dt.TopK(keep=0.3), survivors=dt.Uniform(bits=3))
+    rule = dt.Rule(match="weight$", target=target, mechanism=dt.ADMM(rho=0.1, every=3, until=10))
+    run = dt.attach(model, optimizers, dt.Recipe([rule]), total_steps=STEPS)
+    _train(model, optimizers, range(STEPS))
+    assert all(row["error"] == 0 for row in run.measure())
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            assert int((p != 0).sum()) <= round(0.3 * p.numel()), name
+            assert torch.equal(p, run.encoded()[name].decode())
+
+
+def test_masked_projects_once_at_the_start() -> None:
+    model = _network()
+    optimizers = _optimizers("AdamW", model)
+    expected = {n: reference.top_k(p.detach().double().numpy(), 7) for n, p in model.named_parameters() if p.dim() == 2}
+    rule = dt.Rule(match="weight$", target=dt.TopK(keep=7), mechanism=dt.Masked())
+    run = dt.attach(model, optimizers, dt.Recipe([rule]))
+    for name, want in expected.items():
+        assert np.array_equal(dict(model.named_parameters())[name].detach().double().numpy(), want)
+    _train(model, optimizers, range(10))
+    for name, want in expected.items():
+        now = dict(model.named_parameters())[name].detach().numpy()
+        assert np.array_equal(now != 0, want != 0) and not np.allclose(now, want)
+        assert int(_state(run, name)["mask"].sum()) == 7
+
+
+@pytest.mark.parametrize("step", [4, 14, 26, 33])
+@pytest.mark.parametrize("target", [dt.TopK(keep=0.2, scope="model"), dt.Uniform(bits=2)])
+def test_resuming_in_every_phase_is_bitwise(step: int, target: dt.Target) -> None:
+    """In ADMM, after the mapping, between freeze rounds and after the last one; and u is not near zero in the first."""
+
+    def make() -> tuple[nn.Module, list[torch.optim.Optimizer], dt.Run]:
+        model = _network()
+        optimizers = _optimizers("AdamW", model)
+        admm = dt.ADMM(rho=0.1, every=3, until=12, balance=True)
+        rule = dt.Rule(match="weight$", target=target, mechanism=admm)
+        return model, optimizers, dt.attach(model, optimizers, dt.Recipe([rule]), total_steps=STEPS)
+
+    model, optimizers, run = make()
+    _train(model, optimizers, range(step))
+    buffer = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizers[0].state_dict()}, buffer)
+    if step == 4:
+        assert float(_state(run, "0.weight")["dual"].abs().max()) > 1e-3
+    _train(model, optimizers, range(step, STEPS))
+    other, fresh, _ = make()
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    other.load_state_dict(saved["model"])
+    fresh[0].load_state_dict(saved["optimizer"])
+    _train(other, fresh, range(step, STEPS))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+# --- penalty and proximal steps ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_penalty_is_its_formula(norm: Any) -> None:
+    w, gradients = _start()
+    layer = _layer(w)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
+    ramp = dt.Linear(first=0.2, last=2.0)
+    rule = dt.Rule(match="weight", target=dt.TopK(keep=9), mechanism=dt.Penalty(strength=ramp, norm=norm), fit_every=1)
+    dt.attach(layer, optimizer, dt.Recipe([rule]), total_steps=STEPS)
+    for t, gradient in enumerate(gradients):
+        gap = w - reference.top_k(w, 9)
+        w = w - 0.05 * (gradient + (0.2 + 1.8 * t / STEPS) * (gap if norm == "l2" else np.sign(gap)))
+        layer.weight.grad = torch.from_numpy(gradient.copy())
+        optimizer.step()
+        assert np.allclose(layer.weight.detach().numpy(), w, rtol=0, atol=1e-12), f"step {t}"
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("by_rate", [True, False])
+def test_proximal_minimises_what_it_says(norm: Any, by_rate: bool) -> None:
+    """The step against a search over a fine line of 1/2 (x - w)^2 + t d(x), d the (half squared) distance to q."""
+    w, _ = _start()
+    layer = _layer(w)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    mechanism = dt.Proximal(strength=0.1, norm=norm, by_rate=by_rate)
+    run = _run(layer, optimizer, mechanism, dt.Uniform(bits=3, range="minmax"))
+    q = reference.grid(w, reference.minmax_delta(w, 3), 3)
+    layer.weight.grad = torch.full((6, 5), 1e-300, dtype=torch.float64)  # moves nothing, and yet is a step
+    optimizer.step()
+    assert run.clock == 1
+    t = 0.1 * (0.5 if by_rate else 1.0)
+    for got, a, b in zip(layer.weight.detach().numpy().flat, w.flat, q.flat, strict=True):
+        line = b + (a - b) * np.linspace(0, 1, 20001)
+        cost = 0.5 * (line - a) ** 2 + t * (0.5 * (line - b) ** 2 if norm == "l2" else np.abs(line - b))
+        assert got == pytest.approx(line[cost.argmin()], abs=abs(a - b) / 10000)
+
+
+@pytest.mark.parametrize("form", ["gradient", "decoupled"])
+def test_the_two_forms_agree_only_without_an_optimizer_between(form: Any) -> None:
+    """Under plain SGD the decoupled pull is the gradient's, one step later; under Adam it is another objective."""
+    w, _ = _start()
+    ends = {}
+    for name in (SGD, ADAM):
+        layer = _layer(w)
+        made = torch.optim.SGD if name == SGD else torch.optim.Adam
+        optimizer = made(layer.parameters(), lr=0.01)
+        mechanism = dt.ADMM(rho=2.0, growth=1.0, every=1000, until=None, form=form)
+        _run(layer, optimizer, mechanism, dt.TopK(keep=9))
+        for _ in range(STEPS * 12):
+            layer.weight.grad = layer.weight.detach() - 1.0  # of |w - 1|^2 / 2
+            optimizer.step()
+        ends[name] = layer.weight.detach().numpy()
+    z = reference.top_k(w, 9)
+    optimum = (1.0 + 2.0 * z) / 3.0  # of |w - 1|^2 / 2 + rho / 2 |w - z|^2
+    assert np.allclose(ends[SGD], optimum, atol=0.03)
+    assert np.allclose(ends[ADAM], optimum, atol=0.03) == (form == "gradient")
+
+
+def test_the_files_beside_the_script_are_recipes() -> None:
+    from papers.admm.lenet import FOLDER, JOBS, job_of, rate_factor
+    from papers.models import LeNet5
+
+    files = sorted(FOLDER.glob("*.yaml"))
+    assert files
+    for file in files:
+        recipe = dt.Recipe.from_yaml(file)
+        assert dt.Recipe.from_yaml(recipe.to_yaml()) == recipe
+        recipe.resolve(LeNet5())
+    for name in [*JOBS, "prune350", "imp246", "oneshot100", "fixed246", "balanced71"]:
+        made = job_of(name).recipe
+        if made is not None:
+            made().resolve(LeNet5())
+    recipe = job_of("prune246").recipe
+    assert recipe is not None
+    factors = [rate_factor(t, recipe(), 300) for t in range(300)]
+    assert factors[0] == factors[10] == factors[50] == factors[100] == 1.0
+    assert factors[9] == pytest.approx(0.01) and min(factors) >= 0.01 - 1e-12
