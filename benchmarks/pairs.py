@@ -37,11 +37,11 @@ TARGETS: dict[str, dt.Target] = {
     "TopK": dt.TopK(keep=0.2),
     "TopK, model-wide": dt.TopK(keep=0.2, scope="model"),
     "NM, 2:4": dt.NM(n=2, m=4),
-    "Structured, filters": dt.Structured(kind="filter", keep=0.75),
+    "Structured, filters": dt.Structured(group="filter", keep=0.75),
     "KernelCodebook": dt.KernelCodebook(size=16),
     "VectorCodebook": dt.VectorCodebook(block=4, size=16),
-    "SparseLevels, 20 % on 3 bits": dt.SparseLevels(sparse=dt.TopK(keep=0.2), levels=dt.Uniform(bits=3)),
-    "SparseLevels, 2:4 on 4 bits": dt.SparseLevels(sparse=dt.NM(n=2, m=4), levels=dt.Uniform(bits=4)),
+    "SparseLevels, 20 % on 3 bits": dt.SparseLevels(sparse=dt.TopK(keep=0.2), survivors=dt.Uniform(bits=3)),
+    "SparseLevels, 2:4 on 4 bits": dt.SparseLevels(sparse=dt.NM(n=2, m=4), survivors=dt.Uniform(bits=4)),
 }
 
 MECHANISMS: dict[str, dt.Mechanism] = {
@@ -56,6 +56,7 @@ MECHANISMS: dict[str, dt.Mechanism] = {
     "Masked": dt.Masked(),
     "PartialFreeze": dt.PartialFreeze(),
     "MirrorDescent": dt.MirrorDescent(),
+    "MirrorDescent, relax": dt.MirrorDescent(map="relax"),
     "GDTanh": dt.GDTanh(),
     "PMF": dt.PMF(),
     "BinaryRelax": dt.BinaryRelax(),

@@ -141,6 +141,72 @@ def strength_zero(record: dict[str, Any]) -> str:
     return text + markdown(head, rows)
 
 
+# --- ADMM --------------------------------------------------------------------------------------------------------
+
+
+@simple("admm_quadratic")
+def admm_quadratic(record: dict[str, Any]) -> str:
+    """How often each variant finds the brute-force optimum, by kind of set."""
+    config = record["config"]
+    kinds = list(dict.fromkeys(row["kind"] for row in record["results"]["small"]))
+    rows: dict[str, list[str]] = {}
+    for row in record["results"]["small"]:
+        cells = rows.setdefault(row["variant"], [])
+        cells += [f"{row['optimum']['mean']:.0f}", f"{row['above']['mean']:.0f}", f"{row['distance']['mean']:.2g}"]
+    text = (
+        f"{config['problems']} problems a seed and kind, {config['steps']} steps. Optimum: % of problems whose "
+        "brute-force optimum was found; above: mean % of the loss above it; left: % |w - q| / |w| before the last "
+        "projection.\n\n"
+    )
+    head = ["variant", *(f"{kind}: {what}" for kind in kinds for what in ("optimum", "above", "left"))]
+    return text + markdown(head, [[name, *cells] for name, cells in rows.items()])
+
+
+@table("admm-forms")
+def admm_forms(records: Path) -> str:
+    """Where the two forms of the pull end under SGD and under Adam."""
+    record = read(records, "admm_quadratic")
+    if record is None:
+        return NOTHING
+    rows = [
+        [f"{row['optimizer']}, {row['form']}", spread(row["end"], 3), f"{row['optimum']:.3f}"]
+        for row in record["results"]["forms"]
+    ]
+    return markdown(["optimizer and form", "ends at", "optimum of loss and penalty"], rows)
+
+
+@table("admm-lenet")
+def admm_lenet(records: Path) -> str:
+    """LeNet-5 on MNIST, every job that has a record; test accuracies, last epoch."""
+    return _admm_lenet(records, held_out=False)
+
+
+@table("admm-lenet-rivals")
+def admm_lenet_rivals(records: Path) -> str:
+    """The same, trained without a held-out part of the images: the jobs that the curves come from."""
+    return _admm_lenet(records, held_out=True)
+
+
+def _admm_lenet(records: Path, held_out: bool) -> str:
+    rows, commits = [], set()
+    for path in sorted(records.glob("admm-lenet-*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if ("-holdout" in path.stem) != held_out:
+            continue
+        found = record["results"]["summary"]
+        cells = [spread(found[key], digits) if key in found else "" for key, digits in _LENET_COLUMNS.items()]
+        epochs = str(record["config"]["epochs"])
+        rows.append([path.stem.removeprefix("admm-lenet-"), str(len(record["seeds"])), epochs, *cells])
+        commits.add((record["environment"]["commit"] or "no commit")[:9])
+    if not rows:
+        return NOTHING
+    head = ["job", "seeds", "epochs", "full", "compressed", "weights kept", "rate", "bytes"]
+    return markdown(head, rows) + f"\nRecords `admm-lenet-*`; commits {', '.join(sorted(commits))}.\n"
+
+
+_LENET_COLUMNS = {"full": 2, "compressed": 2, "kept": 0, "rate": 1, "bytes": 0}
+
+
 @simple("warp")
 def warp(record: dict[str, Any]) -> str:
     """Steps against the reference, the way there and back, the order."""
@@ -325,6 +391,44 @@ def psg_cifar100_pruned(records: Path) -> str:
     return text + markdown(["rival", "life", "full", "data-free", "BatchNorm re-estimated"], rows) + origins(found)
 
 
+@table("kq-cifar100-error")
+def kq_cifar100_error(records: Path) -> str:
+    """Error of K-means alone, by size and scope of the codebook."""
+    record = read(records, "kq-cifar100-error")
+    if record is None:
+        return NOTHING
+    schemes: dict[str, dict[int | None, dict[str, Any]]] = {}
+    for row in record["results"]["rows"]:
+        schemes.setdefault(row["scheme"], {})[row["codebook_bits"]] = row
+    lines = []
+    for scheme, by_bits in schemes.items():
+        stored = by_bits.get(6) or by_bits[None]
+        unrounded = f"{by_bits[None]['error']:.3f}" if 6 in by_bits else "–"
+        lines.append([scheme, f"{stored['bits_per_weight']:.2f}", f"{stored['error']:.3f}", unrounded])
+    text = "|w - q|² / |w|² over all 3 x 3 kernels, without training; min-max: rounding weight by weight.\n\n"
+    head = ["scheme", "bits a weight", "error", "error with a float codebook"]
+    return text + markdown(head, lines) + origin(record, "kq-cifar100-error")
+
+
+@table("kq-cifar100")
+def kq_cifar100(records: Path) -> str:
+    """Test accuracy with trained codebooks, and with weights of about as many bits."""
+    found = {path.stem.removeprefix("kq-cifar100-"): path for path in sorted(records.glob("kq-cifar100-*.json"))}
+    found.pop("error", None)
+    if not found:
+        return NOTHING
+    rows, last = [], {}
+    for rival, path in found.items():
+        last = json.loads(path.read_text(encoding="utf-8"))
+        bits = last["results"]["bits"]
+        keys = ["full.accuracy", "compressed.recipe.data_free.accuracy", "compressed.recipe.batchnorm.accuracy"]
+        cost = "32" if bits is None else f"{bits['total']:.2f}"
+        rows.append([f"`{rival}`", cost, *(number(last, key, 2) for key in keys)])
+    text = "Test accuracy (%); bits a weight over all convolutions; BN: BatchNorm re-estimated on training images.\n\n"
+    head = ["rival", "bits a weight", "full", "compressed", "compressed, BN"]
+    return text + markdown(head, rows) + f"\nRecords `kq-cifar100-*`: {last['config']['epochs']} epochs.\n"
+
+
 @table("demo-psg")
 def demo_psg(records: Path) -> str:
     """What `detent demo` shows."""
@@ -364,6 +468,28 @@ def psg_defaults(records: Path) -> str:
         title = f"**{path.stem}**: held-out accuracy (%), mean over widths, then mean and spread over seeds.\n\n"
         parts.append(title + markdown(head, rows) + origin(record, path.stem))
     return "\n".join(parts) or NOTHING
+
+
+@simple("pairs")
+def pairs(record: dict[str, Any]) -> str:
+    """Accuracy of every pair, and why the others are refused."""
+    found = {(row["target"], row["mechanism"]): row for row in record["results"]["rows"]}
+    targets, mechanisms = list(record["config"]["targets"]), list(record["config"]["mechanisms"])
+    reasons: dict[str, int] = {}
+
+    def cell(target: str, mechanism: str) -> str:
+        row = found[target, mechanism]
+        if "refused" in row:
+            reason = row["refused"].split(": ", 1)[-1] if row["refused"].startswith("Rule(") else row["refused"]
+            return f"[{reasons.setdefault(reason, len(reasons) + 1)}]"
+        exact = row["distance"] == 0 and row["file_agrees"] and row["codes_agree"]
+        return f"{row['compressed']:.0f}" if exact else "**broken**"
+
+    rows = [[target, *(cell(target, mechanism) for mechanism in mechanisms)] for target in targets]
+    works = sum("refused" not in row for row in found.values())
+    text = f"{works} of {len(found)} pairs work: test accuracy (%) of the compressed life; [n]: refused, see below.\n\n"
+    text += markdown(["", *mechanisms], rows)
+    return text + "\n" + "".join(f"{number}. {reason}\n" for reason, number in reasons.items())
 
 
 @table("records")

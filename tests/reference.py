@@ -398,7 +398,7 @@ def shifted_tanh_inverse(w: Array, beta: float) -> Array:
     """Its inverse in closed form: with A = tanh(beta a), B = tanh(beta / 2), w = A (1 - B^2) / (1 - A^2 B^2)."""
     B = math.tanh(beta / 2)
     rest = 1 - B * B
-    A = np.array([0.0 if x == 0 else (-rest + math.sqrt(rest**2 + 4 * x * x * B * B)) / (2 * x * B) for x in w.flat])
+    A = np.array([0.0 if x == 0 else (-rest + math.sqrt(rest**2 + 4 * x * x * B * B)) / (2 * x * B * B) for x in w.flat])
     return np.arctanh(A).reshape(w.shape) / beta
 
 
@@ -628,3 +628,54 @@ def best_levels(w: Array, k: int, pinned: bool = False) -> float:
                     row[j] = min(row[j], *(before[i] + cost(i, j, True) for i in range(j + 1)))
             least[used, spent] = row
     return least[k, int(pinned)][count]
+
+
+# --- codebooks (KQ, arXiv 2003.05148) ----------------------------------------------------------------------------
+
+
+def nearest_codewords(units: Array, book: Array) -> tuple[list[int], Array]:
+    """Index of the nearest codeword of every unit, ties to the first, and the unit's squared distance to it."""
+    index, far = [], []
+    for unit in units:
+        distances = [float(((unit - codeword) ** 2).sum()) for codeword in book]
+        index.append(distances.index(min(distances)))
+        far.append(min(distances))
+    return index, np.array(far)
+
+
+def kq_bits(
+    shapes: Sequence[Sequence[int]], k: int, *, shared: bool, book_bits: int = 6, other_bits: int = 32
+) -> float:
+    """[sum N_l ceil(log2 K) + sum K k^2 b + other] / weights over convolutions (out, in, k, k).
+
+    The first convolution and 1x1 ones are `other`; the scale of a codebook is left out, as in the notes.
+    """
+    index = book = other = weights = 0
+    sizes = set()
+    for i, (out, into, *kernel) in enumerate(shapes):
+        length = math.prod(kernel)
+        weights += out * into * length
+        if i == 0 or length == 1:
+            other += out * into * length * other_bits
+            continue
+        index += out * into * math.ceil(math.log2(k))
+        if not shared or length not in sizes:
+            book += k * length * book_bits
+        sizes.add(length)
+    return (index + book + other) / weights
+
+
+def with_codebook(
+    book: Array, index: Sequence[Sequence[int]], gradients: Sequence[Sequence[Array]], reduce: str, step: Callable
+) -> list[Array]:
+    """The codebook after each step, where `gradients[t][l][i]` belongs to unit i of layer l at step t."""
+    path = []
+    for layers in gradients:
+        g = np.zeros_like(book)
+        for j in range(len(book)):
+            members = [units[i] for units, of in zip(layers, index, strict=True) for i, c in enumerate(of) if c == j]
+            if members:
+                g[j] = sum(members) / (len(members) if reduce == "mean" else 1)
+        book = step(book, g)
+        path.append(book)
+    return path

@@ -64,13 +64,13 @@ def test_levels_are_the_allowed_values(name: str) -> None:
 @pytest.mark.parametrize("name", LISTED)
 def test_laws_with_the_targets_own_levels(name: str) -> None:
     target = LISTED[name]
-    check_target(target, levels=target.levels)  # type: ignore[arg-type]
+    check_target(target, levels=target.levels)
 
 
 @settings(max_examples=40)
 @given(_FLOATS, st.sampled_from(sorted(LISTED)))
 def test_any_tensor_keeps_the_laws(x, name) -> None:
-    check_target(LISTED[name], [torch.from_numpy(x)], levels=LISTED[name].levels)  # type: ignore[arg-type]
+    check_target(LISTED[name], [torch.from_numpy(x)], levels=LISTED[name].levels)
 
 
 @pytest.mark.parametrize("name", LISTED)
@@ -325,7 +325,7 @@ def test_learned_levels_are_near_the_best_there_are(x, k, zero) -> None:
     assert _error(target, w) >= reference.best_levels(x, k, zero) - 1e-6 * energy
     q = target.project(w, params)
     for level in params["levels"].double().unique().tolist():
-        served = x[(q == np.float32(level)).numpy()]
+        served = x[q.numpy() == np.float32(level)]
         if len(served) and not (zero and level == 0):
             assert level == pytest.approx(served.mean(), rel=1e-6, abs=1e-7)
     if zero:
@@ -405,7 +405,7 @@ def test_adjacent_floats_are_told_apart() -> None:
 def test_half_precision_weights_and_levels_have_numbers_in_common() -> None:
     w = (torch.randn(8, 9) * 30000).clamp(-65000, 65000)
     for dtype, store in itertools.product((torch.float16, torch.bfloat16), ("float16", "bfloat16", "float32")):
-        target = dt.LearnedLevels(k=16, param_dtype=store)  # type: ignore[arg-type]
+        target = dt.LearnedLevels(k=16, param_dtype=store)
         check_target(target, [w.to(dtype), (w * 1e-11).to(dtype)])
 
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import detent as dt
 from detent.report.record import Record
-from papers.train import Experiment, _one_seed, summary
+from papers import models
+from papers.train import Experiment, _one_seed, load_recipe, summary
 
 CHECKPOINT = "checkpoints/cifar100_resnet32_sgd150.safetensors"
 SCHEMES: tuple[tuple[str, int], ...] = (*(("global", k) for k in (64, 256, 512, 1024)), ("layer", 64), ("layer", 256))
@@ -47,8 +48,8 @@ def average_bits(model: nn.Module, run: dt.Run) -> dict[str, float]:
         >>> net = nn.Sequential(nn.Conv2d(4, 16, 3), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(16, 2))
         >>> run = dt.compress(net, dt.Recipe([dt.Rule(match="^1", target=dt.KernelCodebook(size=8, book="global"))]))
         >>> found = average_bits(net, run)
-        >>> found["codes"] * 9 * 320, found["books"] * 9 * 320, found["full"] * 9 * 320
-        (768.0, 464.0, 18432.0)
+        >>> [round(found[part] * 9 * 320) for part in ("codes", "books", "full")]
+        [768, 464, 18432]
     """
     encoded = run.encoded()
     total, codes, books, full = 0, 0, 0, 0
@@ -66,7 +67,9 @@ def average_bits(model: nn.Module, run: dt.Run) -> dict[str, float]:
         codes += index
         books += mine - index if not item.target.shared else 0
         streams = {s.name: (s.values, 8 * s.nbytes) for s in item.codes.streams}
-        numbers = {n: (item.params[n], item.params[n].numel() * 8 * item.params[n].element_size()) for n in item.target.stored}
+        numbers = {
+            n: (item.params[n], item.params[n].numel() * 8 * item.params[n].element_size()) for n in item.target.stored
+        }
         shared = [(streams | numbers)[n] for n in item.target.shared if n in streams | numbers]
         values = [value for value, _ in shared]
         if shared and not any(t == item.target and _equal(values, held) for t, held in once):
@@ -101,11 +104,7 @@ def cluster_errors(kernels: list[Tensor], seed: int) -> list[dict[str, Any]]:
         energy = sum(float(w.double().square().sum()) for w in kernels)
         weights = sum(w.numel() for w in kernels)
         planned = getattr(target, "planned_bits", None)
-        bits = (
-            planned([w.shape for w in kernels])
-            if planned
-            else sum(target.bits_on_disk(p) for p in fitted)
-        )
+        bits = planned([w.shape for w in kernels]) if planned else sum(target.bits_on_disk(p) for p in fitted)
         rows.append(
             {
                 "scheme": name,
@@ -128,8 +127,7 @@ def error(
     kernels = [w for _, w in sorted(state.items()) if w.dim() == 4 and math.prod(w.shape[2:]) == 9]
     record = Record(
         name="kq-cifar100-error",
-        question="How much of the 3x3 kernels of a trained ResNet-32 does K-means alone keep, by codebook size and scope?",
-        command=f"python -m papers.kq.cifar100 error --seed {seed}",
+        question="How much of the 3x3 kernels of a trained ResNet-32 does K-means alone keep, by size and scope?",
         seeds=[seed],
         config={"checkpoint": CHECKPOINT, "kernels": sum(w.shape[0] * w.shape[1] for w in kernels), "restarts": 2},
         notes="No fine-tuning, no data. error: |w - q|^2 / |w|^2 over all 3x3 kernels.",
@@ -138,3 +136,122 @@ def error(
         rows = cluster_errors(kernels, seed)
     record.write(out, {"rows": rows})
     Console().print(rows)
+
+
+# --- training the codebook ----------------------------------------------------------------------------------------
+
+
+def kernels(target: dict[str, Any] | None, mechanism: dict[str, Any] | None) -> dict[str, Any]:
+    """`target` for every 3x3 convolution but the first; that one, 1x1 and the head at 8 bits a channel."""
+    grid = {"kind": "Uniform", "bits": 8, "granularity": "channel", "range": "minmax"}
+    pull = {"mechanism": {"kind": "STE"}} if mechanism else {}
+    own = {"mechanism": mechanism} if mechanism else {}
+    body = {"match": "@kernels", "target": target, **own}
+    return {"rules": [{"match": "@first", "target": grid, "pinned": True, **pull}, body, {**EIGHT_REST, **pull}]}
+
+
+def codebook(size: int) -> dict[str, Any]:
+    """A global codebook; 512 codewords are about 1.05 bits a weight on VGG-16, larger ones cost up to 1.62."""
+    return {"kind": "KernelCodebook", "size": size, "book": "global"}
+
+
+EIGHT_REST = {
+    "match": "weight$",
+    "target": {"kind": "Uniform", "bits": 8, "granularity": "channel", "range": "minmax"},
+    "pinned": True,
+}
+LEARN = {"kind": "CodebookLearning"}
+# Weight by weight at about as many bits: 1 bit a weight and log2 3 = 1.58, each with a scale a channel.
+BINARY = {"kind": "Binary", "granularity": "channel"}
+TERNARY = {"kind": "Ternary", "granularity": "channel"}
+RIVALS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "kq-512": kernels(codebook(512), LEARN),
+    "kq-512-sum": kernels(codebook(512), {**LEARN, "reduce": "sum"}),
+    "kq-2048": kernels(codebook(2048), LEARN),
+    "ste-w1": kernels(BINARY, {"kind": "STE"}),
+    "ste-w1.58": kernels(TERNARY, {"kind": "STE"}),
+}
+
+
+def experiment(rival: str, epochs: int, seeds: list[int], threads: int | None, steps: int | None) -> Experiment:
+    """The experiment of one rival; "none" only compresses the checkpoint."""
+    recipe = RIVALS[rival]
+    alone = {f"kq-{size}": kernels(codebook(size), None) for size in (512, 2048)}
+    return Experiment.model_validate(
+        {
+            "name": f"kq-cifar100-{rival}",
+            "question": "From the released checkpoint: what is left of it with kernels out of a codebook, and with as "
+            "many bits a weight?",
+            "model": "resnet32",
+            "init": CHECKPOINT,
+            "data": {
+                "name": "data/cifar100",
+                "label": "fine_label",
+                "crop": 4,
+                "padding": "reflect",
+                "flip": True,
+                "mean": [129.3 / 255, 124.1 / 255, 112.4 / 255],
+                "std": [68.2 / 255, 65.4 / 255, 70.4 / 255],
+                "cache": "runs/cache",
+            },
+            "recipe": recipe,
+            "evaluate_recipe": kernels(codebook(512), None) if recipe is None else None,
+            "optimizer": {"name": "SGD", "args": {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}},
+            "schedule": {"kind": "cosine"},
+            "batch_size": 128,
+            "epochs": epochs,
+            "channels_last": True,
+            "threads": threads,
+            "seeds": seeds,
+            "evaluate": {"bits": [], "recipes": alone if recipe is None else {}, "calibrate": 4000, "every": 0},
+            "extra": {"max_steps": steps},
+        }
+    )
+
+
+@app.command()
+def train(
+    data_dir: Annotated[Path, typer.Option(help="folder with data/ and checkpoints/", envvar="DETENT_SHARED")],
+    epochs: Annotated[int, typer.Option(min=1)] = EPOCHS,
+    out: Annotated[Path, typer.Option()] = Path("runs/kq-cifar100"),
+    only: Annotated[list[str] | None, typer.Option(help=f"one of {', '.join(RIVALS)}; may be repeated")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="may be repeated")] = None,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="stop after so many steps, schedules included")] = None,
+    resume: Annotated[bool, typer.Option("--resume")] = False,
+) -> None:
+    """Trains the rivals one after another and writes a record for each; "none" trains a plain network as long."""
+    console = Console()
+    for rival in only or list(RIVALS):
+        if rival not in RIVALS:
+            raise typer.BadParameter(f"--only {rival}: must be one of {', '.join(RIVALS)}")
+        plan = experiment(rival, epochs, seed or [1], threads, steps)
+        folder = out / rival
+        record = Record(
+            name=plan.name, question=plan.question, seeds=plan.seeds, config=plan.model_dump(), notes=plan.notes
+        )
+        with record:
+            results = [
+                _one_seed(plan, number, folder / f"seed{number}", data_dir, folder, resume, console)
+                for number in plan.seeds
+            ]
+        record.write(folder / "record.json", {"seeds": results, "summary": summary(results), "bits": rival_bits(rival)})
+
+
+def rival_bits(rival: str) -> dict[str, float] | None:
+    """Bits a weight of a rival over all convolutions, its first and 1x1 layers at their width."""
+    recipe = RIVALS[rival]
+    if recipe is None:
+        return None
+    torch.manual_seed(0)
+    net = models.resnet32()
+    bare = {"rules": [{k: v for k, v in rule.items() if k != "mechanism"} for rule in recipe["rules"]]}
+    for rule in bare["rules"]:  # which codewords they are does not change their price
+        if rule["target"]["kind"] == "KernelCodebook":
+            rule["target"] = {**rule["target"], "restarts": 1, "iterations": 1}
+    return average_bits(net, dt.compress(net, load_recipe(bare) or dt.Recipe([])))
+
+
+if __name__ == "__main__":
+    app()

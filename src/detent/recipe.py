@@ -251,7 +251,8 @@ class Recipe:
         and at 2 bits no weight decay: build the optimizer from `param_groups`), kq, kq-layer (for a pre-trained CNN:
         512 codewords for the kernels, of the whole model or of each layer, everything else at 8 bits a channel),
         admm-prune-10x, -70x, -246x (progressive ADMM in two stages, one threshold over the model), admm-binary (one bit
-        in all layers, first and last in a second stage).
+        in all layers, first and last in a second stage), md-binary, md-ternary (mirror descent from scratch, every
+        weight on two or three levels with one scale a tensor; published with Adam and without weight decay).
 
         Raises:
             ValueError: an unknown name, with the nearest known one.
@@ -732,12 +733,21 @@ def _admm_binary_preset() -> Recipe:
     return Recipe(stages=stages)
 
 
+def _md_preset(target: Target) -> Callable[[], Recipe]:
+    def make() -> Recipe:
+        return Recipe([Rule(match=r"weight$", target=target, mechanism=MirrorDescent())])
+
+    return make
+
+
 _PRESETS: dict[str, Callable[[], Recipe]] = {
     **{f"psg-w{bits}": _psg_preset(bits) for bits in (8, 6, 4, 3, 2)},
     "psg-prune90": _prune_preset,
     **{f"psg-paper-w{bits}": _paper_preset(bits) for bits in (8, 6, 4, 3, 2)},
     **{f"admm-prune-{rate}x": _admm_prune_preset(rate) for rate in (10, 70, 246)},
     "admm-binary": _admm_binary_preset,
+    "md-binary": _md_preset(Binary()),
+    "md-ternary": _md_preset(Ternary()),
     "kq": _kq_preset("global"),
     "kq-layer": _kq_preset("layer"),
 }

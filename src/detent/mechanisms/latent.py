@@ -446,8 +446,8 @@ class MirrorDescent(_Mapped):
             super().before_step(slot, clock)
         elif not self._is_raw(clock):
             slot.scratch["seen"] = slot.weight.clone()
-            nearly = 1 - torch.finfo(compute_dtype(slot.weight.dtype)).eps
             beta = self.beta_at(clock.step, clock.total_steps)
+            nearly = 1 - torch.finfo(slot.weight.dtype).eps
             slot.weight.copy_(self._unseen(slot, slot.weight, beta, nearly))
             slot.scratch["dual"] = slot.weight.clone()
 
@@ -459,7 +459,10 @@ class MirrorDescent(_Mapped):
         if "seen" in slot.scratch:
             seen = slot.scratch["seen"]
             levels = levels_of(slot, seen)
-            frozen = (seen <= levels[..., 0]) | (seen >= levels[..., -1])
+            # A rounding away from its level a weight has no latent to come back from: whether the tanh at hand rounds
+            # up to the level or not, it stays.
+            middle, half = (levels[..., -1] + levels[..., 0]) / 2, (levels[..., -1] - levels[..., 0]) / 2
+            frozen = (seen - middle).abs() >= half * (1 - torch.finfo(seen.dtype).eps)
             moved = torch.where(frozen | (slot.weight == slot.scratch["dual"]), seen, moved)
         slot.weight.copy_(moved)
 

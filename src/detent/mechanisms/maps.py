@@ -79,6 +79,8 @@ class MirrorMap(abc.ABC):
             reach = reach * 2
         for _ in range(_BISECTIONS):
             middle = low + (high - low) / 2
+            if bool(((middle == low) | (middle == high)).all()):
+                break
             above = self.forward(middle, levels, beta) > w64
             low, high = torch.where(above, low, middle), torch.where(above, middle, high)
         a = low + (high - low) / 2
@@ -342,16 +344,16 @@ def _at_the_limit(mirror: MirrorMap, levels: Tensor) -> str | None:
     """What is wrong with P at a huge beta or a huge latent, or `None`."""
     a = torch.linspace(float(levels[0]) - 1, float(levels[-1]) + 1, 101, dtype=torch.float64)
     middles = (levels[1:] + levels[:-1]) / 2
-    clear = a[((a[:, None] - middles).abs() > 1e-3).all(1)]
-    gap = float((mirror.forward(clear, levels, 1e9) - _nearest(clear, levels)).abs().max())
-    if not gap <= 1e-6:
-        return f"at beta 1e9 it is still {gap:.3g} away from the nearest level"
     for dtype in (torch.float32, torch.float64):
         odd = torch.cat([torch.tensor([0.0, 1e-30, -1e-30, 1e30, -1e30]), levels, middles, a]).to(dtype)
         for beta in (1e-6, 1.0, 1e4, 1e35):
             for w in (mirror.forward(odd, levels.to(dtype), beta), mirror.derivative(odd, levels.to(dtype), beta)):
                 if not bool(torch.isfinite(w).all()):
                     return f"at beta {beta:g} it is not finite in {dtype}"
+    clear = a[((a[:, None] - middles).abs() > 1e-3).all(1)]
+    gap = float((mirror.forward(clear, levels, 1e9) - _nearest(clear, levels)).abs().max())
+    if not gap <= 1e-6:
+        return f"at beta 1e9 it is still {gap:.3g} away from the nearest level"
     return None
 
 

@@ -1,0 +1,1 @@
+"""Mirror descent: the paper's experiments."""

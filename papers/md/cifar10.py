@@ -1,0 +1,194 @@
+"""Mirror descent and its rivals with one bit (or a trit) in every layer: CIFAR-10, or digits in minutes.
+
+    python -m papers.md.cifar10 --data-dir ../shared --model resnet20 --epochs 100 [--only md-tanh] [--resume]
+    python -m papers.md.cifar10 --model digits --epochs 15 --tune --seed 0 --seed 1 --seed 2
+
+The paper's mode: BatchNorm without gain and shift, Xavier weights, every tensor that is left, biases included, on
+{-1, 1} without a scale; `--scale` gives each tensor its own. Every rival has the same data, order, epochs, network and
+optimizer (Adam) and as many trials of its learning rate: `--tune` reads each of `--lr` on images held out from the
+train split, the best goes into the run that reads the test split, once, at the last epoch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+
+from detent.report.record import Record
+from papers import models
+from papers.train import Experiment, Trainer, _one_seed, summary
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RECORDS = ROOT / "benchmarks" / "records"
+RATES = (1e-3, 3e-3, 1e-2)
+HOLDOUT = 5000
+
+RIVALS: dict[str, dict[str, Any] | None] = {
+    "float": None,
+    "ste": {"kind": "STE"},
+    "binary-connect": {"kind": "STE", "clip_latent": 1.0},
+    "md-tanh": {"kind": "MirrorDescent"},
+    "md-tanh-scale-aware": {"kind": "MirrorDescent", "scale_aware": "tensor"},
+    "gd-tanh": {"kind": "GDTanh"},
+    "pmf": {"kind": "PMF", "jacobian": "paper"},
+    "parq": {"kind": "PARQ"},
+    "binary-relax": {"kind": "BinaryRelax"},
+    "md-ternary": {"kind": "MirrorDescent"},
+    "ste-ternary": {"kind": "STE"},
+}
+
+
+def network(name: str, classes: int = 10) -> nn.Module:
+    """A network in the paper's mode: affine-free BatchNorm, Xavier weights, N(0, 0.1) biases."""
+    made: nn.Module = {
+        "resnet8": lambda: models.resnet8(classes),
+        "resnet20": lambda: models.resnet20(classes, shortcut="B", head="fc"),
+        "resnet18": lambda: models.resnet18(classes),
+        "digits": lambda: models.SmallConvNet(width=8, classes=classes),
+    }[name]()
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.affine, module.weight, module.bias = False, None, None  # type: ignore[assignment]
+    for parameter in made.parameters():
+        if parameter.dim() >= 2:
+            nn.init.xavier_uniform_(parameter)
+        else:
+            nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+def recipe(rival: str, scale: bool) -> dict[str, Any] | None:
+    """Every tensor on the levels, biases too."""
+    mechanism = RIVALS[rival]
+    if mechanism is None:
+        return None
+    kind = "Ternary" if rival.endswith("ternary") else "Binary"
+    target = {"kind": kind} if scale else {"kind": kind, "scale": None}
+    return {"rules": [{"match": "(weight|bias)$", "include": "bias$", "target": target, "mechanism": mechanism}]}
+
+
+def experiment(
+    rival: str, model: str, epochs: int, lr: float, seeds: list[int], *, scale: bool, holdout: int, **extra: Any
+) -> Experiment:
+    """One rival at one rate; `holdout` images of the train split are kept apart."""
+    images: dict[str, Any] = {
+        "name": "data/cifar10",
+        "label": "label",
+        "crop": 4,
+        "padding": "zero",
+        "flip": True,
+        "mean": [0.4914, 0.4822, 0.4465],
+        "std": [0.2470, 0.2435, 0.2616],
+        "cache": "runs/cache",
+    }
+    if model == "digits":
+        images = {"name": "digits", "crop": 1, "padding": "zero", "mean": [0.305], "std": [0.376]}
+    return Experiment.model_validate(
+        {
+            "name": f"md-{model}-{rival}",
+            "question": "With one bit in every layer, which of mirror descent's family keeps the most accuracy?",
+            "model": "papers.md.cifar10:network",
+            "model_args": {"name": model},
+            "data": images | {"holdout": holdout},
+            "recipe": recipe(rival, scale),
+            "optimizer": {"name": "Adam", "args": {"lr": lr}},
+            "schedule": {"kind": "cosine"},
+            "batch_size": 64 if model == "digits" else 128,
+            "epochs": epochs,
+            "channels_last": model != "digits",
+            "seeds": seeds,
+            "evaluate": {"bits": [], "calibrate": 1000 if model == "digits" else 4000, "every": 0},
+            **extra,
+        }
+    )
+
+
+def tuned(
+    rival: str, model: str, epochs: int, rates: list[float], folder: Path, data_dir: Path | None, **kinds: Any
+) -> tuple[float, dict[str, float]]:
+    """The rate with the best compressed life on held-out training images, and what each rate gave."""
+    found: dict[str, float] = {}
+    for lr in rates:
+        out = folder / f"tune-{lr:g}"
+        kept = out / "held-out.json"
+        if kept.exists():
+            found[f"{lr:g}"] = json.loads(kept.read_text())
+            continue
+        plan = experiment(rival, model, epochs, lr, [1000], holdout=300 if model == "digits" else HOLDOUT, **kinds)
+        plan = plan.model_copy(update={"evaluate": plan.evaluate.model_copy(update={"every": epochs})})
+        trainer = Trainer(plan, 1000, out, data_dir)
+        trainer.resume()
+        trainer.train()
+        last = trainer.history[-1]["held_out"]
+        life = last["compressed"]["recipe"]["data_free"] if last["compressed"] else last["full"]
+        found[f"{lr:g}"] = life["accuracy"]
+        kept.write_text(json.dumps(life["accuracy"]))
+    return max(rates, key=lambda lr: found[f"{lr:g}"]), found
+
+
+def main(
+    data_dir: Annotated[Path | None, typer.Option(help="folder with data/cifar10", envvar="DETENT_SHARED")] = None,
+    model: Annotated[str, typer.Option(help="resnet8, resnet20, resnet18 or digits")] = "resnet20",
+    epochs: Annotated[int, typer.Option(min=1)] = 100,
+    out: Annotated[Path, typer.Option()] = Path("runs/md"),
+    only: Annotated[list[str] | None, typer.Option(help=f"one of {', '.join(RIVALS)}; may be repeated")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="may be repeated")] = None,
+    lr: Annotated[list[float] | None, typer.Option(help="a rate, or the ones --tune tries; may be repeated")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="choose the rate on held-out training images")] = False,
+    scale: Annotated[bool, typer.Option("--scale", help="a scale a tensor instead of +-1")] = False,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="cut every run short: a trial")] = None,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    record_as: Annotated[str | None, typer.Option(help="write benchmarks/records/NAME.json")] = None,
+    resume: Annotated[bool, typer.Option("--resume")] = False,
+) -> None:
+    """Trains the rivals one after another and writes one record."""
+    console = Console()
+    names, seeds = only or list(RIVALS), seed or [0]
+    for name in names:
+        if name not in RIVALS:
+            raise typer.BadParameter(f"--only {name}: must be one of {', '.join(RIVALS)}")
+    rates = lr or (list(RATES) if tune else [1e-3])
+    if len(rates) > 1 and not tune:
+        raise typer.BadParameter("--lr: several rates need --tune")
+    kinds: dict[str, Any] = {"scale": scale, "threads": threads}
+    if max_steps is not None:
+        kinds["extra"] = {"max_steps": max_steps}
+    if threads is not None:
+        torch.set_num_threads(threads)
+    results: dict[str, Any] = {}
+    config = {"model": model, "epochs": epochs, "rates": rates, "tuned": tune, "scale": scale, "max_steps": max_steps}
+    record = Record(
+        name=record_as or f"md-{model}",
+        question="With one bit in every layer, which of mirror descent's family keeps the most accuracy?",
+        seeds=seeds,
+        config=config,
+        notes="Every tensor, biases included, on the levels; affine-free BatchNorm; last epoch; learning rates chosen "
+        "on held-out training images with one seed of their own, the same rates tried for every rival.",
+    )
+    with record:
+        for name in names:
+            folder = out / model / ("scaled" if scale else "unscaled") / name
+            rate, tried = rates[0], {}
+            if tune:
+                rate, tried = tuned(name, model, epochs, rates, folder, data_dir, **kinds)
+            plan = experiment(name, model, epochs, rate, seeds, holdout=0, **kinds)
+            runs = [_one_seed(plan, n, folder / f"seed{n}", data_dir, folder, resume, console) for n in seeds]
+            results[name] = {"lr": rate, "held_out": tried, "summary": summary(runs)}
+            console.print(f"{name}: lr {rate:g}, {_line(results[name]['summary'])}")
+    record.write(RECORDS / f"{record_as}.json" if record_as else out / model / "record.json", {"rivals": results})
+
+
+def _line(found: Any) -> str:
+    """Accuracies out of a summary."""
+    keys = {"full": "full.accuracy", "compressed": "compressed.recipe.data_free.accuracy"}
+    return ", ".join(f"{life} {found[key]['mean']:.2f} %" for life, key in keys.items() if key in found)
+
+
+if __name__ == "__main__":
+    typer.run(main)

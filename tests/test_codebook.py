@@ -1,0 +1,581 @@
+"""Codebooks: K-means, kernels and blocks, learning them, and files that hold a shared one once."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from test_files import head_of, leftovers, rewrite, scrambled, snapshot
+from torch import Tensor, nn
+
+import detent as dt
+from detent import pack
+from detent.mechanisms import codebook as learning
+from detent.targets import codebook as books
+from detent.testing import check_target
+
+LAYER = dt.KernelCodebook(size=4)
+GLOBAL = dt.KernelCodebook(size=5, book="global", zero=True)
+FLOATS = dt.KernelCodebook(size=6, codebook_bits=None)
+
+VGG16 = [(64, 3), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (256, 256), (512, 256)] + [(512, 512)] * 5
+RESNET18 = [(64, 64)] * 4 + [(128, 64)] + [(128, 128)] * 3 + [(256, 128)] + [(256, 256)] * 3 + [(512, 256)]
+RESNET18 += [(512, 512)] * 3
+RESNET18_OTHER = [(64, 3, 7, 7), (128, 64, 1, 1), (256, 128, 1, 1), (512, 256, 1, 1)]
+
+
+def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(3)
+    layers = (nn.Conv2d(2, 8, 3), nn.Tanh(), nn.Conv2d(8, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(6, 3))
+    return nn.Sequential(*layers).to(dtype)
+
+
+def batch(step: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(5, 2, 5, 5, generator=generator, dtype=torch.float64)
+    return x.to(dtype), torch.randn(5, 3, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def train(model: nn.Module, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        x, y = batch(step, next(model.parameters()).dtype)
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=1e-2)
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.1)
+
+
+def recipe(target: dt.Target, mechanism: dt.Mechanism | None = None) -> dt.Recipe:
+    return dt.Recipe([dt.Rule(match="@kernels", target=target, mechanism=mechanism)])
+
+
+# --- the target --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [LAYER, GLOBAL, FLOATS, dt.KernelCodebook(size=1), dt.KernelCodebook(size=300)])
+def test_laws_on_awkward_kernels(target: dt.KernelCodebook) -> None:
+    torch.manual_seed(0)
+    wide = torch.randn(5, 6, 3, 3).clamp(-2, 2)
+    samples = [torch.randn(8, 6, 3, 3).to(t) for t in (torch.float64, torch.float16, torch.bfloat16)]
+    samples += [torch.zeros(4, 5, 3, 3), torch.full((4, 5, 3, 3), -0.0), torch.full((4, 5, 3, 3), 0.3)]
+    samples += [wide * 1e-42, wide * 1.5e38, (wide * 3e4).half(), (wide * 1e-6).half(), (wide * 1.6e38).bfloat16()]
+    samples += [wide.to(memory_format=torch.channels_last), wide[:, :1], wide[:1, :1], wide[0], wide[..., None, :]]
+    check_target(target, samples)
+
+
+@pytest.mark.parametrize("book_bits", [6, None])
+def test_projection_is_the_nearest_codeword(book_bits: int | None) -> None:
+    w = torch.randn(9, 7, 3, 3, dtype=torch.float64)
+    target = dt.KernelCodebook(size=13, codebook_bits=book_bits)
+    params = target.fit(w)
+    book = target.codebook(params).double().numpy()
+    index, far = reference.nearest_codewords(w.reshape(-1, 9).numpy(), book)
+    q = target.project(w, params)
+    assert target.assign(w, params).tolist() == index
+    assert np.array_equal(q.reshape(-1, 9).numpy(), book[index])
+    assert float((q - w).square().sum()) == pytest.approx(far.sum())
+    distance = target.distance(q - w, params).reshape(-1, 9)
+    assert np.allclose(distance.numpy(), np.sqrt(far / 9)[:, None].repeat(9, 1))
+    assert float(target.typical(params)) == pytest.approx(np.sqrt(far / 9).mean(), rel=1e-6)
+
+
+def test_k_means_finds_planted_kernels_and_is_repeatable() -> None:
+    centres = torch.randn(12, 9) * 3
+    w = (centres[torch.randint(0, 12, (40 * 20,))] + 1e-3 * torch.randn(800, 9)).reshape(40, 20, 3, 3)
+    target = dt.KernelCodebook(size=12, codebook_bits=None)
+    book = target.codebook(target.fit(w))
+    assert float((book[:, None] - centres).square().sum(-1).min(0).values.sqrt().amax()) < 1e-2
+    assert torch.equal(book, target.codebook(target.fit(w.clone())))
+    noise = torch.randn(40, 20, 3, 3)
+    other = dt.KernelCodebook(size=12, codebook_bits=None, seed=1)
+    assert not torch.equal(target.fit(noise)["book"], other.fit(noise)["book"])
+
+
+def test_k_means_is_a_fixed_point_and_more_codewords_are_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = torch.randn(40, 30, 3, 3)
+    errors = []
+    for size in (1, 2, 8, 32, 128):
+        target = dt.KernelCodebook(size=size, codebook_bits=None, iterations=300)
+        params = target.fit(w)
+        index, units = target.assign(w, params), w.reshape(-1, 9)
+        assert len(target.codebook(params)) == size == len(index.unique()), "a codeword without members"
+        means = torch.stack([units[index == j].mean(0) for j in range(size)])
+        assert float((means - target.codebook(params)).abs().amax()) < 0.1
+        errors.append(float((target.project(w, params) - w).square().sum()))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.6 * errors[0]
+    assert torch.allclose(dt.KernelCodebook(size=1, codebook_bits=None).fit(w)["book"][0], w.reshape(-1, 9).mean(0))
+    before = dt.KernelCodebook(size=8).fit(w)["book"]
+    monkeypatch.setattr(books, "_CHUNK", 64)
+    assert torch.allclose(dt.KernelCodebook(size=8).fit(w)["book"], before), "pieces change nothing but roundings"
+
+
+def test_an_empty_cluster_is_repaired() -> None:
+    x = torch.cat([torch.zeros(50, 3), torch.eye(3) * 5, -torch.eye(3) * 5])
+    stuck = torch.cat([torch.zeros(1, 3), torch.full((6, 3), 1e3)])  # six centres that nothing is near
+    centres, error = books._lloyd(x, stuck, 50, False)
+    assert error == 0.0 and len(books._nearest(x, centres)[0].unique()) == 7
+
+
+def test_a_sample_is_enough() -> None:
+    w = torch.randn(64, 64, 3, 3)
+    errors = [
+        float((t.project(w, t.fit(w)) - w).square().mean())
+        for t in (dt.KernelCodebook(size=16), dt.KernelCodebook(size=16, sample=20, restarts=1))
+    ]
+    assert errors[1] < 1.05 * errors[0]
+
+
+def test_fewer_distinct_kernels_than_codewords() -> None:
+    few = torch.randn(5, 3, 3)
+    w = few[torch.randint(0, 5, (30, 20))]
+    target = dt.KernelCodebook(size=64, codebook_bits=None)
+    params = target.fit(w)
+    assert len(target.codebook(params)) == 5 and torch.equal(target.project(w, params), w)
+    assert target.encode(w, params).streams[0].width == 3
+    zero = dt.KernelCodebook(size=5, codebook_bits=None, zero=True).fit(w)
+    assert len(zero["book"]) == 5 and not bool(zero["book"][0].any())
+    assert len(dt.KernelCodebook(size=6, codebook_bits=None, zero=True).fit(w)["book"]) == 6
+
+
+def test_a_zero_codeword_prunes_kernels() -> None:
+    w = torch.randn(16, 16, 3, 3) * torch.randint(0, 2, (16, 16, 1, 1))
+    target = dt.KernelCodebook(size=8, zero=True)
+    params = target.fit(w)
+    assert not bool(target.codebook(params)[0].any())
+    q = target.project(w, params)
+    assert bool((q.reshape(-1, 9)[~w.reshape(-1, 9).any(1)] == 0).all())
+
+
+def test_the_codebook_is_of_six_bits_with_one_scale() -> None:
+    w = torch.randn(20, 20, 3, 3)
+    for target, most in ((dt.KernelCodebook(size=16), 31), (dt.KernelCodebook(size=16, codebook_bits=3), 3)):
+        params = target.fit(w)
+        levels = (target.codebook(params) / params["scale"]).round()
+        assert params["scale"].numel() == 1 and torch.equal(levels * params["scale"], target.codebook(params))
+        assert float(levels.abs().amax()) <= most
+        streams = {s.name: s for s in target.encode(w, params).streams}
+        assert streams["codes"].width == 4 and streams["codes"].values.numel() == 400
+        assert streams["book"].width == target.codebook_bits and streams["book"].values.numel() == 16 * 9
+
+
+@pytest.mark.parametrize(("units", "size"), [(3, 1), (4, 1), (31, 4), (32, 8), (100, 16), (127, 16), (128, 32)])
+def test_too_few_kernels_reduce_the_codebook(units: int, size: int) -> None:
+    w = torch.randn(units, 1, 3, 3)
+    params = dt.KernelCodebook(size=32).fit(w)
+    assert len(params["book"]) == size
+    shape = (units, 1, 3, 3)
+    refuse = dt.KernelCodebook(size=32, few="refuse").accepts(shape, torch.float32, dt.Layout(shape=shape))
+    assert (refuse is None) == (units >= 128)
+    together = dt.KernelCodebook(size=32, few="refuse", book="global")
+    assert together.accepts(shape, torch.float32, dt.Layout(shape=shape)) is None
+    if units < 128:
+        with pytest.raises(ValueError, match=f"at least 128 units to choose from, there are {units}"):
+            together.fit(w)
+
+
+def test_nothing_but_kernels_is_taken() -> None:
+    def reason(target: dt.Target, *shape: int, channel_dim: int = 0) -> str:
+        return target.accepts(shape, torch.float32, dt.Layout(shape=shape, channel_dim=channel_dim)) or ""
+
+    blocks = dt.VectorCodebook(block=4, size=4)
+    assert "2-D weight has no kernels" in reason(LAYER, 8, 8)
+    assert "larger than 1x1" in reason(LAYER, 8, 8, 1, 1)
+    assert reason(LAYER, 8, 8, 3) == reason(LAYER, 8, 8, 2, 2, 2) == reason(LAYER, 8, 4, 3, 3, channel_dim=1) == ""
+    assert "1-D weight has no inputs" in reason(blocks, 8)
+    assert "needs 1x1 kernels, not 3x3" in reason(blocks, 8, 8, 3, 3)
+    assert "does not divide the 6 inputs" in reason(blocks, 8, 6)
+    assert "transposed" in reason(blocks, 8, 8, 1, 1, channel_dim=1)
+    assert reason(blocks, 8, 8) == reason(blocks, 8, 8, 1, 1) == ""
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(4, 8, 3, groups=2), nn.ConvTranspose2d(4, 8, 3, groups=2), nn.Conv1d(4, 8, 5)]
+)
+def test_grouped_and_transposed_convolutions(layer: nn.Module, tmp_path: Path) -> None:
+    run = dt.compress(layer, recipe(dt.KernelCodebook(size=3)))
+    assert dt.save(run, tmp_path / "f") > 0
+    run.finalize()
+    weight: Tensor = layer.weight.detach()  # type: ignore[assignment]
+    assert len(weight.reshape(-1, math.prod(weight.shape[2:])).unique(dim=0)) == 3
+
+
+def test_a_global_codebook_is_one_for_each_kernel_size() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 5), nn.Conv2d(8, 8, (1, 9)))
+    run = dt.compress(model, recipe(dt.KernelCodebook(size=6, book="global")))
+    books_of = {name: e.params["book"] for name, e in run.encoded().items()}
+    assert torch.equal(books_of["0.weight"], books_of["1.weight"])
+    assert not torch.equal(books_of["0.weight"], books_of["3.weight"]) and books_of["2.weight"].shape == (6, 25)
+    run.finalize()
+    both = torch.cat([model[i].weight.detach().reshape(-1, 9) for i in (0, 1)])  # type: ignore[union-attr]
+    assert len(both.unique(dim=0)) == 6
+
+
+# --- bits --------------------------------------------------------------------------------------------------------
+
+
+def test_the_published_averages_follow_from_imagenet_shapes() -> None:
+    """As in the notes: VGG-16's 1.05 lies between 512 codewords and 1024; ResNet-18's 1.62 is 1024, the rest at 32."""
+    vgg = [(*pair, 3, 3) for pair in VGG16]
+    resnet = [RESNET18_OTHER[0], *((*pair, 3, 3) for pair in RESNET18), *RESNET18_OTHER[1:]]
+    found = {k: reference.kq_bits(vgg, k, shared=False) for k in (512, 1024)}
+    assert found[512] < 1.05 < found[1024]
+    assert reference.kq_bits(vgg, 512, shared=True) < 1.02
+    assert reference.kq_bits(resnet, 1024, shared=True) == pytest.approx(1.62, abs=0.005)
+    for shapes, size, book in ((vgg, 512, "layer"), (vgg, 512, "global"), (resnet, 1024, "global")):
+        kernels = [s for i, s in enumerate(shapes) if i and s[2] > 1]
+        other = sum(math.prod(s) for i, s in enumerate(shapes) if not (i and s[2] > 1))
+        planned = dt.KernelCodebook(size=size, book=book).planned_bits(kernels) + 32 * other  # type: ignore[arg-type]
+        books_held = len(kernels) if book == "layer" else 1
+        total = sum(math.prod(s) for s in shapes)
+        formula = reference.kq_bits(shapes, size, shared=book == "global") * total
+        assert planned == pytest.approx(formula + 32 * books_held), "the formula, and a scale a codebook"
+
+
+@pytest.mark.parametrize("target", [LAYER, FLOATS, GLOBAL])
+def test_the_plan_costs_what_the_file_holds(target: dt.KernelCodebook, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.Conv2d(8, 16, 3, bias=False))
+    run = dt.compress(model, recipe(target))
+    dt.save(run, tmp_path / "f", "compressed")
+    found = pack.sizes(tmp_path / "f")
+    assert 8 * (found["codes"] + found["params"]) == target.planned_bits([(8, 8, 3, 3), (16, 8, 3, 3)])
+
+
+@pytest.mark.parametrize("name", ["kq", "kq-layer"])
+def test_presets_take_any_cnn(name: str) -> None:
+    models = pytest.importorskip("papers.models")
+    for make in (models.resnet32, models.VGG16, models.resnet18):
+        with torch.device("meta"):
+            plan = dt.Recipe.preset(name).resolve(make())
+        kinds = {claim.name: type(plan.rule_of(claim).target).__name__ for claim in plan.claimed}
+        shapes = {claim.name: claim.layout.shape for claim in plan.claimed}
+        first = next(iter(kinds))
+        for weight, kind in kinds.items():
+            kernel = math.prod(shapes[weight][2:]) > 1 and weight != first
+            assert kind == ("KernelCodebook" if kernel else "Uniform"), weight
+        assert all(
+            n.endswith("bias") or len(c.layout.shape) < 2 for c in plan.claims if not c.claimed for n in [c.name]
+        )
+
+
+# --- learning ----------------------------------------------------------------------------------------------------
+
+
+class RealCodebook(nn.Module):
+    """The same network with a codebook that is a parameter: every kernel is looked up."""
+
+    def __init__(self, model: nn.Sequential, tables: list[Tensor], index: list[Tensor], reduce: str) -> None:
+        super().__init__()
+        self.books = nn.ParameterList([nn.Parameter(t.clone()) for t in tables])
+        self.index, self.shapes = index, [model[i].weight.shape for i in (0, 2)]
+        self.biases = nn.ParameterList([nn.Parameter(model[i].bias.detach().clone()) for i in (0, 2)])  # type: ignore[union-attr]
+        self.head = nn.Linear(6, 3, dtype=tables[0].dtype)
+        self.head.load_state_dict(model[5].state_dict())
+        for j, book in enumerate(self.books):
+            mine = index if len(tables) == 1 else [index[j]]
+            members = torch.bincount(torch.cat(mine), minlength=len(book))
+            if reduce == "mean":
+                book.register_hook(lambda g, members=members: g / members.clamp_min(1)[:, None])
+
+    def weight(self, layer: int) -> Tensor:
+        return self.books[min(layer, len(self.books) - 1)][self.index[layer]].reshape(self.shapes[layer])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in range(2):
+            x = torch.tanh(F.conv2d(x, self.weight(layer), self.biases[layer]))
+        return self.head(x.flatten(1))
+
+
+@pytest.mark.parametrize("make", [sgd, adamw])
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+@pytest.mark.parametrize("book", ["layer", "global"])
+def test_it_is_a_real_codebook_parameter(make: Callable[..., Any], reduce: Any, book: Any) -> None:
+    model = net(torch.float64)
+    twin = net(torch.float64)
+    target = dt.KernelCodebook(size=4, book=book, codebook_bits=None)
+    optimizer = make(model.parameters())
+    run = dt.attach(model, optimizer, recipe(target, dt.CodebookLearning(reduce=reduce, ste_from=None)), total_steps=40)
+    fits = run.encoded()
+    index = [target.assign(twin[i].weight, fits[f"{i}.weight"].params) for i in (0, 2)]  # type: ignore[arg-type,union-attr]
+    tables = [target.codebook(fits[f"{i}.weight"].params).double() for i in (0, 2)]
+    real = RealCodebook(twin, tables if book == "layer" else tables[:1], index, reduce)
+    start = real.weight(1).detach().clone()
+    train(model, optimizer, range(40))
+    train(real, make(real.parameters()), range(40))
+    for layer, place in enumerate((0, 2)):
+        weight: Tensor = model[place].weight.detach()  # type: ignore[assignment,union-attr]
+        assert float((weight - real.weight(layer).detach()).abs().amax()) <= 1e-12 * float(weight.abs().amax())
+    assert float((real.weight(1).detach() - start).abs().amax()) > 0.01, "nothing moved, so nothing was compared"
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_the_gradient_of_a_codeword_is_the_references(reduce: Any) -> None:
+    model = nn.Conv2d(3, 8, 3, bias=False, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    target = dt.KernelCodebook(size=4, codebook_bits=None)
+    run = dt.attach(model, optimizer, recipe(target, dt.CodebookLearning(reduce=reduce, ste_from=None)), total_steps=9)
+    state = run.state_dict()["weights"]["weight"]["state"]
+    index, start = state["index"].tolist(), state["codewords"].numpy()
+    gradients = np.random.default_rng(0).normal(size=(6, 24, 9))
+    slow = reference.with_codebook(
+        start, [index], [[g] for g in gradients], reduce, lambda book, g: reference.SGD(0.05).step(book, g)
+    )
+    for g, expected in zip(gradients, slow, strict=True):
+        model.weight.grad = torch.from_numpy(g.reshape(8, 3, 3, 3).copy())
+        optimizer.step()
+        assert np.allclose(model.weight.detach().reshape(-1, 9).numpy(), expected[index], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("target", [LAYER, GLOBAL, dt.KernelCodebook(size=5, book="global", codebook_bits=None)])
+def test_the_last_part_sees_the_stored_codebook(target: dt.KernelCodebook) -> None:
+    model = net()
+    optimizer = sgd(model.parameters())
+    run = dt.attach(model, optimizer, recipe(target, dt.CodebookLearning(ste_from=0.5)), total_steps=20)
+    apart = []
+    for step in range(20):
+        apart.append(sum(row["error"] for row in run.measure()))
+        train(model, optimizer, range(step, step + 1))
+    if target.codebook_bits is not None:
+        assert min(apart[1:10]) > 0, "before, the unrounded codebook is trained"
+    assert max(apart[10:]) == 0.0 == sum(row["error"] for row in run.measure())
+    latent = run.state_dict()["weights"]["0.weight"]["state"]["codewords"]
+    full = snapshot(model)
+    run.finalize()
+    assert snapshot(model) == full
+    shown = model[0].weight.detach().reshape(-1, 9).unique(dim=0)  # type: ignore[union-attr]
+    if target.codebook_bits is not None:
+        assert not any(bool((row == shown).all(1).any()) for row in latent if bool(row.any()))
+    if target.zero:
+        assert not bool(latent[0].any()), "the zero codeword stays"
+
+
+def test_re_assignment_follows_the_original_weights() -> None:
+    def ending(every: int | None) -> tuple[Tensor, Tensor]:
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+        mechanism = dt.CodebookLearning(ste_from=None, reassign_every=every, reassign_until=0.9)
+        run = dt.attach(model, optimizer, recipe(GLOBAL, mechanism), total_steps=12)
+        train(model, optimizer, range(11))
+        state = run.state_dict()["weights"]["2.weight"]["state"]
+        original = net()[2].weight.detach()  # type: ignore[union-attr]
+        if every:
+            assert torch.equal(state["original"], original)
+            assert set(mechanism.memory) == {"index", "codewords", "original"}
+        return state["index"], state["codewords"]
+
+    kept, _ = ending(None)
+    moved, _ = ending(5)
+    assert kept.shape == moved.shape and bool((kept != moved).any())
+
+
+def test_a_resumed_run_under_a_re_assignment_is_bitwise() -> None:
+    def start() -> tuple[nn.Module, Any, dt.Run]:
+        model = net()
+        optimizer = adamw(model.parameters())
+        mechanism = dt.CodebookLearning(reassign_every=3, reassign_until=0.6)
+        return model, optimizer, dt.attach(model, optimizer, recipe(GLOBAL, mechanism), total_steps=16)
+
+    model, optimizer, _ = start()
+    train(model, optimizer, range(5))
+    kept = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, kept)
+    train(model, optimizer, range(5, 16))
+    again, other, _ = start()
+    kept.seek(0)
+    saved = torch.load(kept, weights_only=True)
+    again.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    train(again, other, range(5, 16))
+    assert snapshot(again) == snapshot(model)
+
+
+def test_momentum_from_before_is_averaged() -> None:
+    model = net()
+    optimizer = sgd(model.parameters())
+    train(model, optimizer, range(3))
+    dt.attach(model, optimizer, recipe(LAYER, dt.CodebookLearning(ste_from=None)), total_steps=5)
+    before = optimizer.state[model[0].weight]["momentum_buffer"].clone()  # type: ignore[union-attr]
+    train(model, optimizer, range(3, 8))
+    assert len(before.reshape(-1, 9).unique(dim=0)) == 16
+    assert len(optimizer.state[model[0].weight]["momentum_buffer"].reshape(-1, 9).unique(dim=0)) <= 4  # type: ignore[union-attr]
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_an_optimizer_that_mixes_weights_is_refused() -> None:
+    model = nn.Linear(8, 8, bias=False)
+    optimizer = torch.optim.Muon(model.parameters(), lr=0.1)
+    rule = dt.Rule(match="weight", target=dt.VectorCodebook(block=2, size=4), mechanism=dt.CodebookLearning())
+    dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=5)
+    model(torch.randn(4, 8)).square().sum().backward()
+    with pytest.raises(RuntimeError, match="weights that share a codeword apart.*not Muon"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("odd", [{"lr": 0.01}, {"weight_decay": 0.5}])
+def test_unequal_groups_are_refused_for_a_shared_codebook(odd: dict[str, float]) -> None:
+    model = net()
+    rest = [p for i, p in enumerate(model.parameters()) if i]
+    optimizer = torch.optim.SGD([{"params": [model[0].weight], **odd}, {"params": rest}], lr=0.1)
+    dt.attach(model, optimizer, recipe(GLOBAL, dt.CodebookLearning()), total_steps=5)
+    with pytest.raises(RuntimeError, match="same rate and weight decay for all weights of a codebook"):
+        train(model, optimizer, range(1))
+
+
+def test_a_shared_codebook_in_two_optimizers_is_refused() -> None:
+    model = net()
+    pair = [sgd(model[0].parameters()), sgd([*model[2].parameters(), *model[5].parameters()])]
+    dt.attach(model, pair, recipe(GLOBAL, dt.CodebookLearning()), total_steps=5)
+    F.mse_loss(model(batch(0)[0]), batch(0)[1]).backward()
+    with pytest.raises(ValueError, match=r"16 of 64 units are\); put all weights of a global codebook into one"):
+        pair[0].step()
+
+
+def test_a_sharded_weight_is_refused() -> None:
+    params = LAYER.fit(torch.randn(8, 4, 3, 3)).local(0, 4)
+    with pytest.raises(ValueError, match="'w' is sharded, and CodebookLearning ties weights across all rows"):
+        learning._refuse_shards(SimpleNamespace(name="w", params=params))  # type: ignore[arg-type]
+
+
+def test_other_targets_are_refused() -> None:
+    with pytest.raises(ValueError, match="trains the codewords of a codebook, and Uniform has none"):
+        dt.Rule(match="w", target=dt.Uniform(bits=4), mechanism=dt.CodebookLearning())
+
+
+def test_psg_moves_a_kernel_as_one() -> None:
+    w = torch.randn(8, 4, 3, 3)
+    params = LAYER.fit(w)
+    scale = dt.PSG(eps=0.0).scale(w, LAYER, params).reshape(-1, 9)
+    assert bool((scale == scale[:, :1]).all()) and len(scale[:, 0].unique()) > 10
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def shared_file(path: Path, target: dt.Target = GLOBAL) -> tuple[nn.Module, dt.Run]:
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 5), nn.BatchNorm2d(8))
+    run = dt.compress(model, recipe(target))
+    dt.save(run, path)
+    return model, run
+
+
+@pytest.mark.parametrize("bits", [6, None])
+@pytest.mark.parametrize("life", ["both", "compressed"])
+def test_a_shared_codebook_is_stored_once(tmp_path: Path, bits: int | None, life: Any) -> None:
+    target = dt.KernelCodebook(size=6, book="global", codebook_bits=bits)
+    model, run = shared_file(tmp_path / "f", target)
+    dt.save(run, tmp_path / "f", life)
+    head = head_of(tmp_path / "f")
+    assert len(head["shared"]) == 2
+    assert [row[6] for row in head["coded"].values()] == [0, 0, 1]
+    assert all([s[0] for s in row[5]] == ["codes"] and not row[4] for row in head["coded"].values())
+    with run.compressed():
+        wanted = snapshot(model)
+    twin = scrambled(model)
+    dt.load(tmp_path / "f", twin, "compressed")
+    assert snapshot(twin) == wanted
+    found = pack.sizes(tmp_path / "f")
+    index = sum(8 * -(-3 * n // 8) for n in (32, 64, 64))
+    book = sum(8 * -(-6 * d * 6 // 8) + 32 if bits else 6 * d * 32 for d in (9, 25))
+    assert 8 * (found["codes"] + found["params"]) == index + book
+    header = pack.read_header(tmp_path / "f")
+    assert header.tensors["0.weight"]["bits_per_weight"] == 8 * 12 / (32 * 9), "without what it shares"
+
+
+def test_damage_to_a_shared_codebook_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    model, _ = shared_file(path)
+    data = path.read_bytes()
+    first = data.index(b"{", 8)
+    start = 8 + int.from_bytes(data[:8], "little")
+    assert first == 8
+    block = start + json.loads(data[8:start])[".data"]["data_offsets"][0]
+    for at in range(block, block + 4 + 34):  # the scale and the book of the 3x3 kernels
+        path.write_bytes(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :])
+        torch.manual_seed(1)
+        twin = scrambled(model)
+        before = snapshot(twin)
+        with pytest.raises(dt.FormatError, match=r"shared\[0\]:(scale|book)"):
+            dt.load(path, twin, "compressed")
+        assert snapshot(twin) == before
+    assert not leftovers(tmp_path)
+
+
+def _change(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
+    def change(head: dict[str, Any]) -> None:
+        place: Any = head
+        for step in path[:-1]:
+            place = place[step]
+        place[path[-1]] = to
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _change("coded", "0.weight", 6, to=None),
+        _change("coded", "0.weight", 6, to=1),
+        _change("coded", "0.weight", 6, to=2),
+        _change("coded", "0.weight", 6, to=-1),
+        _change("coded", "0.weight", 6, to="0"),
+        _change("coded", "2.weight", 6, to=0),
+        _change("shared", to=[]),
+        lambda head: head["shared"].append(head["shared"][0]),
+        lambda head: head["shared"].reverse(),
+        lambda head: head["shared"][0][0].clear(),
+        lambda head: head["shared"][0][1].clear(),
+        lambda head: head["shared"][0][1].append(head["coded"]["0.weight"][5].pop()),
+        lambda head: head["coded"]["0.weight"][4].append(head["shared"][0][0][0]),
+        _change("shared", 0, 1, 0, 1, to=5),
+        _change("shared", 0, 1, 0, 2, to=44),
+        _change("shared", 0, 1, 0, 0, to="codes"),
+        _change("targets", 0, 0, to={"kind": "KernelCodebook", "size": 5, "zero": True}),
+        _change("targets", 0, 0, to={"kind": "KernelCodebook", "size": 5, "book": "global", "codebook_bits": 5}),
+        _change("targets", 0, 0, to={"kind": "VectorCodebook", "size": 5, "book": "global", "block": 3}),
+    ],
+)
+def test_a_wrong_header_of_a_shared_codebook_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    model, _ = shared_file(tmp_path / "f")
+    rewrite(tmp_path / "f", lambda head: None)
+    dt.load(tmp_path / "f", model, "compressed")  # the rewriting itself is sound
+    rewrite(tmp_path / "f", lambda head: change(head) and None)
+    before = snapshot(model)
+    with pytest.raises(dt.FormatError) as caught:
+        dt.load(tmp_path / "f", model, "compressed")
+    assert "\n" not in str(caught.value) and snapshot(model) == before
+
+
+def test_codes_beyond_the_codebook_are_refused() -> None:
+    w = torch.randn(8, 4, 3, 3)
+    target = dt.KernelCodebook(size=5)
+    params = target.fit(w)
+    codes = target.encode(w, params)
+    for name, value in (("codes", 7), ("book", 63)):
+        streams = tuple(
+            dt.Stream(
+                name=s.name, values=torch.full_like(s.values, value) if s.name == name else s.values, width=s.width
+            )
+            for s in codes.streams
+        )
+        with pytest.raises((ValueError, IndexError)):
+            target.decode(dt.Codes(streams=streams), params, w.dtype)
