@@ -207,6 +207,45 @@ def _admm_lenet(records: Path, held_out: bool) -> str:
 _LENET_COLUMNS = {"full": 2, "compressed": 2, "kept": 0, "rate": 1, "bytes": 0}
 
 
+@simple("md_equalities")
+def md_equalities(record: dict[str, Any]) -> str:
+    """Gaps of paths, then counts of weights that differ in any bit."""
+    results, steps = record["results"], record["config"]["steps"]
+    text = f"Largest gap between the weights of two paths of {steps} steps, in float64.\n\n"
+    pairs = list(dict.fromkeys(row["pair"] for row in results["paths"]))
+    gaps = {(row["pair"], row["optimizer"]): f"{row['largest_gap']:.1e}" for row in results["paths"]}
+    text += markdown(["pair", "SGD", "Adam"], [[p, gaps[p, "SGD"], gaps[p, "Adam"]] for p in pairs])
+    text += "\nWeights that differ in any bit from those of STE, over whole paths.\n\n"
+    rows = [
+        [f"{row['target']}, {row['mechanism']}, {row['optimizer']}", f"{row['weights']:,}", f"{row['differing']:,}"]
+        for row in results["hard_limits"]
+    ]
+    text += markdown(["target, mechanism, optimizer", "weights", "differing"], rows)
+    other = results.get("torchao")
+    if other is None:
+        return text
+    text += f"\nSTE on `Uniform` against torchao {other['version']}'s fake quantization of the same latents.\n\n"
+    keys = ("weights", "differing", "of_these_at_a_tie")
+    rows = [[str(row["bits"]), *(f"{row[k]:,}" for k in keys)] for row in other["rows"]]
+    return text + markdown(["bits", "weights", "differing", "of these half-way between two levels"], rows)
+
+
+@table("md-digits")
+def md_digits(records: Path) -> str:
+    """Test accuracy of both lives by rival, and its rate."""
+    record = read(records, "md-digits")
+    if record is None:
+        return NOTHING
+    keys = ("full.accuracy", "compressed.recipe.data_free.accuracy", "compressed.recipe.batchnorm.accuracy")
+    rows = []
+    for name, found in record["results"]["rivals"].items():
+        cells = [spread(found["summary"][key], 2) if key in found["summary"] else "–" for key in keys]
+        rows.append([f"`{name}`", f"{found['lr']:g}", *cells])
+    text = f"Test accuracy (%) after {record['config']['epochs']} epochs, mean and spread over seeds.\n\n"
+    head = ["rival", "learning rate", "full", "compressed", "compressed, BatchNorm re-estimated"]
+    return text + markdown(head, rows) + origin(record, "md-digits")
+
+
 @simple("warp")
 def warp(record: dict[str, Any]) -> str:
     """Steps against the reference, the way there and back, the order."""

@@ -52,7 +52,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing": _CORE | {""},
     "integrations": _CORE | {""},
     "demo": _CORE | {"", "data", "report", "report.record"},
-    "cli": _CORE | {"", "export", "report", "report.record", "data", "demo"},
+    "demos": _CORE | {"", "data", "demo"},
+    "cli": _CORE | {"", "export", "report", "report.record", "data", "demo", "demos"},
 }
 HEAVY = {"pyarrow", "sklearn", "matplotlib", "PIL", "huggingface_hub", "plotly", "typer"}
 MAX_LINES = 800

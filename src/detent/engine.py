@@ -5,20 +5,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from detent import lives, optimizers, sharding
-from detent.lives import Entry, Lives, Statistics, fit_pull, fit_target, named_parameters
+from detent.lives import Entry, Lives, Statistics, by_rule, fit_pull, fit_target, named_parameters
 from detent.mechanisms import Clock, Slot
 from detent.recipe import Plan, Recipe
 
 __all__ = ["Run", "attach", "compress"]
 
-_T = TypeVar("_T")
 _STATE_KEY = "detent"
 _STATE_VERSION = 1
 
@@ -215,6 +214,9 @@ class Run(Lives):
             driver.stages[entry.stage].append(entry)
         for driver in self._drivers:
             driver.enter(driver.stage)
+        lives.refuse_split_rules(
+            {e.name: i for i, d in enumerate(self._drivers) for s in d.stages for e in s}, self._all
+        )
 
     def _refresh(self) -> None:
         """What the compressed life of this moment consists of, in the model's order."""
@@ -256,7 +258,7 @@ class Run(Lives):
 
     def _turn(self, driver: _Driver) -> None:
         """A stage is over: map its weights, hold what later stages may not undo, and open the next one."""
-        for entries in _by_rule([(entry, entry) for entry in driver.entries]):
+        for entries in by_rule([(entry, entry) for entry in driver.entries]):
             mine = [entry for entry, _ in entries if not entry.settled]
             if mine and mine[0].target.fits_together:  # one threshold, whichever optimizer comes first
                 mine = [entry for entry in self._all if entry.claim.rule == mine[0].claim.rule]
@@ -394,7 +396,7 @@ class Run(Lives):
             driver.copies = [(e, sharding.local(e.param).clone()) for e in driver.kept if e.is_fixed]
             for entry in driver.standing:
                 self._mask_gradient(driver, entry)
-            for slots in _by_rule(driver.slots):
+            for slots in by_rule(driver.slots):
                 slots[0][0].mechanism.before_together([slot for _, slot in slots], clock)
             for entry, slot in driver.slots:
                 self._first_moment(driver, entry, slot, clock)
@@ -404,17 +406,14 @@ class Run(Lives):
 
     def _mask_gradient(self, driver: _Driver, entry: Entry) -> None:
         """What earlier stages hold gets no gradient, so that neither momentum nor a norm clip is misled by it."""
-        fixed = entry.is_fixed and entry.stage < driver.stage
-        if entry.param.grad is None or (entry.zeros is None and not fixed):
-            return
-        grad = sharding.local(entry.param.grad)
+        grad = entry.param.grad
         reference, version = driver.spent.get(entry.name, (lambda: None, -1))
-        if reference() is entry.param.grad and version == grad._version:
+        if grad is None or (reference() is grad and version == sharding.local(grad)._version):
             return  # masked already by the step that raised
-        if fixed:
-            grad.zero_()
+        if entry.is_fixed and entry.stage < driver.stage:
+            sharding.local(grad).zero_()
         elif entry.zeros is not None:
-            grad.masked_fill_(entry.zeros, 0.0)
+            sharding.local(grad).masked_fill_(entry.zeros, 0.0)
 
     def _first_moment(self, driver: _Driver, entry: Entry, slot: Slot, clock: Clock) -> None:
         """The mechanism's first moment; a gradient that a step which raised had already changed is not shown again."""
@@ -452,7 +451,7 @@ class Run(Lives):
             self._hold(driver)
             for entry, slot in driver.slots:
                 entry.mechanism.after_step(slot, clock)
-            for slots in _by_rule(driver.slots):
+            for slots in by_rule(driver.slots):
                 slots[0][0].mechanism.after_together([slot for _, slot in slots], clock)
             for entry in self._fit_due(driver, after=True):
                 entry.mechanism.after_fit(self._slot(driver, entry), clock)
@@ -791,11 +790,3 @@ class Run(Lives):
                 _ATTACHED.discard(driver.optimizer)
             driver.handles = []
         self._closed = True
-
-
-def _by_rule(slots: list[tuple[Entry, _T]]) -> list[list[tuple[Entry, _T]]]:
-    """The slots of a step, those of one rule together."""
-    found: dict[int | None, list[tuple[Entry, _T]]] = {}
-    for entry, slot in slots:
-        found.setdefault(entry.claim.rule, []).append((entry, slot))
-    return list(found.values())

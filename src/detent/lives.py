@@ -22,6 +22,7 @@ __all__ = [
     "Entry",
     "Lives",
     "Statistics",
+    "by_rule",
     "distance_row",
     "entries_of",
     "fit_pull",
@@ -29,10 +30,13 @@ __all__ = [
     "install",
     "named_parameters",
     "reestimate",
+    "refuse_split_rules",
+    "rehearse",
     "swapped_buffers",
 ]
 
 _L = TypeVar("_L", bound="Lives")
+_T = TypeVar("_T")
 Statistics = Mapping[str, Tensor]
 
 
@@ -358,6 +362,33 @@ def rehearse(entries: list[Entry], plan: Plan) -> None:
             values[entry.name] = q
             if entry.is_sparse:
                 zeros[entry.name] = q == 0
+
+
+def by_rule(slots: list[tuple[Entry, _T]]) -> list[list[tuple[Entry, _T]]]:
+    """The slots of a step, those of one rule together."""
+    found: dict[int | None, list[tuple[Entry, _T]]] = {}
+    for entry, slot in slots:
+        found.setdefault(entry.claim.rule, []).append((entry, slot))
+    return list(found.values())
+
+
+def refuse_split_rules(owner: Mapping[str, int], entries: list[Entry]) -> None:
+    """Refuse a model-wide fit after the step for weights of several optimizers, which do not step at the same time.
+
+    Raises:
+        ValueError: naming two of the parameters.
+    """
+    for group in by_rule([(entry, entry) for entry in entries]):
+        first = group[0][0]
+        if first.rule.mechanism is None or not (first.mechanism.fits_after and first.pull.fits_together):
+            continue
+        other = next((e for e, _ in group if owner[e.name] != owner[first.name]), None)
+        if other is not None:
+            raise ValueError(
+                f"{first.name!r} and {other.name!r} sit in two optimizers, but {short(first.pull)} is fitted to all "
+                f"its weights at once, and {type(first.mechanism).__name__} wants that after the step; give each "
+                "optimizer a rule of its own"
+            )
 
 
 def fit_pull(entries: list[Entry]) -> None:

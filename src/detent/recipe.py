@@ -19,9 +19,9 @@ import yaml
 from torch import nn
 
 from detent.grouping import Granularity, Layout
-from detent.mechanisms import ADMM, PSG, STE, CodebookLearning, Mechanism, MirrorMap
+from detent.mechanisms import ADMM, PSG, STE, CodebookLearning, Mechanism, MirrorDescent, MirrorMap
 from detent.schedules import Moment, Schedule, step_at
-from detent.targets import Binary, KernelCodebook, Target, TopK, Uniform, Zero
+from detent.targets import Binary, KernelCodebook, Target, Ternary, TopK, Uniform, Zero
 
 __all__ = ["Claim", "Plan", "Recipe", "Rule", "Stage", "canonical_name", "from_spec", "to_spec"]
 
