@@ -397,9 +397,9 @@ def shifted_tanh(a: Array, beta: float) -> Array:
 def shifted_tanh_inverse(w: Array, beta: float) -> Array:
     """Its inverse in closed form: with A = tanh(beta a), B = tanh(beta / 2), w = A (1 - B^2) / (1 - A^2 B^2)."""
     B = math.tanh(beta / 2)
-    rest = 1 - B * B
-    A = np.array([0.0 if x == 0 else (-rest + math.sqrt(rest**2 + 4 * x * x * B * B)) / (2 * x * B * B) for x in w.flat])
-    return np.arctanh(A).reshape(w.shape) / beta
+    rest, BB = 1 - B * B, B * B
+    A = [0.0 if x == 0 else (-rest + math.sqrt(rest**2 + 4 * x * x * BB)) / (2 * x * BB) for x in w.flat]
+    return np.arctanh(np.array(A)).reshape(w.shape) / beta
 
 
 def softmax_weights(a: float, levels: Sequence[float], beta: float) -> list[float]:

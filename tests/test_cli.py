@@ -52,6 +52,7 @@ def refused(result: Result, code: int) -> str:
 # Frozen: a change here is a change for users and belongs into CHANGELOG.md.
 SURFACE = {
     "demo": {
+        "--method": "psg",
         "--data": None,
         "--out": Path("runs/demo"),
         "--epochs": None,

@@ -578,7 +578,8 @@ def _slot(target: dt.Target, w: Tensor, rows: tuple[int, int] | None, whole: Ten
         "state": {},
         "scratch": {},
     }
-    return Slot(**{field.name: used.get(field.name) for field in fields(Slot)})
+    blank: dict[str, Any] = {field.name: None for field in fields(Slot)}  # a latent needs nothing else
+    return Slot(**(blank | used))
 
 
 @pytest.mark.parametrize(

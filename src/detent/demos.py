@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -328,8 +329,8 @@ def _codebook(size: int, mechanism: Mechanism | None) -> Recipe:
     return Recipe(
         [
             Rule(match="@first", target=Uniform(bits=8), mechanism=ends),
-            Rule(match="@last", target=Uniform(bits=8), mechanism=ends),
-            Rule(match=r"conv\d*\.weight$", target=kernels, mechanism=mechanism),
+            Rule(match="@kernels", target=kernels, mechanism=mechanism),
+            Rule(match=r"weight$", target=Uniform(bits=8), mechanism=ends),
         ]
     )
 
@@ -339,8 +340,8 @@ def _grid(bits: int, mechanism: Mechanism | None) -> Recipe:
     return Recipe(
         [
             Rule(match="@first", target=Uniform(bits=8), mechanism=mechanism),
-            Rule(match="@last", target=Uniform(bits=8), mechanism=mechanism),
-            Rule(match=r"conv\d*\.weight$", target=levels, mechanism=mechanism),
+            Rule(match="@kernels", target=levels, mechanism=mechanism),
+            Rule(match=r"weight$", target=Uniform(bits=8), mechanism=mechanism),
         ]
     )
 
@@ -373,9 +374,9 @@ def _kq(bench: Bench) -> _Found:
     ]
     price = ", ".join(f"{column} {bits:.2f}" for column, bits in widths.items())
     notes = [
-        "W2, W1: each weight on a grid of its own, one step a tensor. Kernels: every 3 x 3 kernel of every convolution "
-        "is one of so many, shared by the whole network; first and last layer at 8 bits in every column.",
-        f"Bits a weight between first and last layer, index and codebook counted: {price}.",
+        "W2, W1: each weight on a grid of its own, one step a tensor. Kernels: every kernel of every convolution is "
+        "one of so many, shared by the network. In every column the first convolution and what is none have 8 bits.",
+        f"Bits a weight without those, index and codebook counted: {price}.",
         f"learned: {epochs} further epochs from the same network, the codewords by their own gradient, the grids by "
         "the straight-through estimator, at the same rate.",
     ]
@@ -386,7 +387,7 @@ def _kq(bench: Bench) -> _Found:
 
 
 def _bits(run: Run) -> float:
-    """Bits a weight of all layers but the first and the last, with what tensors share counted once."""
+    """Bits a weight of the layers that are not at 8 bits, with what tensors share counted once."""
     rows = [item for item in run.encoded().values() if not isinstance(item.target, Uniform) or item.target.bits < 8]
     weights = sum(item.params.layout.numel for item in rows)
     own = sum(item.target.bits_on_disk(item.params) for item in rows)
@@ -400,7 +401,8 @@ def _bits(run: Run) -> float:
 def _draw_kq(run: Run, path: Path) -> None:
     plt = _pyplot()
     coded = {name: item for name, item in run.encoded().items() if isinstance(item.target, KernelCodebook)}
-    kernels = torch.cat([item.decode().reshape(-1, 9) for item in coded.values()])
+    shape = next(iter(coded.values())).params.layout.shape[2:]  # one kernel size in all networks of the demo
+    kernels = torch.cat([item.decode().reshape(-1, math.prod(shape)) for item in coded.values()])
     book, uses = kernels.unique(dim=0, return_counts=True)
     order = uses.argsort(descending=True)
     side = 8
@@ -414,7 +416,7 @@ def _draw_kq(run: Run, path: Path) -> None:
     for axes, index in zip(tiles.reshape(-1), [*order.tolist(), *[None] * (tiles.size - len(book))], strict=True):
         axes.axis("off")
         if index is not None:
-            axes.imshow(book[index].reshape(3, 3).numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
+            axes.imshow(book[index].reshape(shape).numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
             axes.set_title(f"{int(uses[index])}x", fontsize=7)
     axes = right.subplots()
     axes.bar(range(len(book)), uses[order].numpy(), color="0.35")
