@@ -1,4 +1,4 @@
-"""Every target with every mechanism: each pair trains, ends in its target exactly, and comes back from its file bitwise.
+"""Every target with every mechanism: each pair trains, ends in its target exactly, comes back from its file bitwise.
 
     python -m benchmarks.pairs [--only PSG] [--epochs 3]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import detent as dt
+from detent.pack import read_header
 
 STEPS = 20
 Make = Callable[[nn.Module], list[torch.optim.Optimizer]]
@@ -93,7 +94,7 @@ def test_each_stage_keeps_what_the_ones_before_reached(make: Make) -> None:
     for step in range(STEPS):
         train(model, optimizers, [step])
         after[step + 1] = weights(model)
-    for name, w in after[6].items():  # the map at the end of the first stage
+    for w in after[6].values():  # the map at the end of the first stage
         assert int((w != 0).sum()) == max(1, round(0.5 * w.numel()))
     for step in range(6, STEPS + 1):
         for name, w in after[step].items():
@@ -211,7 +212,8 @@ def test_a_step_that_raises_lets_nothing_back_in() -> None:
         raise OSError("out of power")
 
     handle = optimizer.register_step_post_hook(lambda *_: broken())
-    optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
+    hooks: Any = optimizer._optimizer_step_post_hooks
+    hooks.move_to_end(handle.id, last=False)
     with pytest.raises(OSError, match="out of power"):
         optimizer.step()
     handle.remove()
@@ -238,7 +240,7 @@ def test_the_compressed_life_in_the_middle_is_what_has_been_reached(tmp_path: Pa
     train(model, optimizers, range(4))
     assert [row["name"] for row in run.measure()] == ["2.weight"]
     dt.save(run, tmp_path / "early.detent")
-    header = dt.pack.read_header(tmp_path / "early.detent")
+    header = read_header(tmp_path / "early.detent")
     assert {row["parameter"]: row["note"] for row in header.plan}["0.weight"] == "claimed by a later stage"
     train(model, optimizers, range(4, 14))
     assert [row["name"] for row in run.measure()] == ["0.weight", "2.weight", "4.weight"]
