@@ -509,6 +509,24 @@ def psg_defaults(records: Path) -> str:
     return "\n".join(parts) or NOTHING
 
 
+@simple("combination")
+def combination(record: dict[str, Any]) -> str:
+    """One set at once, or one after the other."""
+    config = record["config"]
+    names = config["names"]
+    rows = []
+    for row in record["results"]["rows"]:
+        if row["way"] == "dense":
+            continue
+        kept = spread(row["one set"], 1) if "one set" in row else "–"
+        rows.append([names[row["way"]], kept, spread(row["both"], 1), spread(row["bits"], 2)])
+    dense = next(row for row in record["results"]["rows"] if row["way"] == "dense")
+    start = spread(dense["trained"], 1)
+    text = f"Digits, dense network {start} %, {config['epochs']} further epochs for every way.\n\n"
+    what = f"in both sets, {config['n']}:{config['m']} and {config['bits']} bits"
+    return text + markdown(["way", "in its own set", what, "bits a weight"], rows)
+
+
 @simple("pairs")
 def pairs(record: dict[str, Any]) -> str:
     """Accuracy of every pair, and why the others are refused."""
