@@ -538,6 +538,7 @@ def pairs(record: dict[str, Any]) -> str:
         row = found[target, mechanism]
         if "refused" in row:
             reason = row["refused"].split(": ", 1)[-1] if row["refused"].startswith("Rule(") else row["refused"]
+            reason = reason.replace(target.split(",")[0], "this target")  # one sentence for all that it is true of
             return f"[{reasons.setdefault(reason, len(reasons) + 1)}]"
         exact = row["distance"] == 0 and row["file_agrees"] and row["codes_agree"]
         return f"{row['compressed']:.0f}" if exact else "**broken**"

@@ -42,6 +42,7 @@ TARGETS: dict[str, dt.Target] = {
     "topk-all": dt.TopK(keep=1.0),
     "topk-five": dt.TopK(keep=5),
     "topk-model": dt.TopK(keep=0.25, scope="model"),
+    "topk-lamp": dt.TopK(keep=0.25, scope="model", share="lamp"),
     "topk-nonzero": dt.TopK(keep="nonzero"),
     "nm-2-4": dt.NM(n=2, m=4),
     "kernels": dt.KernelCodebook(size=4),

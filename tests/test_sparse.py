@@ -570,3 +570,29 @@ def test_every_kind_comes_back_from_a_file(tmp_path: Path) -> None:
         dt.load(tmp_path / "model.detent", model, "compressed")
         for name, p in model.named_parameters():
             assert torch.equal(p, wanted[name]), (target, name)
+
+
+@pytest.mark.parametrize("keep", [2, 5, 9, 14])
+def test_lamp_shares_a_count_out_as_its_definition_says(keep: int) -> None:
+    generator = torch.Generator().manual_seed(keep)
+    weights = [torch.randn(2, 4, generator=generator), 0.01 * torch.randn(3, 3, generator=generator)]
+    scores = []
+    for index, w in enumerate(weights):
+        values = w.reshape(-1).double().square().tolist()
+        scores += [(v / sum(u for u in values if u <= v), index) for v in values]
+    chosen = [index for _, index in sorted(scores, reverse=True)[:keep]]
+    target = dt.TopK(keep=keep, scope="model", share="lamp")
+    fitted = target.fit_model(weights, [dt.Layout(shape=tuple(w.shape)) for w in weights], [None, None])
+    assert [int(params["count"]) for params in fitted] == [chosen.count(0), chosen.count(1)]
+    assert chosen.count(1) >= 1  # by magnitude alone the small tensor would be emptied
+    plain = dt.TopK(keep=keep, scope="model")
+    alone = plain.fit_model(weights, [dt.Layout(shape=tuple(w.shape)) for w in weights], [None, None])
+    assert keep > 8 or int(alone[1]["count"]) == 0
+
+
+def test_lamp_of_ties_and_zeros_keeps_the_count() -> None:
+    weights = [torch.tensor([0.0, 1.0, 1.0, -1.0]), torch.zeros(3), torch.tensor([2.0, 0.0])]
+    for keep in range(1, 10):
+        target = dt.TopK(keep=keep, scope="model", share="lamp")
+        fitted = target.fit_model(weights, [dt.Layout(shape=tuple(w.shape)) for w in weights], [None] * 3)
+        assert sum(int(params["count"]) for params in fitted) == keep

@@ -35,6 +35,8 @@ WEIGHTS = 430_500
 PUBLISHED = {"conv1": 100, "conv2": 2_000, "fc1": 3_600, "fc2": 350}  # 80 / 92 / 99.1 / 93 % pruned: 71.2x
 UNTIL = 0.5  # the part of a stage that ADMM takes; masked retraining has the rest
 PERIODS = 5  # updates of z and u in that part
+RETRAIN = 4.0  # times the rate of ADMM: the few weights that are left want larger steps
+SHARE = "lamp"  # how one budget is shared out over the layers
 FOLDER = Path(__file__).resolve().parent
 
 
@@ -75,7 +77,7 @@ def prune(rates: Sequence[float], mechanism: dt.Mechanism) -> dt.Recipe:
     """Stages of equal share; how many weights each layer keeps is found by one threshold on |w| over the model."""
     stages = []
     for rate in rates:
-        target = dt.TopK(keep=round(WEIGHTS / rate), scope="model")
+        target = dt.TopK(keep=round(WEIGHTS / rate), scope="model", share=SHARE)  # type: ignore[arg-type]
         rule = dt.Rule(match=r"weight$", target=target, mechanism=mechanism)
         stages.append(dt.Stage(rules=[rule], share=1 / len(rates), name=f"prune {rate:g}x"))
     return dt.Recipe(stages=stages)
@@ -179,7 +181,7 @@ def job_of(name: str) -> Job:
 
 
 def rate_factor(step: int, recipe: dt.Recipe | None, total: int) -> float:
-    """The learning rate's factor: in every stage, periods of 1, 0.1, 0.01 up to the mapping, then a cosine to 0.01.
+    """The learning rate's factor: in every stage, periods of 1, 0.1, 0.01 up to the mapping, then a cosine down.
 
     Without ADMM in the stage (dense training, masks alone) it is the cosine over the whole stage.
     """
@@ -197,7 +199,8 @@ def rate_factor(step: int, recipe: dt.Recipe | None, total: int) -> float:
     at = step - first
     if at < until:
         return 0.1 ** int(3 * (at % every) / every)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (at - until) / max(past - first - until, 1)))
+    base = RETRAIN if until else 1.0
+    return base * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (at - until) / max(past - first - until, 1))))
 
 
 class LeNetTrainer(Trainer):

@@ -107,9 +107,12 @@ class TopK(Sparse):
             or "nonzero", as many as are not zero when the target is fitted: what an earlier pruning left.
         scope: "tensor": `keep` applies to each tensor. "model": `keep` applies to all tensors of the rule
             together; `fit` then shares the count out by one threshold over all of them.
+        share: what that threshold is on, for scope "model". "magnitude": |w|. "lamp": w^2 divided by the sum of the
+            squares that are no larger in the same tensor, which is 1 for the largest: no tensor is emptied, and one
+            of many small weights keeps its part.
 
     Raises:
-        ValueError: keep outside its range, or an unknown scope.
+        ValueError: keep outside its range, or an unknown scope or share.
 
     Example:
         >>> w = torch.tensor([3.0, -1.0, 1.0, -4.0])
@@ -117,17 +120,22 @@ class TopK(Sparse):
         >>> half.project(w, half.fit(w))
         tensor([ 3.,  0.,  0., -4.])
 
-    Reference: magnitude pruning; Han et al., arXiv 1506.02626.
+    Reference: magnitude pruning; Han et al., arXiv 1506.02626. "lamp": Lee et al., arXiv 2010.07611, eq. 1.
     """
 
     keep: float | int | Literal["nonzero"]
     scope: Literal["tensor", "model"] = "tensor"  # type: ignore[assignment]
+    share: Literal["magnitude", "lamp"] = "magnitude"
 
     def __post_init__(self) -> None:
         if self.keep != "nonzero":
             _check_keep("TopK", self.keep)
         if self.scope not in ("tensor", "model"):
             raise ValueError(f'TopK(scope={self.scope!r}): must be "tensor" or "model"')
+        if self.share not in ("magnitude", "lamp"):
+            raise ValueError(f'TopK(share={self.share!r}): must be "magnitude" or "lamp"')
+        if self.share == "lamp" and self.scope != "model":
+            raise ValueError(f'TopK(share="lamp", scope={self.scope!r}): a count is shared out in scope "model" only')
 
     def accepts(self, shape: Sequence[int], dtype: torch.dtype, layout: Layout) -> str | None:
         if self.scope == "tensor" and isinstance(self.keep, int) and self.keep > layout.numel:
@@ -154,10 +162,22 @@ class TopK(Sparse):
             return Target.fit_model(self, weights, layouts, previous)
         for w in weights:
             check_finite(w)
-        flat = torch.cat([w.detach().reshape(-1).to(compute_dtype(w.dtype)) for w in weights])
-        kept = _largest(flat.abs_(), self._count(weights))
+        flat = torch.cat([self._score(w.detach().reshape(-1)) for w in weights])
+        kept = _largest(flat, self._count(weights))
         counts = [int(part.sum()) for part in kept.split([w.numel() for w in weights])]
         return [self._params(w, layout, k) for w, layout, k in zip(weights, layouts, counts, strict=True)]
+
+    def _score(self, w: Tensor) -> Tensor:
+        """What the threshold over all tensors is on."""
+        if self.share == "magnitude":
+            return w.to(compute_dtype(w.dtype)).abs()
+        size = w.double().square()
+        # From the smallest up, of equal ones the later first: the order in which `_largest` lets them go.
+        order = size.flip(0).argsort(stable=True)
+        rising = size.flip(0)[order]
+        below = rising.cumsum(0)
+        score = torch.where(below > 0, rising / torch.where(below > 0, below, 1.0), rising)
+        return torch.empty_like(score).scatter_(0, order, score).flip(0)
 
     def choose(self, gain: Tensor, params: Params) -> Tensor:
         return _largest(gain, int(params["count"]))
