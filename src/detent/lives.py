@@ -38,6 +38,7 @@ __all__ = [
 _L = TypeVar("_L", bound="Lives")
 _T = TypeVar("_T")
 Statistics = Mapping[str, Tensor]
+_NEARER = 1e-2  # how much smaller survivors are made to see whether a level is 0 whatever the weights are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +280,8 @@ class Entry:
         self.zeros = None
         if saved.get("zeros") is not None:
             zeros = _localised_state(saved["zeros"], self.param, self.name).to(device)
-            self.zeros = zeros if bool(zeros.any()) else None
+            # Whether there are any is asked of the whole: a rank that holds none must still go the way of the others.
+            self.zeros = zeros if bool(sharding.whole(saved["zeros"]).any()) else None
         self.state = {}
         for name, dtype in saved["held"].items():
             if dtype and name not in saved["state"]:
@@ -352,9 +354,10 @@ def rehearse(entries: list[Entry], plan: Plan) -> None:
             fitted = _fit_together(target, mine, [None] * len(mine), whole)
         except ValueError as error:
             raise ValueError(f"stage {stage}: {error}") from None
+        lost = _lost_zeros(mine, whole, zeros)
         for entry, params, w in zip(mine, fitted, whole, strict=True):
             q = target.project(w, params)
-            if entry.name in zeros and bool(q[zeros[entry.name]].any()):
+            if entry.name in zeros and (entry.name in lost or bool(q[zeros[entry.name]].any())):
                 raise ValueError(
                     f"stage {stage}: {short(target)} has no zero for the weights of {entry.name!r} that an earlier "
                     "stage pruned; use SparseLevels(...) around it"
@@ -362,6 +365,22 @@ def rehearse(entries: list[Entry], plan: Plan) -> None:
             values[entry.name] = q
             if entry.is_sparse:
                 zeros[entry.name] = q == 0
+
+
+def _lost_zeros(entries: list[Entry], whole: list[Tensor], zeros: Mapping[str, Tensor]) -> set[str]:
+    """Which weights of a rule lose zeros once some survivors are small.
+
+    Levels that are fitted may have a zero by chance, while only zeros are near it; training moves survivors there.
+    """
+    if not any(entry.name in zeros for entry in entries) or all(entry.is_sparse for entry in entries):
+        return set()
+    nearer = [w.clone() for w in whole]
+    for w in nearer:
+        w[tuple((w != 0).nonzero()[::2].t())] *= _NEARER
+    target = entries[0].target
+    fitted = _fit_together(target, entries, [None] * len(entries), nearer)
+    each = zip(entries, nearer, fitted, strict=True)
+    return {e.name for e, w, p in each if e.name in zeros and bool(target.project(w, p)[zeros[e.name]].any())}
 
 
 def by_rule(slots: list[tuple[Entry, _T]]) -> list[list[tuple[Entry, _T]]]:

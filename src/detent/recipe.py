@@ -86,6 +86,12 @@ class Rule:
             step_at(self.fit_until, 1, "Rule.fit_until")
         if self.weight_decay is not None and not self.weight_decay >= 0:
             raise ValueError(f"Rule(weight_decay={self.weight_decay}): must be >= 0 or None")
+        own = self.mechanism.fit_until if self.mechanism is not None and self.mechanism.fits_after else None
+        if self.fit_until is not None and own is not None:
+            raise ValueError(
+                f"Rule(match={self.match!r}, fit_until={self.fit_until}): {type(self.mechanism).__name__} maps the "
+                f"weights right after its own last fit (at {own}), which this could take away; leave it out"
+            )
         if self.mechanism is not None and self.target is not None:
             for target in (self.target, self.mechanism.pull):
                 reason = None if target is None else self.mechanism.check(target)
@@ -583,6 +589,8 @@ def to_spec(obj: Any) -> Any:
         >>> to_spec(Uniform(bits=4))
         {'kind': 'Uniform', 'bits': 4}
     """
+    if isinstance(obj, (list, tuple)):
+        return [to_spec(value) for value in obj]
     if not dataclasses.is_dataclass(obj) or isinstance(obj, type):
         return obj
     spec: dict[str, Any] = {"kind": type(obj).__name__}
@@ -607,6 +615,8 @@ def from_spec(spec: Any, where: str = "spec") -> Any:
         ...
         ValueError: spec: Uniform has no field 'bit'; did you mean 'bits'?
     """
+    if isinstance(spec, (list, tuple)):
+        return [from_spec(value, f"{where}[{i}]") for i, value in enumerate(spec)]
     if not isinstance(spec, dict):
         return spec
     kinds = _kinds()

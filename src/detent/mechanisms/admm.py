@@ -172,6 +172,7 @@ class ADMM(Mechanism):
             raise ValueError(
                 f"ADMM: until={self.until} (step {until}) must come after start={self.start} (step {start})"
             )
+        step_at(self.every, clock.total_steps, "ADMM.every")  # asked again at `start`, which is late for a refusal
         return clock.step + 1 >= start
 
     # --- the moments of a step ------------------------------------------------------------------------------------

@@ -23,7 +23,9 @@ def clip_to_range(w: Tensor, target: Target, params: Params) -> None:
     limits = target.limits(params)
     if limits is not None:
         limits = limits.to(w.dtype)
-        torch.clamp_(w, min=-limits, max=limits)
+        # The same as clamp_ with tensors for limits, which takes three times as long on a CPU.
+        torch.minimum(w, limits, out=w)
+        torch.maximum(w, -limits, out=w)
 
 
 def clipping_begins(start: Moment | None, clock: Clock) -> bool:

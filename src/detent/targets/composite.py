@@ -78,6 +78,11 @@ class SparseLevels(Target):
         return self.survivors.has_bits
 
     @property
+    def bits(self) -> int | None:
+        """Width of the survivors' codes, if they have one that can change."""
+        return getattr(self.survivors, "bits", None) if self.has_bits else None
+
+    @property
     def stored(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.survivors.stored
 
