@@ -368,7 +368,8 @@ def test_every_case_survives_yaml() -> None:
             pinned=i % 2 == 0,
             include="bias$" if i % 3 == 0 else None,
             fit_every=i + 1,
-            fit_until=0.5 if i % 2 else i,
+            # A mechanism that maps right after its own last fit refuses another end of it.
+            fit_until=None if MECHANISMS[mechanism].fits_after else 0.5 if i % 2 else i,
         )
         for i, (target, mechanism) in enumerate(PAIRS)
     ]

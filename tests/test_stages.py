@@ -264,9 +264,21 @@ def test_a_recipe_with_stages_survives_yaml() -> None:
     assert "stages:" in PROGRESSIVE.to_yaml() and "name: prune on" in PROGRESSIVE.to_yaml()
 
 
-def test_compress_takes_the_last_word() -> None:
-    run = dt.compress(net(), PROGRESSIVE)
-    assert {type(row["target"]).__name__ for row in run.measure()} == {"Uniform"}
+def test_without_training_there_are_no_stages() -> None:
+    with pytest.raises(ValueError, match=r"compress\(recipe=...\): stages follow one another in a training"):
+        dt.compress(net(), PROGRESSIVE)
+    run = dt.compress(net(), dt.Recipe([grid("weight")]))
+    with pytest.raises(ValueError, match=r"compressed\(recipe=...\): stages"), run.compressed(recipe=PROGRESSIVE):
+        pass
+
+
+def test_an_optional_rule_may_find_nothing() -> None:
+    some = dt.Rule(match="conv", target=dt.TopK(keep=0.5), mechanism=dt.STE(), optional=True)
+    plan = dt.Recipe([some, grid("weight")]).resolve(net())
+    assert {claim.rule for claim in plan.claimed} == {1}
+    assert dt.Recipe.from_yaml(dt.Recipe([some]).to_yaml()).rules[0].optional
+    with pytest.raises(ValueError, match="every rule of this recipe is optional"):
+        dt.Recipe([some]).resolve(net())
 
 
 @dataclass(frozen=True, kw_only=True)

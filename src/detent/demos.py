@@ -79,7 +79,8 @@ class _Found:
 def compare(method: Method, settings: Settings, watch: Watch) -> Comparison:
     """Train and measure for one system, and leave model.detent, weights.png and result.json in `settings.out`.
 
-    The test split is read after each training's last epoch, and no epoch or network is chosen by it.
+    No epoch or network is chosen by the test split: the last epoch counts. The picture of mirror descent follows it
+    along, after every epoch.
 
     Args:
         method: "admm" (progressive pruning), "md" (mirror descent to one and two bits) or "kq" (kernel codebooks).

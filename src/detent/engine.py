@@ -150,6 +150,7 @@ def compress(model: nn.Module, recipe: Recipe) -> Run:
         ...     print(len(model.weight.unique()) <= 3)
         True
     """
+    lives.refuse_stages(recipe, "compress")
     run = Run(model, recipe.resolve(model), [], None, "raise")
     fit_target(run._entries)
     run._adopt()

@@ -31,6 +31,7 @@ __all__ = [
     "named_parameters",
     "reestimate",
     "refuse_split_rules",
+    "refuse_stages",
     "rehearse",
     "swapped_buffers",
 ]
@@ -410,6 +411,19 @@ def refuse_split_rules(owner: Mapping[str, int], entries: list[Entry]) -> None:
             )
 
 
+def refuse_stages(recipe: Recipe, who: str) -> None:
+    """Without training there is nothing that stages could follow one another in.
+
+    Raises:
+        ValueError: a recipe with stages.
+    """
+    if recipe.stages:
+        raise ValueError(
+            f"{who}(recipe=...): stages follow one another in a training; give the rules of one, as "
+            "Recipe(recipe.stages[-1].rules), or one target for what they lead to, as SparseLevels(...)"
+        )
+
+
 def fit_pull(entries: list[Entry]) -> None:
     """Fit what training pulls one rule's weights to; the rule's own target too. A collective under sharding."""
     previous = [entry.pull_params for entry in entries]
@@ -645,6 +659,7 @@ class Lives(abc.ABC):
         return life
 
     def _life_of(self, recipe: Recipe) -> list[tuple[Entry, Target, Params]]:
+        refuse_stages(recipe, "compressed")
         sharding.reshard(self.model)
         entries = entries_of(self.model, recipe.resolve(self.model), {e.name: e.state for e in self._entries})
         fit_target(entries)

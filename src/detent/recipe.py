@@ -45,6 +45,7 @@ class Rule:
         fit_until: moment after which the fit is frozen; `None` for the mechanism's default.
         weight_decay: the weight decay this rule is meant for, >= 0: `Recipe.param_groups` gives it to the optimizer and
             `attach` refuses any other; `None` for whatever the optimizer has.
+        optional: the rule may end up with nothing: for recipes that are meant for any model.
 
     Raises:
         ValueError: an invalid regular expression, or a rule with both or neither of `target` and `keep`.
@@ -63,6 +64,7 @@ class Rule:
     fit_every: int | None = None
     fit_until: Moment | None = None
     weight_decay: float | None = None
+    optional: bool = False
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}
 
@@ -104,9 +106,10 @@ class Stage:
     """A part of the training with rules of its own; stages follow one another.
 
     Within a stage, moments and fractions (`start`, `fit_until`, schedules) count from its first step to its last. When
-    it ends, its weights are mapped: `w <- project(w)`. What later stages may not undo is then held whatever the
-    optimizer does: the zeros of a sparse target stay zero, so that from the second pruning stage on only survivors
-    move; and a weight that no later stage claims again stays where it is altogether, unless its target was sparse.
+    it ends, its weights are mapped: `w <- project(w)` (those of the last stage by `run.finalize()`). What later stages
+    may not undo is then held whatever the optimizer does: the zeros of a sparse target stay zero, so that from the
+    second pruning stage on only survivors move; and a weight that no later stage claims again stays where it is
+    altogether, unless its target was sparse.
 
     Args:
         rules: at least one `Rule`, first match wins.
@@ -373,7 +376,7 @@ class Recipe:
         by_stage = [tuple(self._decide(p, mine, special, matched, taken) for p in found) for mine in self.stage_rules()]
         names = [name for p in found for name in (p.name, *p.aliases)]
         for i, rule in enumerate(self.rules):
-            if taken[i]:
+            if taken[i] or rule.optional:
                 continue
             if matched[i]:
                 why = f"only matches parameters that are passed over or claimed by earlier rules ({matched[i]} matched)"
@@ -381,6 +384,8 @@ class Recipe:
                 near = difflib.get_close_matches(rule.match.strip("^$").replace("\\", ""), names, 1, 0.0)
                 why = "matches no parameter of this model" + (f"; the nearest name is {near[0]!r}" if near else "")
             raise ValueError(f"rule {i} (match={rule.match!r}) {why}")
+        if not any(taken):
+            raise ValueError("every rule of this recipe is optional, and none finds a parameter in this model")
         return Plan(recipe=self, claims=merged(by_stage), stages=tuple(by_stage))
 
     def _decide(
@@ -677,9 +682,10 @@ def _nearest(word: str, known: Any) -> str:
 def _psg_preset(bits: int) -> Callable[[], Recipe]:
     def make() -> Recipe:
         ends = [
-            Rule(match=where, target=Uniform(bits=8), mechanism=PSG(), pinned=True) for where in ("@first", "@last")
+            Rule(match=where, target=Uniform(bits=8), mechanism=PSG(), pinned=True, optional=True)
+            for where in ("@first", "@last")
         ]
-        return Recipe([*ends, Rule(match=r"weight$", target=Uniform(bits=bits), mechanism=PSG())])
+        return Recipe([*ends, Rule(match=r"weight$", target=Uniform(bits=bits), mechanism=PSG(), optional=True)])
 
     return make
 
@@ -713,7 +719,7 @@ def _kq_preset(book: Literal["layer", "global"]) -> Callable[[], Recipe]:
     def make() -> Recipe:
         def ends(match: str) -> Rule:
             grid = Uniform(bits=8, granularity="channel", range="minmax")
-            return Rule(match=match, target=grid, mechanism=STE(), pinned=True)
+            return Rule(match=match, target=grid, mechanism=STE(), pinned=True, optional=True)
 
         kernels = Rule(match="@kernels", target=KernelCodebook(size=512, book=book), mechanism=CodebookLearning())
         return Recipe([ends("@first"), kernels, ends(r"weight$")])
