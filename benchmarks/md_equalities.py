@@ -5,6 +5,7 @@ python -m benchmarks.md_equalities [--torchao FOLDER]
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -171,8 +172,8 @@ def hard_limits(seeds: Sequence[int], steps: int) -> list[dict[str, Any]]:
 def against_torchao(folder: Path, seeds: Sequence[int], steps: int) -> dict[str, Any]:
     """What STE shows on a grid against torchao's fake quantization of the same latents with the same scale."""
     sys.path.insert(0, str(folder))
-    import torchao
-    from torchao.quantization.quant_primitives import _fake_quantize_affine
+    torchao: Any = importlib.import_module("torchao")  # not among our dependencies: it comes from `folder`
+    fake_quantize: Any = importlib.import_module("torchao.quantization.quant_primitives")._fake_quantize_affine
 
     rows = []
     for bits in (2, 3, 4, 8):
@@ -185,7 +186,7 @@ def against_torchao(folder: Path, seeds: Sequence[int], steps: int) -> dict[str,
             seen = follow(w0, gradient, "Adam", target, dt.STE(), steps, dtype=torch.float32, fit_until=0, latents=kept)
             for shown, state in zip(seen[1:], kept, strict=True):
                 latent, scale = state[:-1].reshape(SHAPE), state[-1:]
-                theirs = _fake_quantize_affine(
+                theirs = fake_quantize(
                     latent, SHAPE, scale, torch.zeros(1, dtype=torch.int32), torch.int8, quant_min=-n, quant_max=n
                 )
                 wrong = theirs != shown

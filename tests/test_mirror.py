@@ -95,7 +95,7 @@ class Broken(dt.MirrorMap):
 
     how: str
 
-    def forward(self, a, levels, beta):
+    def forward(self, a: Tensor, levels: Tensor, beta: Any) -> Tensor:
         low, high = levels[..., 0], levels[..., -1]
         middle, half = (low + high) / 2, (high - low) / 2
         good = SoftmaxMap().forward(a, levels, beta)
@@ -544,6 +544,7 @@ def test_scale_aware_beta_divides_the_latent_by_its_size(groups) -> None:
 
 
 def test_an_inverse_start_shows_the_weights_as_they_are() -> None:
+    mirror: Any
     for target, mirror in ((FREE2, "tanh"), (dt.Uniform(bits=3, range="minmax"), "softmax"), (FREE3, "tanh")):
         bench = _Bench(target, dt.MirrorDescent(map=mirror, beta=1.0, init="inverse"))
         seen = bench.path(torch.optim.SGD, steps=1, lr=0.01)

@@ -77,22 +77,27 @@ def prune(rates: Sequence[float], mechanism: dt.Mechanism) -> dt.Recipe:
     """Stages of equal share; how many weights each layer keeps is found by one threshold on |w| over the model."""
     stages = []
     for rate in rates:
-        target = dt.TopK(keep=round(WEIGHTS / rate), scope="model", share=SHARE)  # type: ignore[arg-type]
+        target = dt.TopK(keep=round(WEIGHTS / rate), scope="model", share=SHARE)
         rule = dt.Rule(match=r"weight$", target=target, mechanism=mechanism)
         stages.append(dt.Stage(rules=[rule], share=1 / len(rates), name=f"prune {rate:g}x"))
     return dt.Recipe(stages=stages)
 
 
-def prune_published(mechanism: dt.Mechanism) -> dt.Recipe:
-    """The published ratios of each layer, reached in two stages: three times as many weights first."""
+def prune_published(mechanism: dt.Mechanism, rate: float | None = None) -> dt.Recipe:
+    """The published ratios of each layer, reached in two stages: three times as many weights first.
+
+    At another rate than the published one each layer keeps its part of the whole.
+    """
+    whole = sum(PUBLISHED.values())
+    share = 1.0 if rate is None else WEIGHTS / rate / whole
     stages = []
-    for times, name in ((3, "prune 24x"), (1, "prune 71x")):
+    for times in (3, 1):
         rules = []
         for layer, keep in PUBLISHED.items():
             most = {"conv1": 500, "conv2": 25_000, "fc1": 400_000, "fc2": 5_000}[layer]
-            target = dt.TopK(keep=min(keep * times, most))
+            target = dt.TopK(keep=min(round(keep * share * times), most))
             rules.append(dt.Rule(match=rf"^{layer}\.weight$", target=target, mechanism=mechanism))
-        stages.append(dt.Stage(rules=rules, share=0.5, name=name))
+        stages.append(dt.Stage(rules=rules, share=0.5, name=f"prune {WEIGHTS / (whole * share * times):.0f}x"))
     return dt.Recipe(stages=stages)
 
 
@@ -141,6 +146,7 @@ STANDARD = ("dense", "published71", "prune167", "prune246", "prune350", "binary"
 RIVALS = ("prune246", "oneshot246", "imp246", "magnitude246", "fixed246", "nofinish246")
 _KINDS: dict[str, tuple[str, Callable[[float], dt.Recipe]]] = {
     "prune": ("progressive ADMM", lambda rate: prune(ladder(rate), admm())),
+    "ratio": ("progressive ADMM with the published layers' parts", lambda rate: prune_published(admm(), rate)),
     "oneshot": ("one-shot ADMM", lambda rate: prune([rate], admm())),
     "imp": ("iterative magnitude pruning", lambda rate: prune(ladder(rate), dt.Masked())),
     "magnitude": ("one-shot magnitude pruning, then masked retraining", lambda rate: prune([rate], dt.Masked())),
@@ -362,7 +368,8 @@ def record(name: str, options: Options, folder: Path, command: str) -> Path | No
         seeds=[r["seed"] for r in results],
         config=config,
         results={"summary": summary, "seeds": results},
-        notes="Accuracies in % on the test split, read once after the last epoch; every seed starts from a dense "
+        notes=f"Retraining after the mapping at {RETRAIN:g} times the rate. "
+        "Accuracies in % on the test split, read once after the last epoch; every seed starts from a dense "
         "network of its own. Settings were chosen on images held out from the train split. Rates count weights, "
         "not indices, of the 430,500; bytes are those of the file, indices and biases included.",
         cost={"train_seconds": sum(r["train_seconds"] for r in results)},
