@@ -371,8 +371,9 @@ def record(name: str, options: Options, folder: Path, command: str) -> Path | No
         notes=f"Retraining after the mapping at {RETRAIN:g} times the rate. "
         "Accuracies in % on the test split, read once after the last epoch; every seed starts from a dense "
         "network of its own. Settings were chosen on images held out from the train split. Rates count weights, "
-        "not indices, of the 430,500; bytes are those of the file, indices and biases included.",
-        cost={"train_seconds": sum(r["train_seconds"] for r in results)},
+        "not indices, of the 430,500; bytes are those of the file, indices and biases included. Seconds are those of "
+        "training alone. Peak memory was not measured.",
+        cost={"seconds": sum(r["train_seconds"] for r in results)},
     )
     return folder / f"{stem}.json"
 
