@@ -370,3 +370,17 @@ def test_weight_decay_that_differs_between_stages_is_refused() -> None:
     recipe = dt.Recipe(stages=[dt.Stage(share=0.5, rules=[rule(d)]) for d in (0.1, 0.0)])
     with pytest.raises(ValueError, match="'0.weight': its stages ask for weight decay"):
         recipe.param_groups(net(), lr=0.1)
+
+
+def test_the_recipe_in_the_readme_trains_to_its_end() -> None:
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    recipe = dt.Recipe.from_yaml(text.split("```yaml\n")[1].split("```")[0])
+    assert [stage.name for stage in recipe.stages] == ["prune", "prune on", "middle", "ends"]
+    model = net()
+    optimizers = adamw(model)
+    run = dt.attach(model, optimizers, recipe, total_steps=40)
+    train(model, optimizers, range(40))
+    run.finalize()
+    total = sum(w.numel() for w in weights(model).values())
+    assert 0 < sum(int((w != 0).sum()) for w in weights(model).values()) <= max(1, round(0.03 * total))
+    assert all(len(w.unique()) <= 7 for w in weights(model).values())
