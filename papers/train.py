@@ -34,7 +34,17 @@ from detent.data import Batches, ImageSet, count_images, digits, load_images, sp
 from detent.report.record import Record, summarise
 from papers import models
 
-__all__ = ["Experiment", "Trainer", "evaluate", "evaluate_lives", "load_experiment", "load_recipe"]
+__all__ = [
+    "Experiment",
+    "Trainer",
+    "all_seeds",
+    "evaluate",
+    "evaluate_lives",
+    "load_experiment",
+    "load_recipe",
+    "one_seed",
+    "summary",
+]
 
 LOG_EVERY = 50
 RecipeSpec = str | dict[str, Any] | list[Any] | None
@@ -696,21 +706,48 @@ def main(
     plan = load_experiment(experiment, changes)
     folder = out or Path("runs") / plan.name
     console = Console()
+    all_seeds(plan, folder, data_dir, experiment.parent, resume, console)
+    console.print(f"record: {folder / 'record.json'}")
+
+
+def all_seeds(
+    plan: Experiment,
+    out: Path,
+    data_dir: Path | None,
+    folder: Path,
+    resume: bool,
+    console: Console,
+    further: Callable[[], Mapping[str, Any]] = dict,
+) -> None:
+    """Trains an experiment seed by seed and writes `out/record.json`.
+
+    Args:
+        plan: the experiment.
+        out: each seed has a folder of its own in it.
+        data_dir: as for `Trainer`.
+        folder: as for `Trainer`.
+        resume: continue from what `out` holds.
+        console: where progress goes.
+        further: gives more results for the record, once all seeds are trained.
+    """
     record = Record(
         name=plan.name, question=plan.question, seeds=plan.seeds, config=plan.model_dump(), notes=plan.notes
     )
     with record:
         results = [
-            _one_seed(plan, number, folder / f"seed{number}", data_dir, experiment.parent, resume, console)
-            for number in plan.seeds
+            one_seed(plan, number, out / f"seed{number}", data_dir, folder, resume, console) for number in plan.seeds
         ]
-    record.write(folder / "record.json", {"seeds": results, "summary": summary(results)})
-    console.print(f"record: {folder / 'record.json'}")
+    record.write(out / "record.json", {"seeds": results, "summary": summary(results), **further()})
 
 
-def _one_seed(
+def one_seed(
     plan: Experiment, seed: int, out: Path, data_dir: Path | None, folder: Path, resume: bool, console: Console
 ) -> dict[str, Any]:
+    """One seed from start to test, or what its folder says of it if it is finished.
+
+    Raises:
+        ValueError: the folder holds an unfinished run and `resume` was not asked for.
+    """
     if resume and (out / "result.json").exists():
         return json.loads((out / "result.json").read_text())
     if not resume and (out / "last.pt").exists():

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import detent as dt
 from detent.report.record import Record
 from papers import models
-from papers.train import Experiment, _one_seed, load_recipe, summary
+from papers.train import Experiment, all_seeds, load_recipe
 
 CHECKPOINT = "checkpoints/cifar100_resnet32_sgd150.safetensors"
 SCHEMES: tuple[tuple[str, int], ...] = (*(("global", k) for k in (64, 256, 512, 1024)), ("layer", 64), ("layer", 256))
@@ -228,15 +228,11 @@ def train(
             raise typer.BadParameter(f"--only {rival}: must be one of {', '.join(RIVALS)}")
         plan = experiment(rival, epochs, seed or [1], threads, steps)
         folder = out / rival
-        record = Record(
-            name=plan.name, question=plan.question, seeds=plan.seeds, config=plan.model_dump(), notes=plan.notes
-        )
-        with record:
-            results = [
-                _one_seed(plan, number, folder / f"seed{number}", data_dir, folder, resume, console)
-                for number in plan.seeds
-            ]
-        record.write(folder / "record.json", {"seeds": results, "summary": summary(results), "bits": rival_bits(rival)})
+
+        def bits(rival: str = rival) -> dict[str, Any]:
+            return {"bits": rival_bits(rival)}
+
+        all_seeds(plan, folder, data_dir, folder, resume, console, bits)
 
 
 def rival_bits(rival: str) -> dict[str, float] | None:

@@ -22,7 +22,7 @@ from torch import nn
 
 from detent.report.record import Record
 from papers import models
-from papers.train import Experiment, Trainer, _one_seed, summary
+from papers.train import Experiment, Trainer, one_seed, summary
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECORDS = ROOT / "benchmarks" / "records"
@@ -178,7 +178,7 @@ def main(
             if tune:
                 rate, tried = tuned(name, model, epochs, rates, folder, data_dir, **kinds)
             plan = experiment(name, model, epochs, rate, seeds, holdout=0, **kinds)
-            runs = [_one_seed(plan, n, folder / f"seed{n}", data_dir, folder, resume, console) for n in seeds]
+            runs = [one_seed(plan, n, folder / f"seed{n}", data_dir, folder, resume, console) for n in seeds]
             results[name] = {"lr": rate, "held_out": tried, "summary": summary(runs)}
             console.print(f"{name}: lr {rate:g}, {_line(results[name]['summary'])}")
     record.write(RECORDS / f"{record_as}.json" if record_as else out / model / "record.json", {"rivals": results})

@@ -14,8 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from detent.report.record import Record
-from papers.train import Experiment, _one_seed, summary
+from papers.train import Experiment, all_seeds
 
 GRID8 = {"kind": "Uniform", "bits": 8}
 
@@ -131,15 +130,7 @@ def main(
             raise typer.BadParameter(f"--only {rival}: must be one of {', '.join(RIVALS)}")
         plan = experiment(rival, epochs, seed or [1], threads, milestones)
         folder = out / rival
-        record = Record(
-            name=plan.name, question=plan.question, seeds=plan.seeds, config=plan.model_dump(), notes=plan.notes
-        )
-        with record:
-            results = [
-                _one_seed(plan, number, folder / f"seed{number}", data_dir, folder, resume, console)
-                for number in plan.seeds
-            ]
-        record.write(folder / "record.json", {"seeds": results, "summary": summary(results)})
+        all_seeds(plan, folder, data_dir, folder, resume, console)
 
 
 if __name__ == "__main__":

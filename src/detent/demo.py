@@ -25,7 +25,7 @@ from detent.recipe import Recipe, Rule
 from detent.schedules import Linear
 from detent.targets import TopK, Uniform, Zero
 
-__all__ = ["WIDTHS", "Bench", "Cell", "Outcome", "Row", "Settings", "Watch", "demonstrate", "threads"]
+__all__ = ["WIDTHS", "Bench", "Cell", "Outcome", "Row", "Settings", "Watch", "demonstrate", "pyplot", "threads"]
 
 WIDTHS = (8, 6, 4, 3, 2)
 KEEP = 0.1  # share of weights that pruning keeps
@@ -530,13 +530,19 @@ def _spreads(run: Run) -> list[_Spread]:
     return found
 
 
-def _draw(sgd: Run, psg: Run, rows: Sequence[Row], bits: int, path: Path) -> None:
-    """Both networks over their grids: the largest layer as histograms, all layers as distances to the nearest level."""
+def pyplot() -> Any:
+    """matplotlib.pyplot, for files alone; imported here, so that nothing else needs it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    return plt
+
+
+def _draw(sgd: Run, psg: Run, rows: Sequence[Row], bits: int, path: Path) -> None:
+    """Both networks over their grids: the largest layer as histograms, all layers as distances to the nearest level."""
+    plt = pyplot()
     both = [("Plain SGD", _spreads(sgd)), ("PSG", _spreads(psg))]
     largest = max(range(len(both[0][1])), key=lambda i: both[0][1][i].position.numel())
     all_layers = [torch.cat([spread.distance for spread in spreads]) for _, spreads in both]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from detent.demo import Bench, Cell, Settings, Watch, threads
+from detent.demo import Bench, Cell, Settings, Watch, pyplot, threads
 from detent.engine import Run, compress
 from detent.mechanisms import ADMM, STE, CodebookLearning, Masked, Mechanism, MirrorDescent
 from detent.pack import save
@@ -223,7 +223,7 @@ def _distance(run: Run) -> float:
 
 
 def _draw_admm(dense: list[Tensor], history: list[tuple[float, list[Tensor]]], run: Run, path: Path) -> None:
-    plt = _pyplot()
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2), dpi=130, layout="constrained")
     last = max(i for i, (gap, _) in enumerate(history) if gap > 0)
     edges = torch.linspace(-5, 0.5, 67)
@@ -295,7 +295,7 @@ def _md(bench: Bench) -> _Found:
 
 
 def _draw_md(history: list[tuple[float, float, Tensor]], path: Path) -> None:
-    plt = _pyplot()
+    plt = pyplot()
     figure = plt.figure(figsize=(9.6, 5.4), dpi=130, layout="constrained")
     figure.suptitle("Mirror descent: the weights the network sees harden while it trains", fontsize=11)
     grid = figure.add_gridspec(2, len(_MOMENTS))
@@ -400,7 +400,7 @@ def _bits(run: Run) -> float:
 
 
 def _draw_kq(run: Run, path: Path) -> None:
-    plt = _pyplot()
+    plt = pyplot()
     coded = {name: item for name, item in run.encoded().items() if isinstance(item.target, KernelCodebook)}
     shape = next(iter(coded.values())).params.layout.shape[2:]  # one kernel size in all networks of the demo
     kernels = torch.cat([item.decode().reshape(-1, math.prod(shape)) for item in coded.values()])
@@ -424,15 +424,6 @@ def _draw_kq(run: Run, path: Path) -> None:
     axes.set(xlabel="codeword, by use", ylabel="kernels that are this one")
     figure.savefig(path)
     plt.close(figure)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 METHODS: dict[str, Callable[[Bench], _Found]] = {"admm": _admm, "md": _md, "kq": _kq}

@@ -277,7 +277,6 @@ class Run(Lives):
             entry.zeros = zeros.get(entry.name)
         self._refresh()
         self._open([driver])
-        self._adopt(driver)
 
     def _register(self, driver: _Driver) -> None:
         optimizer = driver.optimizer

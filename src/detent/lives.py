@@ -121,7 +121,7 @@ class Entry:
     @property
     def is_sparse(self) -> bool:
         """Whether the target leaves survivors free, so that only its zeros bind."""
-        return type(self.target).free is not Target.free
+        return self.target.leaves_free
 
     @property
     def is_fixed(self) -> bool:

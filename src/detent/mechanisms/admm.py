@@ -21,7 +21,6 @@ from detent.mechanisms.projection import (
     freeze_nearest,
     hold_gradient,
     hold_weight,
-    leaves_free,
     map_and_mask,
     round_steps,
 )
@@ -160,9 +159,9 @@ class ADMM(Mechanism):
 
     def check(self, target: Target) -> str | None:
         name = type(target).__name__
-        if self.finish == "mask" and not leaves_free(target):
+        if self.finish == "mask" and not target.leaves_free:
             return f'ADMM(finish="mask") trains the survivors of a sparse target, and {name} leaves no weight free'
-        if self.finish == "freeze" and leaves_free(target):
+        if self.finish == "freeze" and target.leaves_free:
             return f'ADMM(finish="freeze") puts weights on levels, and the survivors of {name} have none to go to'
         return None
 
@@ -254,7 +253,7 @@ class ADMM(Mechanism):
         return rho if self.rho_max is None else rho.clamp_max(self.rho_max)
 
     def _freezes(self, target: Target) -> bool:
-        return self.finish == "freeze" or (self.finish == "auto" and not leaves_free(target))
+        return self.finish == "freeze" or (self.finish == "auto" and not target.leaves_free)
 
     def _finish(self, slot: Slot, clock: Clock, tick: int) -> None:
         """Masked mapping, by the projection of w and not of w + u; the fit is frozen from here on."""

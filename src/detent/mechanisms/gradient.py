@@ -31,9 +31,7 @@ def _pieces(slot: Slot, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors, or matching flat pieces of large ones where the factor of a weight depends on its value alone."""
     first = tensors[0]
     by_value = (
-        slot.pull.scope == "element"
-        and slot.pull.typical(slot.pull_params).dim() == 0
-        and type(slot.pull).free is Target.free
+        slot.pull.scope == "element" and slot.pull.typical(slot.pull_params).dim() == 0 and not slot.pull.leaves_free
     )
     dense = first.is_contiguous() or (first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last))
     if not by_value or not dense or first.numel() <= _PIECE or any(t.stride() != first.stride() for t in tensors):

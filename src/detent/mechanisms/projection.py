@@ -159,11 +159,6 @@ def hold_weight(slot: Slot) -> None:
         slot.weight.copy_(torch.where(slot.state["frozen"], slot.state["held"], slot.weight))
 
 
-def leaves_free(target: Target) -> bool:
-    """Whether some weights of the target may take any value (the survivors of a sparse target)."""
-    return type(target).free is not Target.free
-
-
 def map_and_mask(slot: Slot) -> None:
     """Masked mapping: w = project(w), and its zeros are held from now on."""
     slot.weight.copy_(slot.project(slot.weight))
@@ -281,7 +276,7 @@ class Masked(Mechanism):
         return step_at(self.start, clock.total_steps, "Masked.start")
 
     def check(self, target: Target) -> str | None:
-        if not leaves_free(target):
+        if not target.leaves_free:
             name = type(target).__name__
             return (
                 f"Masked trains the survivors of a sparse target, and {name} leaves no weight free; use PartialFreeze"
@@ -375,7 +370,7 @@ class PartialFreeze(Mechanism):
         return clock.step + 1 == self._steps(clock)[0]
 
     def check(self, target: Target) -> str | None:
-        if leaves_free(target):
+        if target.leaves_free:
             name = type(target).__name__
             return f"PartialFreeze puts weights on levels, and the survivors of {name} have none to go to; use Masked"
         return None

@@ -246,6 +246,11 @@ class Target(abc.ABC):
         """
         return gap.abs_()
 
+    @property
+    def leaves_free(self) -> bool:
+        """Whether some weights of the set may take any real value: the survivors of a sparse set."""
+        return type(self).free is not Target.free
+
     def free(self, w: Tensor, params: Params) -> Tensor | None:
         """Mask of weights that may take any real value where they are (survivors of a sparse set), or `None`."""
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -296,8 +296,35 @@ class Uniform(_Scaled):
         return target, Params(tensors={"scale": best}, layout=params.layout)
 
 
+class _Signs(_Scaled):
+    """-1 and +1, with or without 0 between them, times one number a group, or times nothing."""
+
+    scale: Any  # how the number is found, or None for none; each class says which words it knows
+
+    @property
+    def stored(self) -> tuple[str, ...]:  # type: ignore[override]
+        return () if self.scale is None else ("scale",)
+
+    @property
+    def _n(self) -> int:
+        return 1
+
+    @abc.abstractmethod
+    def _fitted(self, x: Tensor, layout: Layout) -> Tensor:
+        """The number of each group, before it is rounded."""
+
+    def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
+        layout = layout or Layout(shape=tuple(w.shape))
+        check_finite(w)
+        if self.scale is None:
+            count = granularity_of(self.granularity).count(layout)
+            return Params(tensors={"scale": torch.ones(count, dtype=torch.float32, device=w.device)}, layout=layout)
+        x = w.detach().to(compute_dtype(w.dtype))
+        return Params(tensors={"scale": self._rounded(self._fitted(x, layout), w.dtype)}, layout=layout)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Binary(_Scaled):
+class Binary(_Signs):
     """One bit a weight: `project(w) = alpha * sign(w)` with sign(0) = +1.
 
     Args:
@@ -332,14 +359,6 @@ class Binary(_Scaled):
         _check_param_dtype("Binary", self.param_dtype)
 
     @property
-    def stored(self) -> tuple[str, ...]:  # type: ignore[override]
-        return () if self.scale is None else ("scale",)
-
-    @property
-    def _n(self) -> int:
-        return 1
-
-    @property
     def _width(self) -> int:
         return 1
 
@@ -347,20 +366,13 @@ class Binary(_Scaled):
     def _has_zero(self) -> bool:
         return False
 
-    def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
-        layout = layout or Layout(shape=tuple(w.shape))
-        check_finite(w)
+    def _fitted(self, x: Tensor, layout: Layout) -> Tensor:
         groups = granularity_of(self.granularity)
-        if self.scale is None:
-            ones = torch.ones(groups.count(layout), dtype=torch.float32, device=w.device)
-            return Params(tensors={"scale": ones}, layout=layout)
-        x = w.detach().abs().to(compute_dtype(w.dtype))
-        mean = groups.sum(x, layout) / groups.sizes(layout).to(x.device)
-        return Params(tensors={"scale": self._rounded(mean, w.dtype)}, layout=layout)
+        return groups.sum(x.abs(), layout) / groups.sizes(layout).to(x.device)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ternary(_Scaled):
+class Ternary(_Signs):
     """Three levels: `project(w) = a * clamp(round(w / a), -1, 1)`, so the threshold is a / 2 (where w goes to 0).
 
     Args:
@@ -397,14 +409,6 @@ class Ternary(_Scaled):
         _check_param_dtype("Ternary", self.param_dtype)
 
     @property
-    def stored(self) -> tuple[str, ...]:  # type: ignore[override]
-        return () if self.scale is None else ("scale",)
-
-    @property
-    def _n(self) -> int:
-        return 1
-
-    @property
     def _width(self) -> int:
         return 2
 
@@ -412,19 +416,10 @@ class Ternary(_Scaled):
     def _has_zero(self) -> bool:
         return True
 
-    def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
-        layout = layout or Layout(shape=tuple(w.shape))
-        check_finite(w)
-        groups = granularity_of(self.granularity)
-        if self.scale is None:
-            ones = torch.ones(groups.count(layout), dtype=torch.float32, device=w.device)
-            return Params(tensors={"scale": ones}, layout=layout)
-        x = w.detach().to(compute_dtype(w.dtype))
+    def _fitted(self, x: Tensor, layout: Layout) -> Tensor:
         if self.scale == "exact":
-            scale = ternary_scale(groups.cut(x.abs(), layout, 0.0))
-        else:
-            scale = self._alternating(x, layout, 20)
-        return Params(tensors={"scale": self._rounded(scale, w.dtype)}, layout=layout)
+            return ternary_scale(granularity_of(self.granularity).cut(x.abs(), layout, 0.0))
+        return self._alternating(x, layout, 20)
 
 
 class _Listed(Target):
