@@ -94,7 +94,9 @@ MECHANISMS: dict[str, dt.Mechanism] = {
     "admm": dt.ADMM(rho=0.5, every=2),
     "admm-balanced": dt.ADMM(rho=0.05, every=0.1, until=0.7, balance=True, per_level=True, freeze_every=1),
     "admm-decoupled": dt.ADMM(rho=0.1, every=3, start=3, until=None, rho_max=0.12, form="decoupled"),
+    "admm-fisher": dt.ADMM(rho=0.5, every=2, until=0.6, metric="fisher"),
     "masked": dt.Masked(start=4),
+    "masked-fisher": dt.Masked(start=4, metric="fisher"),
     "freeze": dt.PartialFreeze(start=0.3, rounds=(0.3, 0.8, 1.0)),
     "penalty": dt.Penalty(strength=dt.Linear(first=0.0, last=0.5), norm="l1"),
     "proximal": dt.Proximal(strength=0.5, every=2),
@@ -108,11 +110,12 @@ REFUSED: dict[tuple[str, str], str] = {
 }
 for _name, _target in TARGETS.items():
     if type(_target).free is dt.Target.free:
-        REFUSED[_name, "masked"] = "leaves no weight free; use PartialFreeze"
+        REFUSED[_name, "masked"] = REFUSED[_name, "masked-fisher"] = "leaves no weight free; use PartialFreeze"
+        REFUSED[_name, "admm-fisher"] = "is not a set of few free weights"
     else:
         REFUSED[_name, "freeze"] = "have none to go to; use Masked"
     for _mechanism in ("codebook", "codebook-sum"):
-        if type(_target).assign is dt.Target.assign:
+        if not _target.has_codebook:
             REFUSED[_name, _mechanism] = "CodebookLearning trains the codewords of a codebook"
     _count = level_count(_target)
     for _mechanism in ("mirror", "mirror-softmax", "mirror-inverse", "mirror-primal", "gd-tanh", "pmf", "parq"):

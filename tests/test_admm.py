@@ -211,6 +211,10 @@ def test_periodic_rate() -> None:
         (lambda: dt.ADMM(finish="stop"), '"auto", "mask", "freeze" or None'),  # type: ignore[arg-type]
         (lambda: dt.ADMM(rounds=(0.5, 0.4, 1.0)), "must rise within (0, 1] and end at 1.0"),
         (lambda: dt.ADMM(freeze_every=0), "ADMM(freeze_every=0)"),
+        (lambda: dt.ADMM(metric="taylor"), 'must be "euclidean" or "fisher"'),  # type: ignore[arg-type]
+        (lambda: dt.ADMM(metric="fisher", until=None), "needs a moment at which survivors are chosen"),
+        (lambda: dt.Masked(metric="fisher"), "give start > 0"),
+        (lambda: _rule(dt.Uniform(bits=4), dt.ADMM(metric="fisher")), "Uniform is not a set of few free weights"),
         (lambda: dt.PartialFreeze(rounds=(0.5,)), "PartialFreeze(rounds=(0.5,)): shares of frozen weights must rise"),
         (lambda: dt.PartialFreeze(every=0), "PartialFreeze(every=0): must be > 0 or None"),
         (lambda: dt.Penalty(strength=-1.0), "Penalty(strength=-1.0): must be a finite number >= 0"),
@@ -429,6 +433,38 @@ def test_masked_projects_once_at_the_start() -> None:
         now = dict(model.named_parameters())[name].detach().numpy()
         assert np.array_equal(now != 0, want != 0) and not np.allclose(now, want)
         assert int(_state(run, name)["mask"].sum()) == 7
+
+
+def _fed(weight: torch.Tensor, seed: int) -> list[np.ndarray]:
+    """Gradients whose size differs from weight to weight."""
+    generator = np.random.default_rng(seed)
+    size = generator.lognormal(sigma=2.0, size=weight.shape)
+    return [size * generator.normal(size=weight.shape) for _ in range(STEPS)]
+
+
+@pytest.mark.parametrize("mechanism", [dt.Masked(start=6, metric="fisher"), dt.ADMM(every=3, until=6, metric="fisher")])
+def test_the_fisher_metric_keeps_what_the_loss_would_miss(mechanism: dt.Mechanism) -> None:
+    layers = nn.ModuleList([_layer(_start(seed)[0]) for seed in (3, 4)])
+    optimizer = torch.optim.SGD(layers.parameters(), lr=1e-9)  # weights stand still, so that h alone decides
+    target = dt.TopK(keep=9, scope="model")
+    dt.attach(layers, optimizer, dt.Recipe([dt.Rule(match="weight$", target=target, mechanism=mechanism)]))
+    before = np.stack([layer.weight.detach().numpy().copy() for layer in layers])  # type: ignore[union-attr,operator]
+    fed = [_fed(layer.weight, seed) for seed, layer in enumerate(layers)]  # type: ignore[arg-type]
+    for step in range(6):
+        for layer, gradients in zip(layers, fed, strict=True):
+            layer.weight.grad = torch.from_numpy(gradients[step].copy())  # type: ignore[union-attr]
+        optimizer.step()
+    # ADMM begins with its first step and its pull is 1e-3 of a weight; both see six gradients.
+    h = np.stack([np.sqrt(sum(0.01 * 0.99 ** (5 - i) * g[i] ** 2 for i in range(6))) for g in fed])
+    score = (h * np.abs(before)).reshape(-1)
+    kept = np.zeros(score.size, dtype=bool)
+    kept[np.argsort(-score)[:9]] = True
+    now = np.stack([layer.weight.detach().numpy() for layer in layers])  # type: ignore[union-attr,operator]
+    assert np.array_equal(now.reshape(-1) != 0, kept)
+    largest = np.zeros(score.size, dtype=bool)
+    largest[np.argsort(-np.abs(before).reshape(-1))[:9]] = True
+    assert not np.array_equal(kept, largest), "the sample does not tell the metrics apart"
+    np.testing.assert_allclose(now.reshape(-1)[kept], before.reshape(-1)[kept], atol=1e-6)
 
 
 @pytest.mark.parametrize("step", [4, 14, 26, 33])

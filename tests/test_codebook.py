@@ -579,3 +579,44 @@ def test_codes_beyond_the_codebook_are_refused() -> None:
         )
         with pytest.raises((ValueError, IndexError)):
             target.decode(dt.Codes(streams=streams), params, w.dtype)
+
+
+# --- levels as a codebook ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_learned_levels_of_survivors_move_by_the_mean_of_their_gradients(granularity: Any) -> None:
+    """Deep Compression's trained quantization: pruned, clustered, and the shared values learned (arXiv 1510.00149)."""
+    torch.manual_seed(5)
+    layer = nn.Linear(12, 3, bias=False)
+    target = dt.SparseLevels(sparse=dt.TopK(keep=18), survivors=dt.LearnedLevels(k=3, granularity=granularity))
+    rule = dt.Rule(match="weight", target=target, mechanism=dt.CodebookLearning(ste_from=None))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    run = dt.attach(layer, optimizer, dt.Recipe([rule]), total_steps=3)
+    for _ in range(3):
+        before = layer.weight.detach().clone()
+        gradient = torch.randn(3, 12)
+        layer.weight.grad = gradient.clone()
+        optimizer.step()
+        expected = before.clone()
+        rows = [slice(None)] if granularity == "tensor" else [slice(i, i + 1) for i in range(3)]
+        for part in rows:
+            for level in before[part].unique():
+                mine = before[part] == level
+                if level:  # zeros are pruned, and stay
+                    expected[part][mine] -= 0.5 * gradient[part][mine].mean()
+        torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-5, atol=1e-6)
+    assert int((layer.weight != 0).sum()) == 18
+    run.finalize()
+    assert all(row["error"] == 0 for row in run.measure())
+
+
+def test_levels_may_pass_each_other_while_they_learn() -> None:
+    target = dt.LearnedLevels(k=2)
+    w = torch.tensor([-1.0, -1.0, 1.0, 1.0])
+    params = target.fit(w)
+    index = target.assign(w, params)
+    crossed = target.with_codebook(params, target.codebook(params).flip(0), torch.float32)
+    assert torch.equal(target.codebook(crossed)[index, 0], -w), "each weight goes with its own level"
+    assert torch.equal(target.codebook(crossed)[target.assign(w, crossed), 0], w)
+    assert torch.equal(target.project(w, crossed), w)

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -36,7 +36,7 @@ PUBLISHED = {"conv1": 100, "conv2": 2_000, "fc1": 3_600, "fc2": 350}  # 80 / 92 
 UNTIL = 0.5  # the part of a stage that ADMM takes; masked retraining has the rest
 PERIODS = 5  # updates of z and u in that part
 RETRAIN = 4.0  # times the rate of ADMM: the few weights that are left want larger steps
-SHARE = "lamp"  # how one budget is shared out over the layers
+SHARE: Literal["magnitude", "lamp"] = "lamp"  # how one budget is shared out over the layers
 FOLDER = Path(__file__).resolve().parent
 
 
@@ -73,11 +73,11 @@ def ladder(rate: float) -> list[float]:
     return [rate] if rate < 20 else [rate / 4, rate / 2, rate]
 
 
-def prune(rates: Sequence[float], mechanism: dt.Mechanism) -> dt.Recipe:
-    """Stages of equal share; how many weights each layer keeps is found by one threshold on |w| over the model."""
+def prune(rates: Sequence[float], mechanism: dt.Mechanism, share: Literal["magnitude", "lamp"] = SHARE) -> dt.Recipe:
+    """Stages of equal share; how many weights each layer keeps is found by one threshold over the model."""
     stages = []
     for rate in rates:
-        target = dt.TopK(keep=round(WEIGHTS / rate), scope="model", share=SHARE)
+        target = dt.TopK(keep=round(WEIGHTS / rate), scope="model", share=share)
         rule = dt.Rule(match=r"weight$", target=target, mechanism=mechanism)
         stages.append(dt.Stage(rules=[rule], share=1 / len(rates), name=f"prune {rate:g}x"))
     return dt.Recipe(stages=stages)

@@ -6,12 +6,14 @@ import abc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from detent import sharding
+from detent.batchnorm import Statistics, install, reestimate, rounded, swapped_buffers
 from detent.mechanisms import Clock, Mechanism
 from detent.recipe import Claim, Plan, Recipe, Rule, canonical_name, short
 from detent.schedules import Schedule, step_at
@@ -38,7 +40,6 @@ __all__ = [
 
 _L = TypeVar("_L", bound="Lives")
 _T = TypeVar("_T")
-Statistics = Mapping[str, Tensor]
 _NEARER = 1e-2  # how much smaller survivors are made to see whether a level is 0 whatever the weights are
 
 
@@ -211,12 +212,19 @@ class Entry:
         return sharding.whole(self.param if latent is None else sharding.as_sharded(latent, self.param))
 
     def pulled_whole(self) -> Tensor:
-        """The whole tensor that the pull is fitted to: the hidden one, and a mechanism's offset on top."""
+        """The whole tensor that the pull is fitted to: the hidden one, a mechanism's offset on top, and its weighing."""
         key = self.rule.mechanism.offset if self.rule.mechanism else None
         hidden = self.hidden_whole()
+        if key is not None and key in self.state:
+            hidden = hidden + sharding.whole(sharding.as_sharded(self.state[key], self.param))
+        return self.weighed(hidden)
+
+    def weighed(self, whole: Tensor) -> Tensor:
+        """A whole tensor times what the mechanism weighs its weights with, if it does (a collective under sharding)."""
+        key = self.rule.mechanism.weighing if self.rule.mechanism else None
         if key is None or key not in self.state:
-            return hidden
-        return hidden + sharding.whole(sharding.as_sharded(self.state[key], self.param))
+            return whole
+        return whole * sharding.whole(sharding.as_sharded(self.state[key], self.param))
 
     def saved(self, complete: bool) -> dict[str, Any]:
         """What resuming needs of this weight besides its values.
@@ -442,7 +450,7 @@ def fit_target(entries: list[Entry]) -> None:
     for entry in entries:
         by_rule.setdefault(entry.claim.rule, []).append(entry)
     for mine in by_rule.values():
-        whole = [entry.hidden_whole() for entry in mine]
+        whole = [entry.weighed(entry.hidden_whole()) for entry in mine]
         for entry, params in zip(mine, _fit_together(mine[0].target, mine, [None] * len(mine), whole), strict=True):
             entry.params = params
 
@@ -491,95 +499,6 @@ def _localised_state(value: Tensor, param: Tensor, name: str) -> Tensor:
     if tuple(full.shape) == tuple(param.shape):
         return sharding.from_whole(full, param, name).clone()
     return full.clone()
-
-
-def _normalisations(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules with running statistics, by canonical name."""
-    return {
-        canonical_name(name): module
-        for name, module in model.named_modules()
-        if getattr(module, "track_running_stats", False) and getattr(module, "running_mean", None) is not None
-    }
-
-
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        (f"{name}.{buffer}" if name else buffer): value
-        for name, module in _normalisations(model).items()
-        for buffer, value in module.named_buffers(recurse=False)
-    }
-
-
-def install(model: nn.Module, statistics: Statistics) -> None:
-    """Make a second set of BatchNorm statistics the model's own."""
-    for name, value in _buffers(model).items():
-        value.copy_(statistics[name])
-
-
-@contextmanager
-def swapped_buffers(model: nn.Module, statistics: Statistics | None) -> Iterator[None]:
-    """Put a second set of BatchNorm statistics in place, if there is one; the first set comes back bitwise at the end.
-
-    Even without a second set: a forward pass in training mode writes into whichever set is there.
-    """
-    buffers = _buffers(model)
-    kept = {name: value.clone() for name, value in buffers.items()}
-    try:
-        if statistics is not None:
-            install(model, statistics)
-        yield
-    finally:
-        for name, value in buffers.items():
-            value.copy_(kept[name])
-
-
-def reestimate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], Any] | None) -> Statistics:
-    """BatchNorm statistics of the model as it is now, as the plain average over the batches.
-
-    Only modules with running statistics are put in training mode; the model's own statistics and modes come back.
-
-    Raises:
-        ValueError: no module with running statistics, or no batches.
-    """
-    modules = _normalisations(model)
-    if not modules:
-        raise ValueError("recalibrate: this model has no BatchNorm with running statistics to re-estimate")
-    modes = {module: module.training for module in model.modules()}
-    momenta = {module: module.momentum for module in modules.values()}
-    count = 0
-    with swapped_buffers(model, {name: value.clone() for name, value in _buffers(model).items()}):
-        try:
-            model.eval()
-            for module in modules.values():
-                module.reset_running_stats()  # type: ignore[operator]
-                module.momentum = None  # type: ignore[assignment]
-                module.train()
-            with torch.no_grad():
-                for batch in batches:
-                    _call(model, batch, forward)
-                    count += 1
-            found = {name: value.clone() for name, value in _buffers(model).items()}
-        finally:
-            for module, momentum in momenta.items():
-                module.momentum = momentum
-            for module, mode in modes.items():
-                module.training = mode
-    if not count:
-        raise ValueError("recalibrate: the loader gave no batches")
-    return found
-
-
-def _call(model: nn.Module, batch: Any, forward: Callable[[Any], Any] | None) -> None:
-    if forward is not None:
-        forward(batch)
-    elif isinstance(batch, Tensor):
-        model(batch)
-    elif isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
-        model(batch[0])
-    else:
-        raise ValueError(f"recalibrate: cannot feed a {type(batch).__name__} to the model; pass forward=")
 
 
 def distance_row(name: str, w: Tensor, target: Target, params: Params) -> dict[str, Any]:
@@ -743,8 +662,19 @@ class Lives(abc.ABC):
             found = reestimate(self.model, batches, forward)
         self._statistics[self._life_key(bits, recipe)] = found
 
+    def round_statistics(self, dtype: str, *, bits: int | None = None, recipe: Recipe | None = None) -> None:
+        """Round a compressed life's BatchNorm statistics to "float16" or "bfloat16", so that a file takes 16 bits each.
+
+        Those that `recalibrate` found, else the model's own; the full life keeps its own.
+
+        Raises:
+            ValueError: another dtype, or a model without running statistics.
+        """
+        found = rounded(self.model, self.statistics(bits=bits, recipe=recipe), dtype)
+        self._statistics[self._life_key(bits, recipe)] = found
+
     def statistics(self, *, bits: int | None = None, recipe: Recipe | None = None) -> Statistics | None:
-        """The BatchNorm statistics of a compressed life, if `recalibrate` found any."""
+        """The BatchNorm statistics of a compressed life, if it has some of its own."""
         return self._statistics.get(self._life_key(bits, recipe))
 
     def _life_key(self, bits: int | None, recipe: Recipe | None) -> str:
@@ -774,8 +704,13 @@ class Lives(abc.ABC):
 
     def encoded(self, *, bits: int | None = None, recipe: Recipe | None = None) -> dict[str, Encoded]:
         """The claimed tensors of a compressed life as codes, by name: what a file holds."""
-        found = {}
-        for entry, target, params in self._life(bits, recipe):
+        return {name: encode() for name, encode in self.encoders(bits=bits, recipe=recipe).items()}
+
+    def encoders(self, *, bits: int | None = None, recipe: Recipe | None = None) -> dict[str, Callable[[], Encoded]]:
+        """What `encoded` gives, one call a tensor, so that one is held at a time; collectives under sharding."""
+
+        def encode(entry: Entry, target: Target, params: Params) -> Encoded:
             codes = target.encode(entry.hidden_whole(), params)
-            found[entry.name] = Encoded(target=target, params=params, codes=codes, dtype=entry.claim.dtype)
-        return found
+            return Encoded(target=target, params=params, codes=codes, dtype=entry.claim.dtype)
+
+        return {life[0].name: partial(encode, *life) for life in self._life(bits, recipe)}

@@ -15,6 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from detent.mechanisms.base import Clock, Mechanism, Slot
 from detent.mechanisms.projection import (
     NEVER,
+    WEIGHT,
+    Metric,
+    check_metric,
     check_rounds,
     check_strength,
     due_share,
@@ -23,6 +26,8 @@ from detent.mechanisms.projection import (
     hold_weight,
     map_and_mask,
     round_steps,
+    survivors,
+    watch_gradient,
 )
 from detent.schedules import Moment, Number, step_at, value_at
 from detent.targets import Target
@@ -56,6 +61,9 @@ class ADMM(Mechanism):
         every: steps (int) or fraction of training (float) between updates of z and u.
         until: moment of the masked mapping; `None` for ADMM to the end and no mapping in training.
         rho_max: rho grows no further, or `None`.
+        metric: what "nearest" means where a sparse target chooses its survivors: "euclidean" as in the papers, so that
+            the largest |w + u| survive; "fisher": the largest h |w + u| with h the root mean square of the gradients
+            so far (about the last hundred steps), which is how much the loss would miss them. Needs `until`.
         balance: instead of growing, compare the residuals |w - z| and rho |z - z_old|: rho is multiplied (divided) by
             `growth` where the first (second) is more than ten times the other.
         form: "gradient" as above; "decoupled" takes lr rho (w - z + u) off the weight after the step, as AdamW does
@@ -102,10 +110,11 @@ class ADMM(Mechanism):
     freeze_every: Moment | None = None
     per_level: bool = False
     start: Moment = 0
+    metric: Metric = "euclidean"
 
     keeps_full_life: ClassVar[bool] = True
-    memory: ClassVar[tuple[str, ...]] = ("z", "dual", "rho", "primal", "drift", "mask", "frozen", "held")
     offset: ClassVar[str | None] = "dual"
+    weighing: ClassVar[str | None] = WEIGHT
     fits_after: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -124,8 +133,16 @@ class ADMM(Mechanism):
         if self.finish not in ("auto", "mask", "freeze", None):
             raise ValueError(f'ADMM(finish={self.finish!r}): must be "auto", "mask", "freeze" or None')
         check_rounds(self.rounds, "ADMM")
+        check_metric(self.metric, None, "ADMM")
+        if self.metric == "fisher" and self.until is None:
+            raise ValueError('ADMM(until=None): metric="fisher" needs a moment at which survivors are chosen for good')
         if self.freeze_every is not None and not self.freeze_every > 0:
             raise ValueError(f"ADMM(freeze_every={self.freeze_every}): must be > 0 or None")
+
+    @property
+    def memory(self) -> tuple[str, ...]:  # type: ignore[override]
+        always = ("z", "dual", "rho", "primal", "drift", "mask", "frozen", "held")
+        return always if self.metric == "euclidean" else (*always, WEIGHT)
 
     # --- when ---------------------------------------------------------------------------------------------------
 
@@ -163,7 +180,7 @@ class ADMM(Mechanism):
             return f'ADMM(finish="mask") trains the survivors of a sparse target, and {name} leaves no weight free'
         if self.finish == "freeze" and target.leaves_free:
             return f'ADMM(finish="freeze") puts weights on levels, and the survivors of {name} have none to go to'
-        return None
+        return check_metric(self.metric, target, "ADMM")
 
     def active(self, clock: Clock) -> bool:
         start, until = self._moments(clock)
@@ -189,6 +206,8 @@ class ADMM(Mechanism):
             self._begin(slot)
 
     def before_step(self, slot: Slot, clock: Clock) -> None:
+        if "z" in slot.state and self.metric == "fisher":
+            watch_gradient(slot)
         hold_gradient(slot)
         if "z" in slot.state and self.form == "gradient" and slot.grad is not None:
             pull = self._pull(slot)
@@ -235,7 +254,7 @@ class ADMM(Mechanism):
 
     def _update(self, slot: Slot) -> None:
         state, w = slot.state, self._wide(slot.weight)
-        old, z = state["z"], slot.pull_project(w + state["dual"])
+        old, z = state["z"], survivors(slot.pull_project, w + state["dual"], state.get(WEIGHT))
         state["z"], state["dual"] = z, state["dual"] + w - z
         primal, drift = slot.gather(w - z).double().norm(), slot.gather(z - old).double().norm()
         self._number(slot, "primal", primal)
@@ -260,7 +279,7 @@ class ADMM(Mechanism):
         for name in ("z", "dual"):
             slot.state.pop(name, None)
         if self.finish is None:
-            slot.weight.copy_(slot.project(slot.weight))
+            slot.weight.copy_(survivors(slot.project, slot.weight, slot.state.pop(WEIGHT, None)))
         elif self._freezes(slot.target):
             due = [share for at, share in zip(self._freeze_steps(clock), self.rounds, strict=True) if at <= tick]
             freeze_nearest(slot, max(due), self.per_level)

@@ -89,6 +89,8 @@ class Mechanism(abc.ABC):
         memory: names of the tensors kept between steps (empty: resuming needs nothing but the weights).
         offset: name of the memory that is added to the weights before the pull is fitted (ADMM's dual); the compressed
             life is still that of the weights alone. `None` for no offset.
+        weighing: name of the memory that the weights (and the offset) are multiplied with before anything is fitted to
+            them: how much each weight matters to which of them survive. `None` for no weighing.
         ties: weights share one value and must be moved alike, which only an optimizer that treats every weight by
             itself does (SGD, Adam; not Muon).
         fits_after: the fit of a period comes after its last step instead of before its first, and `after_fit` follows.
@@ -102,6 +104,7 @@ class Mechanism(abc.ABC):
     keeps_full_life: ClassVar[bool]
     memory: ClassVar[tuple[str, ...]] = ()
     offset: ClassVar[str | None] = None
+    weighing: ClassVar[str | None] = None
     fits_after: ClassVar[bool] = False
     ties: ClassVar[bool] = False
     # Lets a recipe file be checked field by field although fields may hold abstract types.

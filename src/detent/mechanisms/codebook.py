@@ -85,7 +85,7 @@ class CodebookLearning(Mechanism):
         return 1  # found once; from then on training moves it
 
     def check(self, target: Target) -> str | None:
-        if type(target).assign is Target.assign:
+        if not target.has_codebook:
             return f"CodebookLearning trains the codewords of a codebook, and {type(target).__name__} has none"
         return None
 
@@ -111,7 +111,6 @@ class CodebookLearning(Mechanism):
     def open(self, slot: Slot, clock: Clock) -> None:
         _refuse_shards(slot)
         index = slot.target.assign(slot.weight, slot.params)
-        assert index is not None, "check() has seen that the target assigns"
         slot.state["index"] = index.to(torch.int32)
         slot.state["codewords"] = slot.target.codebook(slot.params).to(slot.weight.dtype, copy=True)
         if self.reassign_every is not None:
@@ -129,7 +128,6 @@ class CodebookLearning(Mechanism):
             if self._reassigns(clock):
                 for slot in group:
                     index = slot.target.assign(slot.state["original"], slot.params)
-                    assert index is not None
                     slot.state["index"] = index.to(torch.int32)
             first = group[0]
             total = _reduced(group, [slot.grad for slot in group], self.reduce)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from detent.mechanisms.base import Clock, Mechanism, Slot
 from detent.schedules import Moment, Number, Schedule, step_at, value_at
 from detent.targets import Params, Target
+from detent.targets.base import compute_dtype
 
 __all__ = ["Clip", "HardProjection", "Masked", "PartialFreeze", "Proximal"]
 
@@ -160,9 +162,50 @@ def hold_weight(slot: Slot) -> None:
 
 
 def map_and_mask(slot: Slot) -> None:
-    """Masked mapping: w = project(w), and its zeros are held from now on."""
-    slot.weight.copy_(slot.project(slot.weight))
+    """Masked mapping: w = project(w), in the metric of what was gathered, and its zeros are held from now on."""
+    slot.weight.copy_(survivors(slot.project, slot.weight, slot.state.pop(WEIGHT, None)))
     slot.state["mask"] = slot.weight != 0
+
+
+# --- which weights matter -----------------------------------------------------------------------------------------
+
+WEIGHT = "weighing"  # the memory: square root of the running mean of squared gradients
+Metric = Literal["euclidean", "fisher"]
+_MEMORY = 0.99  # of that mean: about a hundred steps
+
+
+def check_metric(metric: str, target: Target | None, name: str) -> str | None:
+    """Why survivors of this target cannot be chosen in a metric, or `None`.
+
+    Raises:
+        ValueError: an unknown metric.
+    """
+    if metric not in ("euclidean", "fisher"):
+        raise ValueError(f'{name}(metric={metric!r}): must be "euclidean" or "fisher"')
+    if metric == "fisher" and target is not None and not target.leaves_free:
+        return (
+            f'{name}(metric="fisher") decides which weights survive, and {type(target).__name__} is not a set of few '
+            "free weights"
+        )
+    return None
+
+
+def watch_gradient(slot: Slot) -> None:
+    """Take this step's gradient into the running root mean square that weighs the weights."""
+    if slot.grad is None:
+        return
+    wide = compute_dtype(slot.weight.dtype)
+    grad = slot.grad.to(wide) if slot.grad_scale is None else slot.grad.to(wide) / slot.grad_scale
+    old = slot.state.get(WEIGHT)
+    mean = torch.zeros_like(grad) if old is None else old.square()
+    slot.state[WEIGHT] = mean.lerp_(grad.square(), 1 - _MEMORY).sqrt_()
+
+
+def survivors(project: Callable[[Tensor], Tensor], w: Tensor, weight: Tensor | None) -> Tensor:
+    """The nearest point of a sparse set in the metric sum(h^2 (z - w)^2): w where h w survives, else 0."""
+    if weight is None:
+        return project(w)
+    return torch.where(project(w * weight) != 0, w, torch.zeros_like(w))
 
 
 def freeze_nearest(slot: Slot, share: float, per_level: bool) -> None:
@@ -238,10 +281,17 @@ class Masked(Mechanism):
 
         w <- project(w) at the start; from then on gradients and steps of zeros are taken back
 
+    With `metric="fisher"` the survivors are those of the largest h |w|, h the root mean square of the gradients seen
+    between the beginning of the stage and `start`: by how much the loss would change, not by how large they are.
+
     What follows a pruning by any other means, and the plain rival of all of them (one-shot magnitude pruning).
 
     Args:
         start: moment (step or fraction of training) of the projection; before it the base optimizer runs untouched.
+        metric: what "nearest" means: "euclidean", or "fisher", which needs `start` > 0.
+
+    Raises:
+        ValueError: an unknown metric, or "fisher" without steps to gather it in.
 
     Example:
         >>> import torch, detent as dt
@@ -252,14 +302,25 @@ class Masked(Mechanism):
         >>> int((model.weight != 0).sum())
         7
 
-    Reference: Han et al., "Learning both weights and connections", arXiv 1506.02626.
+    Reference: Han et al., "Learning both weights and connections", arXiv 1506.02626; the Fisher metric: Theis et al.,
+    "Faster gaze prediction with dense networks and Fisher pruning", arXiv 1801.05787, eq. 9 (there per feature map).
     """
 
     start: Moment = 0
+    metric: Metric = "euclidean"
 
     keeps_full_life: ClassVar[bool] = False
-    memory: ClassVar[tuple[str, ...]] = ("mask",)
+    weighing: ClassVar[str | None] = WEIGHT
     fits_after: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_metric(self.metric, None, "Masked")
+        if self.metric == "fisher" and not self.start > 0:
+            raise ValueError(f'Masked(start={self.start}): metric="fisher" gathers gradients before it; give start > 0')
+
+    @property
+    def memory(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("mask",) if self.metric == "euclidean" else ("mask", WEIGHT)
 
     @property
     def fit_every(self) -> int:
@@ -284,7 +345,7 @@ class Masked(Mechanism):
         return None
 
     def active(self, clock: Clock) -> bool:
-        return clock.step + 1 >= self._begin(clock)
+        return self.metric == "fisher" or clock.step + 1 >= self._begin(clock)
 
     def open(self, slot: Slot, clock: Clock) -> None:
         if clock.step >= self._begin(clock):
@@ -294,6 +355,8 @@ class Masked(Mechanism):
         map_and_mask(slot)
 
     def before_step(self, slot: Slot, clock: Clock) -> None:
+        if self.metric == "fisher" and clock.step < self._begin(clock):
+            watch_gradient(slot)
         hold_gradient(slot)
 
     def after_step(self, slot: Slot, clock: Clock) -> None:

@@ -109,6 +109,7 @@ class Target(abc.ABC):
             (a block, a kernel: "row"), or the whole tensor ("tensor"). "model" means that `fit` looks at all tensors
             of the rule at once (`fits_together`), and `project` at the whole tensor.
         has_bits: the target has a bit-width that `at_bits` can change.
+        has_codebook: weights take codewords (`assign`, `codebook`, `with_codebook`) that training may move.
         stored: names of the params that `decode` needs; only these go into a file.
         shared: names, among `stored` and the streams of codes, of what is the same for all tensors of the rule (a
             global codebook): a file holds it once, and `bits_on_disk` leaves it out.
@@ -124,6 +125,7 @@ class Target(abc.ABC):
 
     is_exact: ClassVar[bool]
     has_bits: ClassVar[bool] = False
+    has_codebook: ClassVar[bool] = False
     stored: ClassVar[tuple[str, ...]]
     shared: ClassVar[tuple[str, ...]] = ()
     # Lets a recipe file be checked field by field although fields may hold abstract types.
@@ -216,12 +218,12 @@ class Target(abc.ABC):
         """
         return None
 
-    def assign(self, w: Tensor, params: Params) -> Tensor | None:
-        """Which codeword each unit of w takes: a 1-D index into the rows of `codebook`; `None` without a codebook.
+    def assign(self, w: Tensor, params: Params) -> Tensor:
+        """Which codeword each unit of w takes: a 1-D index into the rows of `codebook`.
 
         A unit is a run of weights of w in row-major order (a kernel, a block, one weight), as long as a codeword.
         """
-        return None
+        raise ValueError(f"{type(self).__name__} has no codebook")
 
     def codebook(self, params: Params) -> Tensor:
         """The codewords, shape (how many, weights of a unit), in the order that `assign` counts in."""

@@ -38,6 +38,7 @@ class _Codebook(Target):
     sample: int = 256
 
     is_exact: ClassVar[bool] = True
+    has_codebook: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         name = type(self).__name__

@@ -78,6 +78,10 @@ class SparseLevels(Target):
         return self.survivors.has_bits
 
     @property
+    def has_codebook(self) -> bool:  # type: ignore[override]
+        return self.survivors.has_codebook
+
+    @property
     def bits(self) -> int | None:
         """Width of the survivors' codes, if they have one that can change."""
         return getattr(self.survivors, "bits", None) if self.has_bits else None
@@ -210,6 +214,29 @@ class SparseLevels(Target):
 
     def limits(self, params: Params) -> Tensor | None:
         return self.survivors.limits(_levels_of(params))
+
+    def assign(self, w: Tensor, params: Params) -> Tensor:
+        """0 for what is pruned, else one more than the survivors' own index."""
+        levels = _levels_of(params)
+        _, mask = self._choose(w.detach(), _pattern_of(params), levels)
+        index = self.survivors.assign(w, levels) + 1
+        return torch.where(mask.reshape(-1), index, torch.zeros_like(index))
+
+    def codebook(self, params: Params) -> Tensor:
+        own = self.survivors.codebook(_levels_of(params))
+        return torch.cat([own.new_zeros(1, own.shape[1]), own])
+
+    def with_codebook(self, params: Params, codewords: Tensor, dtype: torch.dtype) -> Params:
+        found = self.survivors.with_codebook(_levels_of(params), codewords[1:], dtype)
+        return replace(params, tensors={**params.tensors, **found.tensors})
+
+    def held_codewords(self, params: Params) -> Tensor | None:
+        """Zero for good; and what the survivors' own codebook holds."""
+        levels = _levels_of(params)
+        own = self.survivors.held_codewords(levels)
+        if own is None:
+            own = torch.zeros_like(self.survivors.codebook(levels)[:, 0], dtype=torch.bool)
+        return torch.cat([own.new_ones(1), own])
 
     def at_bits(self, w: Tensor, params: Params, bits: int) -> tuple[Target, Params]:
         """The same pattern rule with survivors at another width, as their own target changes it."""

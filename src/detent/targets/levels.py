@@ -666,6 +666,7 @@ class LearnedLevels(_Listed):
     granularity: GranularityLike = "tensor"
     param_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
 
+    has_codebook: ClassVar[bool] = True
     stored: ClassVar[tuple[str, ...]] = ("levels",)
 
     def __post_init__(self) -> None:
@@ -679,7 +680,7 @@ class LearnedLevels(_Listed):
         return (self.k - 1).bit_length()
 
     def _table(self, params: Params) -> Tensor:
-        return params["levels"].double()
+        return params["levels"].double().sort(dim=1).values  # training may have let two of them pass each other
 
     def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
         layout = layout or Layout(shape=tuple(w.shape))
@@ -687,13 +688,37 @@ class LearnedLevels(_Listed):
         groups = granularity_of(self.granularity)
         x = w.detach().to(compute_dtype(w.dtype))
         levels = kmeans(groups.cut(x, layout, torch.inf), groups.sizes(layout), self.k, self.zero)
+        return Params(tensors={"levels": self._stored(levels, w.dtype)}, layout=layout)
+
+    def _stored(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
         store = _PARAM_DTYPES[self.param_dtype]
         # Numbers of both dtypes, so that a level stays where it is when it becomes a weight: 65280 is the largest
         # number that float16 and bfloat16 share.
-        most = min(torch.finfo(store).max, torch.finfo(w.dtype).max)
-        most = min(most, 65280.0) if {store, w.dtype} == {torch.float16, torch.bfloat16} else most
-        levels = levels.clamp(-most, most).to(w.dtype).to(store)
-        return Params(tensors={"levels": levels.add_(0.0)}, layout=layout)
+        most = min(torch.finfo(store).max, torch.finfo(dtype).max)
+        most = min(most, 65280.0) if {store, dtype} == {torch.float16, torch.bfloat16} else most
+        return levels.clamp(-most, most).to(dtype).to(store) + 0.0
+
+    def assign(self, w: Tensor, params: Params) -> Tensor:
+        x, layout = w.detach().to(compute_dtype(w.dtype)), params.layout
+        ranked = params["levels"].double().sort(dim=1)
+        # Row g * k + i of the codebook is level i of group g, in the order of the params.
+        rows = ranked.indices + self.k * torch.arange(len(ranked.indices), device=w.device)[:, None]
+        places = self._places(x, ranked.values, layout)
+        flat = rows.reshape(-1)
+        parts = [
+            flat.index_select(0, (group * self.k + place).reshape(-1)) for place, group in self._pieces(places, layout)
+        ]
+        return torch.cat(parts)
+
+    def codebook(self, params: Params) -> Tensor:
+        return params["levels"].reshape(-1, 1)
+
+    def with_codebook(self, params: Params, codewords: Tensor, dtype: torch.dtype) -> Params:
+        levels = self._stored(codewords.reshape(params["levels"].shape).to(compute_dtype(dtype)), dtype)
+        return replace(params, tensors={**params.tensors, "levels": levels})
+
+    def held_codewords(self, params: Params) -> Tensor | None:
+        return params["levels"].reshape(-1) == 0 if self.zero else None
 
 
 @dataclass(frozen=True, kw_only=True)

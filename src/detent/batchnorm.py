@@ -1,0 +1,128 @@
+"""A second set of BatchNorm statistics for the compressed life: found, rounded, swapped in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detent.recipe import canonical_name
+
+__all__ = ["Statistics", "install", "reestimate", "rounded", "statistics_of", "swapped_buffers"]
+
+
+class Statistics(dict[str, Tensor]):
+    """BatchNorm statistics by buffer; `source` says where they come from, as a file's card does."""
+
+    source = "re-estimated"
+
+
+def _normalisations(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules with running statistics, by canonical name."""
+    return {
+        canonical_name(name): module
+        for name, module in model.named_modules()
+        if getattr(module, "track_running_stats", False) and getattr(module, "running_mean", None) is not None
+    }
+
+
+def statistics_of(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own running statistics, by canonical name of their buffer."""
+    return {
+        (f"{name}.{buffer}" if name else buffer): value
+        for name, module in _normalisations(model).items()
+        for buffer, value in module.named_buffers(recurse=False)
+    }
+
+
+def install(model: nn.Module, statistics: Mapping[str, Tensor]) -> None:
+    """Make a second set of BatchNorm statistics the model's own."""
+    for name, value in statistics_of(model).items():
+        value.copy_(statistics[name])
+
+
+@contextmanager
+def swapped_buffers(model: nn.Module, statistics: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Put a second set of BatchNorm statistics in place, if there is one; the first set comes back bitwise at the end.
+
+    Even without a second set: a forward pass in training mode writes into whichever set is there.
+    """
+    buffers = statistics_of(model)
+    kept = {name: value.clone() for name, value in buffers.items()}
+    try:
+        if statistics is not None:
+            install(model, statistics)
+        yield
+    finally:
+        for name, value in buffers.items():
+            value.copy_(kept[name])
+
+
+def reestimate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], Any] | None) -> Statistics:
+    """BatchNorm statistics of the model as it is now, as the plain average over the batches.
+
+    Only modules with running statistics are put in training mode; the model's own statistics and modes come back.
+
+    Raises:
+        ValueError: no module with running statistics, or no batches.
+    """
+    modules = _normalisations(model)
+    if not modules:
+        raise ValueError("recalibrate: this model has no BatchNorm with running statistics to re-estimate")
+    modes = {module: module.training for module in model.modules()}
+    momenta = {module: module.momentum for module in modules.values()}
+    count = 0
+    with swapped_buffers(model, {name: value.clone() for name, value in statistics_of(model).items()}):
+        try:
+            model.eval()
+            for module in modules.values():
+                module.reset_running_stats()  # type: ignore[operator]
+                module.momentum = None  # type: ignore[assignment]
+                module.train()
+            with torch.no_grad():
+                for batch in batches:
+                    _call(model, batch, forward)
+                    count += 1
+            found = {name: value.clone() for name, value in statistics_of(model).items()}
+        finally:
+            for module, momentum in momenta.items():
+                module.momentum = momentum
+            for module, mode in modes.items():
+                module.training = mode
+    if not count:
+        raise ValueError("recalibrate: the loader gave no batches")
+    return Statistics(found)
+
+
+def _call(model: nn.Module, batch: Any, forward: Callable[[Any], Any] | None) -> None:
+    if forward is not None:
+        forward(batch)
+    elif isinstance(batch, Tensor):
+        model(batch)
+    elif isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+        model(batch[0])
+    else:
+        raise ValueError(f"recalibrate: cannot feed a {type(batch).__name__} to the model; pass forward=")
+
+
+def rounded(model: nn.Module, old: Statistics | None, dtype: str) -> Statistics:
+    """Statistics rounded to a shorter float: old ones, or the model's own if there are none.
+
+    Raises:
+        ValueError: another dtype, or a model without running statistics.
+    """
+    if dtype not in ("float16", "bfloat16"):
+        raise ValueError(f'round_statistics({dtype!r}): must be "float16" or "bfloat16"')
+    to = getattr(torch, dtype)
+    most, found = torch.finfo(to).max, Statistics(old or statistics_of(model))
+    if not found:
+        raise ValueError("round_statistics: this model has no BatchNorm with running statistics to round")
+    for name, value in found.items():
+        found[name] = value.clamp(-most, most).to(to).to(value.dtype) if value.is_floating_point() else value.clone()
+    found.source = f"{old.source.partition(',')[0] if old else 'own'}, rounded to {dtype}"
+    return found
