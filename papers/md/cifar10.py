@@ -26,20 +26,25 @@ from papers.train import Experiment, Trainer, one_seed, summary
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECORDS = ROOT / "benchmarks" / "records"
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 HOLDOUT = 5000
+# The last tenth of training sees the levels themselves, so that BatchNorm and what is left of the rate settle on them.
+HARD = {"beta": {"kind": "Exponential", "first": 1.0, "last": 1e4, "end": 0.9}, "hard_start": 0.9}
 
 RIVALS: dict[str, dict[str, Any] | None] = {
     "float": None,
     "ste": {"kind": "STE"},
     "binary-connect": {"kind": "STE", "clip_latent": 1.0},
-    "md-tanh": {"kind": "MirrorDescent"},
-    "md-tanh-scale-aware": {"kind": "MirrorDescent", "scale_aware": "tensor"},
-    "gd-tanh": {"kind": "GDTanh"},
+    "md-tanh": {"kind": "MirrorDescent", **HARD},
+    "md-tanh-soft": {"kind": "MirrorDescent"},
+    "md-tanh-scale-aware": {"kind": "MirrorDescent", "scale_aware": "tensor", **HARD},
+    "gd-tanh": {"kind": "GDTanh", **HARD},
+    "gd-tanh-soft": {"kind": "GDTanh"},
     "pmf": {"kind": "PMF", "jacobian": "paper"},
+    "pmf-hard": {"kind": "PMF", "jacobian": "paper", **HARD},
     "parq": {"kind": "PARQ"},
     "binary-relax": {"kind": "BinaryRelax"},
-    "md-ternary": {"kind": "MirrorDescent"},
+    "md-ternary": {"kind": "MirrorDescent", **HARD},
     "ste-ternary": {"kind": "STE"},
 }
 
