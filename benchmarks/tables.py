@@ -232,18 +232,29 @@ def md_equalities(record: dict[str, Any]) -> str:
 
 @table("md-digits")
 def md_digits(records: Path) -> str:
+    """Levels without a scale."""
+    return _mirror(records, "md-digits")
+
+
+@table("md-digits-scale")
+def md_digits_scale(records: Path) -> str:
+    """Levels with a scale a tensor."""
+    return _mirror(records, "md-digits-scale")
+
+
+def _mirror(records: Path, name: str) -> str:
     """Test accuracy of both lives by rival, and its rate."""
-    record = read(records, "md-digits")
+    record = read(records, name)
     if record is None:
         return NOTHING
     keys = ("full.accuracy", "compressed.recipe.data_free.accuracy", "compressed.recipe.batchnorm.accuracy")
     rows = []
-    for name, found in record["results"]["rivals"].items():
+    for rival, found in record["results"]["rivals"].items():
         cells = [spread(found["summary"][key], 2) if key in found["summary"] else "–" for key in keys]
-        rows.append([f"`{name}`", f"{found['lr']:g}", *cells])
+        rows.append([f"`{rival}`", f"{found['lr']:g}", *cells])
     text = f"Test accuracy (%) after {record['config']['epochs']} epochs, mean and spread over seeds.\n\n"
     head = ["rival", "learning rate", "full", "compressed", "compressed, BatchNorm re-estimated"]
-    return text + markdown(head, rows) + origin(record, "md-digits")
+    return text + markdown(head, rows) + origin(record, name)
 
 
 @simple("warp")
