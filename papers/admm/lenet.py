@@ -78,23 +78,28 @@ def ladder(rate: float) -> list[float]:
     return [rate] if rate < 20 else [rate / 4, rate / 2, rate]
 
 
-def prune(rates: Sequence[float], mechanism: dt.Mechanism, share: float = 1.0) -> dt.Recipe:
+def prune(rates: Sequence[float], mechanism: dt.Mechanism) -> dt.Recipe:
     """Stages of rising share; how many weights each layer keeps is found by one threshold over the model."""
+    return dt.Recipe(stages=pruning(rates, mechanism))
+
+
+def pruning(rates: Sequence[float], mechanism: dt.Mechanism, share: float = 1.0) -> list[dt.Stage]:
+    """The stages of `prune`, as a share of a longer training."""
     stages = []
     parts = [0.15, 0.25, 0.6] if len(rates) == 3 else [1 / len(rates)] * len(rates)
     for rate, part in zip(rates, parts, strict=True):
         target = dt.TopK(keep=round(WEIGHTS / rate), scope="model")
         rule = dt.Rule(match=r"weight$", target=target, mechanism=mechanism)
         stages.append(dt.Stage(rules=[rule], share=part * share, name=f"prune {rate:g}x"))
-    return dt.Recipe(stages=stages)
+    return stages
 
 
 def small_file(rate: float = 200, bits: int = 3) -> dt.Recipe:
     """Progressive ADMM to a rate, then the survivors on a grid, straight-through: for benchmarks/lenet_bytes.py."""
     survivors = dt.SparseLevels(sparse=dt.TopK(keep="nonzero"), survivors=dt.Uniform(bits=bits))
     last = dt.Rule(match=r"weight$", target=survivors, mechanism=dt.STE())
-    pruned = prune(ladder(rate), admm(), share=0.65)
-    return dt.Recipe(stages=[*pruned.stages, dt.Stage(rules=[last], share=0.35, name=f"{bits} bits on what is left")])
+    pruned = pruning(ladder(rate), admm(), share=0.65)
+    return dt.Recipe(stages=[*pruned, dt.Stage(rules=[last], share=0.35, name=f"{bits} bits on what is left")])
 
 
 def prune_published(mechanism: dt.Mechanism, rate: float | None = None) -> dt.Recipe:
@@ -133,7 +138,7 @@ def quantize(target: dt.Target, mechanism: dt.Mechanism) -> dt.Recipe:
 
 def binary() -> dt.Recipe:
     """One bit a weight and one scale a tensor, in all layers."""
-    return quantize(dt.Binary(), admm(rho=1e-3, growth=2.0, rounds=(0.5, 0.75, 0.9, 1.0)))
+    return quantize(dt.Binary(), admm(rho=1e-3, growth=2.0, rounds=(0.5, 0.75, 0.9, 1.0), metric="euclidean"))
 
 
 def progressive_yaml() -> dt.Recipe:
