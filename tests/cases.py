@@ -35,6 +35,8 @@ TARGETS: dict[str, dt.Target] = {
     "power-3-no-zero": dt.PowerOfTwo(bits=3, granularity="channel", range="max", zero=False),
     "learned-4": dt.LearnedLevels(k=4),
     "learned-5-group": dt.LearnedLevels(k=5, zero=True, granularity=dt.Group(size=4), param_dtype="bfloat16"),
+    "round-half": dt.Round(),
+    "round-brain": dt.Round(dtype="bfloat16"),
     "zero": dt.Zero(),
     "zero-channel": dt.Zero(granularity=dt.Channel()),
     "topk-tenth": dt.TopK(keep=0.1),
@@ -142,6 +144,7 @@ LONG_PAIRS: list[tuple[str, str]] = [
     ("uniform-8-ema", "psg-paper"),
     ("topk-model", "psg-toward-zero"),
     ("zero", "psg-update"),
+    ("round-half", "ste"),
     ("uniform-3-minmax", "ste"),
     ("topk-most", "ste-late"),
     ("topk-five", "hard"),
@@ -272,6 +275,7 @@ ERRORS: dict[str, ErrorCase] = {
         make=lambda: dt.KernelCodebook(size=4, param_dtype="int8"),  # type: ignore[arg-type]
         says="KernelCodebook(param_dtype='int8')",
     ),
+    "no such float": ErrorCase(make=lambda: dt.Round(dtype="float8"), says="Round(dtype='float8'): must be one of"),  # type: ignore[arg-type]
     "a negative seed": ErrorCase(make=lambda: dt.KernelCodebook(size=4, seed=-1), says="KernelCodebook(seed=-1)"),
     "no restarts": ErrorCase(make=lambda: dt.KernelCodebook(size=4, restarts=0), says="restarts=0"),
     "blocks of none": ErrorCase(make=lambda: dt.VectorCodebook(block=0, size=4), says="VectorCodebook(block=0)"),

@@ -571,7 +571,8 @@ def test_the_files_beside_the_script_are_recipes() -> None:
             made().resolve(LeNet5())
     recipe = job_of("prune246").recipe
     assert recipe is not None
-    factors = [rate_factor(t, recipe(), 300) for t in range(300)]
-    assert factors[0] == factors[10] == factors[100] == 1.0
-    assert factors[50] == max(factors) == RETRAIN  # after the mapping
-    assert factors[9] == pytest.approx(0.01) and min(factors) >= 0.01 - 1e-12
+    factors = [rate_factor(t, recipe(), 400) for t in range(400)]
+    assert recipe().bounds(400) == [(0, 60), (60, 160), (160, 400)]
+    assert factors[0] == factors[6] == factors[60] == factors[160] == 1.0  # a period of the first stage has 6 steps
+    assert factors[30] == factors[110] == factors[280] == max(factors) == RETRAIN  # after the mapping
+    assert factors[5] == pytest.approx(0.01) and min(factors) >= 0.01 - 1e-12

@@ -363,6 +363,14 @@ def test_clicked_weights_are_found_again_exactly_however_many_there_are() -> Non
         assert torch.equal(target.project(w, target.fit(w)), w)
 
 
+def test_a_value_too_rare_for_a_run_of_its_own_keeps_its_level() -> None:
+    values = torch.linspace(-1, 1, 9)
+    w = values[torch.randint(9, (300_000,), generator=torch.Generator().manual_seed(0)) // 2 * 2]
+    w[7] = values[3]
+    target = dt.LearnedLevels(k=256)
+    assert torch.equal(target.project(w, target.fit(w)), w)
+
+
 def test_runs_change_the_levels_by_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     w = torch.randn(2, 9001, dtype=torch.float64)
     target = dt.LearnedLevels(k=8, granularity="channel")

@@ -30,7 +30,7 @@ _TARGETS = {"schedules", "grouping"}
 _MECHANISMS = _TARGETS | {"targets"}
 _RECIPE = _MECHANISMS | {"mechanisms", "sharding"}
 _LIVES = _RECIPE | {"recipe"}
-_ENGINE = _LIVES | {"lives", "optimizers"}
+_ENGINE = _LIVES | {"batchnorm", "lives", "optimizers"}
 _PACK = _ENGINE | {"engine"}
 _CORE = _PACK | {"pack"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -40,7 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "targets": _TARGETS,
     "mechanisms": _MECHANISMS,
     "recipe": _RECIPE,
-    "lives": _LIVES,
+    "batchnorm": {"recipe"},
+    "lives": _LIVES | {"batchnorm"},
     "optimizers": {"sharding"},
     "engine": _ENGINE,
     "pack": _PACK,
@@ -53,9 +54,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations": _CORE | {""},
     "demo": _CORE | {"", "data", "report", "report.record"},
     "demos": _CORE | {"", "data", "demo"},
-    "cli": _CORE | {"", "export", "report", "report.record", "data", "demo", "demos"},
+    "cli": _CORE | {"", "export", "report", "report.record", "data", "demo", "demos", "cli_work"},
+    "cli_work": _CORE | {"", "export", "report", "report.record", "data"},
 }
-HEAVY = {"pyarrow", "sklearn", "matplotlib", "PIL", "huggingface_hub", "plotly", "typer"}
+HEAVY = {"pyarrow", "sklearn", "matplotlib", "jinja2", "PIL", "huggingface_hub", "typer"}
 MAX_LINES = 800
 
 

@@ -1,0 +1,308 @@
+"""Rounded activations: ranges from data and from BatchNorm, integer kernels that run, weights that nobody touches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from test_export_onnx import initializers, run_ort
+from torch import Tensor, nn
+
+import detent as dt
+from detent.export import Activations, to_onnx
+from detent.export.activations import ranges_from_data
+
+FLOAT_LAYERS = {"Conv", "FusedConv", "Gemm", "MatMul", "FusedMatMul", "ConvTranspose", "MatMulNBits"}
+
+
+class Net(nn.Module):
+    """Two convolutions with BatchNorm, a residual sum, a linear head."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.fc = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(self.bn2(self.conv2(x)) + x)
+        return self.fc(x.mean((2, 3)))
+
+
+def net(width: int = 8) -> tuple[Net, list[Tensor]]:
+    """A model whose BatchNorm has seen its data, and that data."""
+    torch.manual_seed(5)
+    model, batches = Net(width), [torch.randn(8, 3, 8, 8) for _ in range(3)]
+    with torch.no_grad():
+        for norm in (model.bn1, model.bn2):
+            norm.weight.uniform_(-1.5, 1.5)
+            norm.bias.uniform_(-0.5, 0.5)
+        for batch in batches:
+            model(batch)
+    return model.eval(), batches
+
+
+def on(target: dt.Target, match: str = r"(conv\d|fc)\.weight$") -> dt.Recipe:
+    rest = dt.Rule(match=r"fc\.weight$", target=dt.Uniform(bits=8), optional=True)
+    return dt.Recipe([dt.Rule(match=match, target=target), rest])
+
+
+def value(path: Path, name: str) -> np.ndarray:
+    return onnx.numpy_helper.to_array(initializers(path)[name])
+
+
+# ------------------------------------------------------------------------------------------------------------- grids
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 3.0), (0.0, 6.0), (0.5, 2.0), (-4.0, -1.0), (0.0, 0.0), (-1e-9, 1e9)])
+def test_a_grid_holds_zero_and_its_range(bits: int, symmetric: bool, low: float, high: float) -> None:
+    scale, zero = Activations(bits=bits, symmetric=symmetric).grid(low, high)
+    most = 2**bits - 1
+    assert scale > 0 and 0 <= zero <= most
+    ends = ((0 - zero) * float(scale), (most - zero) * float(scale))
+    step = float(scale) * 0.5000001
+    assert ends[0] - step <= min(low, 0.0) and max(high, 0.0) <= ends[1] + step
+    if symmetric:
+        assert zero == (2 ** (bits - 1) if low < 0 else 0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"bits": 1}, "bits=1"),
+        ({"bits": 9}, "bits=9"),
+        ({"method": "entropy"}, "method='entropy'"),
+        ({"percentile": 50}, "percentile=50"),
+        ({"percentile": 100.1}, "percentile=100.1"),
+        ({"sigmas": 0.0}, "sigmas=0.0"),
+        ({"input_range": (1.0, 1.0)}, "input_range"),
+        ({"method": "batchnorm"}, "needs input_range"),
+    ],
+)
+def test_settings_are_checked(wrong: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Activations(**wrong)
+
+
+# ------------------------------------------------------------------------------------------------------------ ranges
+
+
+def arrays(batch: Any) -> list[np.ndarray]:
+    return [np.asarray(batch, dtype=np.float32)]
+
+
+def test_percentiles_are_those_of_the_data() -> None:
+    x = np.random.default_rng(0).normal(size=(10, 5000)).astype(np.float32)
+    settings = Activations(method="percentile", percentile=99.0)
+    low, high = ranges_from_data(arrays, iter(x), ["x"], settings)["x"]  # an iterator, although it is read twice
+    width = (x.max() - x.min()) / 2048
+    assert abs(low - np.percentile(x, 1.0)) < 2 * width and abs(high - np.percentile(x, 99.0)) < 2 * width
+    everything = ranges_from_data(arrays, x, ["x"], Activations(method="percentile", percentile=100))["x"]
+    assert everything == pytest.approx((x.min(), x.max()), rel=1e-6)
+    # Behind a Relu more than the share left out is zero, and zero stays the lower end.
+    low, _ = ranges_from_data(arrays, np.maximum(x, 0), ["x"], settings)["x"]
+    assert 0 <= low < 2 * width
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_least_error_is_the_least_of_the_shares(bits: int) -> None:
+    x = np.random.default_rng(1).standard_t(3, size=20000).astype(np.float32)
+    settings = Activations(method="mse", bits=bits)
+    low, high = ranges_from_data(arrays, [x], ["x"], settings)["x"]
+
+    def error(a: float, b: float) -> float:
+        scale, zero = settings.grid(a, b)
+        q = np.clip(np.rint(x / scale) + zero, 0, 2**bits - 1)
+        return float((((q - zero) * scale - x).astype(np.float64) ** 2).sum())
+
+    shares = np.linspace(1.0, 0.1, 91)
+    best = min(error(x.min() * s, x.max() * s) for s in shares)
+    assert error(low, high) <= 1.02 * best < error(float(x.min()), float(x.max()))
+
+
+def test_ranges_say_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="gave no batches"):
+        ranges_from_data(arrays, [], ["x"], Activations())
+    with pytest.raises(ValueError, match="'x' is not finite"):
+        ranges_from_data(arrays, [[1.0, np.inf]], ["x"], Activations())
+    constant = ranges_from_data(arrays, [[2.0, 2.0]], ["x"], Activations(method="mse"))["x"]
+    assert constant == (2.0, 2.0)
+
+
+def test_ranges_from_batchnorm_are_beta_and_gamma(tmp_path: Path) -> None:
+    model, _ = net()
+    run = dt.compress(model, on(dt.Uniform(bits=8)))
+    settings = Activations(method="batchnorm", sigmas=4.0, input_range=(-3.0, 3.0))
+    report = to_onnx(run, tmp_path / "m.onnx", torch.randn(2, 3, 8, 8), activations=settings)
+    assert report.kernels["QLinearConv"] == 2 and not FLOAT_LAYERS & report.kernels.keys()
+
+    def ends(norm: nn.BatchNorm2d) -> tuple[float, float]:
+        beta, gamma = norm.bias.detach().double(), norm.weight.detach().double().abs()
+        return float((beta - 4 * gamma).min()), float((beta + 4 * gamma).max())
+
+    first = max(ends(model.bn1)[1], 0.0)  # behind a Relu
+    second = ends(model.bn2)  # into the sum
+    total = max(second[1] + first, 0.0)  # the sum, behind a Relu; the mean keeps its range
+    wanted = [6.0 / 255, first / 255, (second[1] - second[0]) / 255, total / 255, total / 255]
+    nodes = [n for n in onnx.load(tmp_path / "m.onnx").graph.node if n.op_type == "QuantizeLinear"]
+    found = [float(value(tmp_path / "m.onnx", n.input[1])) for n in nodes]
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def test_without_batchnorm_there_is_no_such_range(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=8))]))
+    settings = Activations(method="batchnorm", input_range=(-3.0, 3.0))
+    with pytest.raises(ValueError, match="comes from no BatchNorm"):
+        to_onnx(run, tmp_path / "m.onnx", torch.randn(2, 8), activations=settings)
+    with pytest.raises(ValueError, match="takes no calibration data"):
+        to_onnx(run, tmp_path / "m.onnx", torch.randn(2, 8), activations=settings, calibration=[torch.randn(2, 8)])
+    with pytest.raises(ValueError, match="needs calibration="):
+        to_onnx(run, tmp_path / "m.onnx", torch.randn(2, 8), activations=Activations())
+    assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------------------- kernels
+
+
+def reference(run: dt.Run, path: Path, x: Tensor, bits: int) -> Tensor:
+    """The rounded network by hand, in float64: weights from the library's codes, scales read off the file."""
+    weights = {name: item.decode().double() for name, item in run.encoded().items()}
+    held = {name: t.double() for name, t in run.model.state_dict().items()}
+    nodes = [n for n in onnx.load(path).graph.node if n.op_type == "QuantizeLinear"]
+    grids = [(float(value(path, n.input[1])), int(value(path, n.input[2]))) for n in nodes]
+    turn = iter(grids)
+
+    def rounded(a: Tensor) -> Tensor:
+        scale, zero = next(turn)
+        return ((a / scale).round().add(zero).clamp(0, 2**bits - 1) - zero) * scale
+
+    def bias(name: str, true: Tensor) -> Tensor:
+        codes, scale = value(path, f"{name}.codes"), value(path, f"{name}.scale").astype(np.float64)
+        assert codes.dtype == np.int32
+        np.testing.assert_allclose(codes * scale, true.numpy(), atol=0.51 * float(np.abs(scale).max()), rtol=1e-7)
+        return torch.from_numpy(codes * scale)
+
+    def layer(a: Tensor, name: str, norm: str) -> Tensor:
+        mean, var, gamma, beta = (held[f"{norm}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        factor = gamma / (var + 1e-5).sqrt()
+        weight = weights[f"{name}.weight"] * factor[:, None, None, None]
+        return nn.functional.conv2d(a, weight, bias(f"{name}.weight.bias", beta - mean * factor), padding=1)
+
+    h = rounded(torch.relu(layer(rounded(x.double()), "conv1", "bn1")))
+    s = rounded(layer(h, "conv2", "bn2"))
+    s = rounded(torch.relu(s + h))
+    return nn.functional.linear(rounded(s.mean((2, 3))), weights["fc.weight"], bias("fc.bias", held["fc.bias"]))
+
+
+WEIGHTS = {
+    "w8": (dt.Uniform(bits=8, granularity="channel"), onnx.TensorProto.INT8),
+    "w4": (dt.Uniform(bits=4), onnx.TensorProto.INT4),
+    "w2": (dt.Ternary(granularity="channel"), onnx.TensorProto.INT2),
+    "codewords": (dt.KernelCodebook(size=6), onnx.TensorProto.UINT4),
+}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_integer_kernels_run_and_weights_stay(name: str, bits: int, tmp_path: Path) -> None:
+    model, batches = net()
+    target, kind = WEIGHTS[name]
+    match = r"conv\d\.weight$" if name == "codewords" else r"(conv\d|fc)\.weight$"
+    run = dt.compress(model, on(target, match))
+    settings = Activations(bits=bits, symmetric=name == "w4", method="mse" if name == "w8" else "minmax")
+    report = to_onnx(run, tmp_path / "m.onnx", batches[0], activations=settings, calibration=[(b, 0) for b in batches])
+    onnx.checker.check_model(onnx.load(tmp_path / "m.onnx"), full_check=True)
+    assert report.kernels["QLinearConv"] == 2 and report.kernels["QGemm"] == 1 and report.kernels["QLinearAdd"] == 1
+    assert not FLOAT_LAYERS & report.kernels.keys() and report.notes == () and report.bound is None
+
+    # Codes are those of the weight-only file; a negative BatchNorm factor turns the sign of a channel.
+    held = initializers(tmp_path / "m.onnx")
+    assert held["conv1.weight.codes"].data_type == kind and not {"conv1.weight", "conv2.weight"} & held.keys()
+    if name != "codewords":
+        codes = onnx.numpy_helper.to_array(held["conv2.weight.codes"]).astype(np.int64)
+        scale = onnx.numpy_helper.to_array(held["conv2.weight.scale"]).astype(np.float64)
+        factor = (model.bn2.weight / (model.state_dict()["bn2.running_var"] + 1e-5).sqrt()).detach().double()
+        wanted = run.encoded()["conv2.weight"].decode().double() * factor[:, None, None, None]
+        codes = codes << (0 if name == "w8" else 3 if name == "w4" else 5)  # the power of two that a kernel sees
+        np.testing.assert_allclose(codes * scale[:, None, None, None], wanted.numpy(), rtol=3e-7, atol=1e-12)
+
+    x = torch.randn(5, 3, 8, 8)
+    expected = reference(run, tmp_path / "m.onnx", x, bits).numpy()
+    step = float(value(tmp_path / "m.onnx", "mean.rounded.scale"))
+    allowed = 3 * step * float(run.encoded()["fc.weight"].decode().abs().sum(1).max())
+    for optimize in (False, True):
+        theirs = run_ort(tmp_path / "m.onnx", [x.numpy()], optimize=optimize)[0]
+        # Nearly all of it is the same number; a tie in rounding may move one activation by a step.
+        assert np.median(np.abs(theirs - expected)) < 1e-4 * np.abs(expected).max()
+        assert np.abs(theirs - expected).max() <= allowed
+
+
+def test_a_dead_channel_keeps_its_bias(tmp_path: Path) -> None:
+    model, batches = net()
+    with torch.no_grad():
+        model.conv1.weight[2] = 0.0
+        model.bn1.bias[2] = 0.7
+    run = dt.compress(model, on(dt.Uniform(bits=8, granularity="channel")))
+    to_onnx(run, tmp_path / "m.onnx", batches[0], activations=Activations(), calibration=batches)
+    expected = reference(run, tmp_path / "m.onnx", batches[0], 8).numpy()
+    theirs = run_ort(tmp_path / "m.onnx", [batches[0].numpy()])[0]
+    assert np.median(np.abs(theirs - expected)) < 1e-4 * np.abs(expected).max()
+
+
+def test_what_no_kernel_computes_is_said(tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 8, 3)
+            self.up = nn.ConvTranspose2d(8, 6, 2)
+            self.blocks = nn.Conv2d(6, 6, 3)
+            self.table = nn.Conv2d(6, 6, 1)
+            self.plain = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.plain(self.table(self.blocks(self.up(torch.relu(self.conv(x))))).mean((2, 3)))
+
+    rules = [
+        dt.Rule(match=r"(conv|up)\.weight", target=dt.Uniform(bits=8)),
+        dt.Rule(match=r"blocks\.weight", target=dt.Uniform(bits=8, granularity=dt.Group(size=16))),
+        dt.Rule(match=r"table\.weight", target=dt.LearnedLevels(k=4)),
+    ]
+    run = dt.compress(Odd(), dt.Recipe(rules))
+    x = torch.randn(2, 4, 8, 8)
+    report = to_onnx(run, tmp_path / "m.onnx", x, activations=Activations(), calibration=[x])
+    for name in ("blocks.weight", "table.weight", "plain.weight"):
+        assert any(name in note and "computed in float" in note for note in report.notes), (name, report.notes)
+    assert any("simulated" in note and "1 ConvTranspose" in note for note in report.notes)
+    assert report.kernels["QLinearConv"] == 1
+    # The trap: around float weights ONNX Runtime would put rounding of its own. Nothing but ours may be in the graph.
+    plain = run.model.get_parameter("plain.weight").detach()
+    assert np.array_equal(value(tmp_path / "m.onnx", "plain.weight"), plain.numpy())
+    assert abs(report.difference["on"] - report.difference["off"]) < 1e-3
+
+
+def test_products_of_matrices_run_in_integers(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16))
+    run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4, granularity="channel"))]))
+    x = torch.randn(2, 3, 32)
+    report = to_onnx(run, tmp_path / "m.onnx", x, activations=Activations(), calibration=[torch.randn(2, 3, 32), x])
+    assert report.kernels["MatMulIntegerToFloat"] == 2 and not FLOAT_LAYERS & report.kernels.keys()
+    assert report.difference["on"] == pytest.approx(report.difference["off"], rel=0.1)
+    with pytest.raises(ValueError, match="a batch has 0 tensors"):
+        to_onnx(run, tmp_path / "m.onnx", x, activations=Activations(), calibration=[()])
+
+
+def test_with_nothing_to_round_it_refuses(tmp_path: Path) -> None:
+    run = dt.compress(nn.Linear(8, 8), dt.Recipe([dt.Rule(match="weight", target=dt.TopK(keep=0.5))]))
+    x = torch.randn(2, 8)
+    with pytest.raises(ValueError, match="no layer of this graph takes part"):
+        to_onnx(run, tmp_path / "m.onnx", x, activations=Activations(), calibration=[x])

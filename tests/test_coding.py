@@ -1,0 +1,353 @@
+"""The bytes of a tensor: every model against a reader written from docs/format-streams.md, sizes, and damage."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+import reference_pack as reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from detent.pack import mixing, models
+from detent.pack.coder import Meter, Reader, Writer
+from detent.pack.coding import CODINGS, Coding, Piece, Spec, decode_tensor, encode_tensor
+from detent.pack.models import Grid
+
+RAW = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "|u1", "F8_E5M2": "|u1"}
+RAW |= {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U8": "|u1", "BOOL": "|u1"}
+WEIRD = np.array([0, 0x80000000, 0x7FC00001, 0xFFC12345, 0x7F800000, 0xFF800000, 1, 0x80000001], dtype=np.uint32)
+
+
+def specs_of(pieces: list[Piece]) -> list[Spec]:
+    return [Spec(p.name, p.kind, p.values.size) for p in pieces]
+
+
+def patterns_of(values: np.ndarray) -> list[int]:
+    return values.view(f"<u{values.dtype.itemsize}").tolist()
+
+
+def check(
+    pieces: list[Piece], shape: tuple[int, ...], coding: Coding = "entropy", specs: list[Spec] | None = None
+) -> bytes:
+    """Encode, decode with the library and with the slow reader, and compare bit for bit; returns the blob."""
+    blob = encode_tensor(pieces, shape=shape, coding=coding)
+    specs = specs or specs_of(pieces)
+    found = decode_tensor(blob, specs, shape=shape)
+    slow = reference.read(blob, [(spec.kind, spec.count) for spec in specs], shape)
+    assert len(found) == len(pieces)
+    for piece, values, again in zip(pieces, found, slow, strict=True):
+        assert values.dtype == (RAW[piece.kind] if isinstance(piece.kind, str) else ("u1" if piece.kind <= 8 else "u2"))
+        assert values.tobytes() == piece.values.astype(values.dtype).tobytes()
+        assert patterns_of(values) == again
+    return blob
+
+
+def entropy_bytes(values: np.ndarray) -> float:
+    """Zero-order entropy."""
+    share = np.unique(values, return_counts=True)[1] / values.size
+    return float(-(share * np.log2(share)).sum()) * values.size / 8
+
+
+def uneven_mask(rng: np.random.Generator, shape: tuple[int, ...], share: float) -> np.ndarray:
+    """A mask whose rows and columns differ in how many ones they have."""
+    rows = np.exp(rng.standard_normal((shape[0], 1)))
+    columns = np.exp(rng.standard_normal((1, math.prod(shape[1:]))))
+    return (rng.random((rows.size, columns.size)) < np.minimum(1, share * rows * columns)).reshape(-1).astype(np.uint8)
+
+
+# --- against the slow reader --------------------------------------------------------------------------------------
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> tuple[list[Piece], tuple[int, ...]]:
+    """Any pieces: codes of every width, masks, every raw dtype; few values, many of one, sorted, or anything."""
+    shape = tuple(draw(st.lists(st.integers(1, 6), max_size=4)))
+    total = math.prod(shape)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    pieces = []
+    for i in range(draw(st.integers(1, 3))):
+        kind = draw(st.one_of(st.integers(1, 16), st.sampled_from(sorted(RAW))))
+        rows = shape[0] if shape else 1
+        count = draw(st.sampled_from([0, 1, total, total // rows, 3 * rows, total + 1]))
+        width = kind if isinstance(kind, int) else 8 * np.dtype(RAW[kind]).itemsize
+        spread = draw(st.sampled_from(["any", "few", "zeros", "sorted"]))
+        values = (
+            rng.integers(0, 2**width, count, dtype=np.uint64, endpoint=False) if width < 64 else rng.bytes(8 * count)
+        )
+        values = np.frombuffer(values, dtype="<u8") if isinstance(values, bytes) else values
+        if spread == "few" and count:
+            values = values[rng.integers(0, min(3, count), count)]
+        if spread == "zeros":
+            values = values * (rng.random(count) < 0.2)
+        if spread == "sorted":
+            values = np.sort(values)
+        if isinstance(kind, int):
+            pieces.append(Piece(f"p{i}", kind, values.astype(np.uint16)))
+        else:
+            pieces.append(Piece(f"p{i}", kind, values.astype(f"<u{width // 8}").view(RAW[kind])))
+    return pieces, shape
+
+
+@settings(max_examples=60)
+@given(tensors(), st.sampled_from(CODINGS))
+def test_any_pieces_come_back_and_the_slow_reader_agrees(
+    case: tuple[list[Piece], tuple[int, ...]], coding: Coding
+) -> None:
+    check(*case, coding)
+
+
+@pytest.mark.parametrize("shape", [(20, 1, 5, 5), (24, 96), (12, 16, 3, 3), (300,), (2, 700)])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 11])
+def test_codes_of_a_layer(shape: tuple[int, ...], bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    w = rng.standard_normal(shape) * np.exp(rng.standard_normal((shape[0], *[1] * (len(shape) - 1))))
+    most = 2 ** (bits - 1) - 1 if bits > 1 else 1
+    codes = np.clip(np.rint(w * most / 3), -most, most).reshape(-1) + most if bits > 1 else w.reshape(-1) > 1
+    check([Piece("scale", "F32", rng.random(1, np.float32)), Piece("codes", bits, codes.astype(np.uint16))], shape)
+
+
+@pytest.mark.parametrize("shape", [(20, 2, 5, 5), (20, 96), (200,)])
+@pytest.mark.parametrize("kind", [3, "F32", "F16", "BF16", "F64"])
+def test_survivors_of_a_mask_whose_number_is_not_declared(shape: tuple[int, ...], kind: int | str) -> None:
+    rng = np.random.default_rng(7)
+    mask = uneven_mask(rng, shape, 0.1)
+    alive = int(mask.sum())
+    if isinstance(kind, int):
+        values = rng.integers(0, 2**kind, alive).astype(np.uint8)
+    else:
+        values = (
+            rng.integers(0, 2**16, alive).astype("<u2")
+            if kind == "BF16"
+            else rng.standard_normal(alive).astype(RAW[kind])
+        )
+    pieces = [Piece("mask", 1, mask), Piece("values", kind, values)]
+    for coding in CODINGS:
+        check(pieces, shape, coding, [Spec("mask", 1, mask.size), Spec("values", kind, None)])
+
+
+def test_floats_of_every_pattern() -> None:
+    check([Piece("w", "F32", np.repeat(WEIRD, 9).view("<f4")), Piece("v", "F32", WEIRD.view("<f4"))], (8, 9))
+    check([Piece("w", "F32", np.zeros(72, "<f4"))], (8, 9))
+    check([Piece("w", "F32", -np.zeros(72, "<f4"))], (8, 9))
+
+
+PLANS = {
+    "even": models._Plan(model=0),
+    **{f"adaptive{i}": models._Plan(model=1, prior=i) for i in range(4)},
+    "rows": models._Plan(model=2, prior=1, lines=(np.arange(20, dtype=np.uint8) % 3, np.zeros(64, np.uint8))),
+    "both": models._Plan(
+        model=2, prior=3, lines=(np.arange(20, dtype=np.uint8) % 2, np.arange(64, dtype=np.uint8) % 8)
+    ),
+    "split": models._Plan(model=3, pivot=1, parts=(models._Plan(model=4, fold=1), models._Plan(model=1, prior=0))),
+    **{f"mixed{fold}": models._Plan(model=4, fold=i) for i, fold in enumerate(mixing.FOLDS) if 64 % fold == 0},
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_model_by_itself(name: str) -> None:
+    """Not only those that win: what a model writes the slow reader reads, and the meter says how much it is."""
+    rng = np.random.default_rng(3)
+    size = 2 if PLANS[name].model == 4 else 5
+    values = (rng.integers(0, size, 20 * 64) * uneven_mask(rng, (20, 64), 0.2)).astype(np.uint8)
+    grid = Grid(20, 64, 1)
+    writer, meter = Writer(), Meter()
+    for coder in (writer, meter):
+        models.whole_numbers(coder, values, values.size, size, grid, PLANS[name])
+    raw, coded = writer.finish()
+    reader = Reader(memoryview(raw), memoryview(coded))
+    assert models.whole_numbers(reader, None, values.size, size, grid).tolist() == values.tolist()
+    reader.finish()
+    slow = reference.Reader(raw, coded)
+    assert reference.whole(slow, values.size, size, reference.Grid(20, 64, 1)) == values.tolist()
+    assert 0 <= len(raw) + len(coded) - meter.bits / 8 <= 4  # the coder's end
+
+
+def test_contexts_are_halved_before_they_overflow() -> None:
+    """10,800 places share the few contexts of narrow rows."""
+    rng = np.random.default_rng(5)
+    mask = (rng.random((1200, 9)) < 0.3).astype(np.uint8).reshape(-1)
+    writer = Writer()
+    models.whole_numbers(writer, mask, mask.size, 2, Grid(1200, 9, 1), models._Plan(model=4))
+    raw, coded = writer.finish()
+    assert (
+        models.whole_numbers(Reader(memoryview(raw), memoryview(coded)), None, mask.size, 2, Grid(1200, 9, 1)).tolist()
+        == mask.tolist()
+    )
+    slow = reference.whole(reference.Reader(raw, coded), mask.size, 2, reference.Grid(1200, 9, 1))
+    assert slow == mask.tolist()
+
+
+def test_no_entry_of_a_table_depends_on_how_a_machine_rounds() -> None:
+    """The documentation defines the tables by mathematics: doubles must be far nearer to it than to the next entry."""
+    k = np.arange(1, 1 << 20)
+    logs = 256 * np.log(k)
+    assert np.abs(logs % 1 - 0.5).min() > 1e-8 > 100 * np.spacing(logs.max())
+    x = np.arange(-3072, 3072)
+    guesses = 2**24 / (1 + np.exp(-x / 256))
+    assert np.abs(guesses % 1 - 0.5).min() > 1e-6 > 100 * np.spacing(guesses.max())
+    assert (mixing._log()[k] == np.rint(logs)).all()
+
+
+# --- sizes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
+def test_a_stream_takes_its_entropy_and_two_percent(bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    share = 0.7 ** np.arange(2**bits)
+    codes = rng.choice(2**bits, 60_000, p=share / share.sum()).astype(np.uint8)
+    size = len(encode_tensor([Piece("codes", bits, codes)], shape=(200, 300)))
+    assert 0.99 * entropy_bytes(codes) < size < 1.02 * entropy_bytes(codes) + 10
+
+
+def test_rows_of_different_spread_take_less_than_the_entropy() -> None:
+    rng = np.random.default_rng(1)
+    w = rng.standard_normal((128, 400)) * np.exp(rng.standard_normal((128, 1)))
+    codes = (np.clip(np.rint(w * 2), -7, 7) + 7).astype(np.uint8).reshape(-1)
+    assert len(encode_tensor([Piece("codes", 4, codes)], shape=(128, 400))) < 0.9 * entropy_bytes(codes)
+
+
+@pytest.mark.parametrize("shape", [(120, 400), (60, 20, 3, 3)])
+def test_a_mask_of_uneven_rows_and_columns_takes_less_than_its_entropy(shape: tuple[int, ...]) -> None:
+    mask = uneven_mask(np.random.default_rng(2), shape, 0.04)
+    assert len(encode_tensor([Piece("mask", 1, mask)], shape=shape)) < 0.92 * entropy_bytes(mask)
+
+
+def test_kernels_with_neighbours_take_less_than_the_entropy() -> None:
+    rng = np.random.default_rng(4)
+    mask = (rng.random((40, 30, 1)) < 0.3) & (rng.random((40, 30, 9)) < 0.8)
+    size = len(encode_tensor([Piece("mask", 1, mask.reshape(-1))], shape=(40, 30, 3, 3)))
+    assert size < 0.85 * entropy_bytes(mask.reshape(-1))
+
+
+def test_ascending_levels_take_less_than_their_bytes() -> None:
+    levels = np.sort(np.random.default_rng(0).standard_normal(256)).astype(np.float32)
+    orders = math.lgamma(257) / math.log(2) / 8  # the bytes that any order but one could have said
+    assert len(encode_tensor([Piece("levels", "F32", levels)], shape=(256,))) < 4 * 256 - orders
+
+
+def test_raw_numbers_of_few_values_are_listed() -> None:
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal(200).astype(np.float32)[rng.integers(0, 200, 40_000)]
+    size = len(encode_tensor([Piece("w", "F32", w)], shape=(100, 400)))
+    assert size < 1.02 * entropy_bytes(w) + 4 * 200
+
+
+def test_entropy_is_never_larger_than_bitpacked() -> None:
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 5, 20, 100):
+        for kind, values in ((8, rng.integers(0, 256, count)), ("F32", rng.standard_normal(count).astype(np.float32))):
+            piece = Piece("p", kind, values)
+            sizes = {c: len(encode_tensor([piece], shape=(count,), coding=c)) for c in CODINGS}
+            assert sizes["entropy"] <= sizes["bitpacked"] <= sizes["none"]
+
+
+def test_memory_stays_near_what_the_values_take() -> None:
+    codes = np.random.default_rng(0).integers(0, 16, 4_000_000).astype(np.uint8)
+    pieces, shape = [Piece("codes", 4, codes)], (2000, 2000)
+    blob = encode_tensor(pieces, shape=shape)
+    tracemalloc.start()
+    decode_tensor(blob, specs_of(pieces), shape=shape)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * codes.nbytes  # the values, the words, and one block as 32-bit numbers
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_wrong_pieces_are_refused_in_words() -> None:
+    with pytest.raises(ValueError, match=r"coding='zip': must be one of 'entropy', 'bitpacked', 'none'"):
+        encode_tensor([], shape=(), coding="zip")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"kind=17: must be 1 to 16 bits or one of F64"):
+        encode_tensor([Piece("p", 17, np.zeros(1, np.uint8))], shape=(1,))
+    with pytest.raises(ValueError, match=r"kind='F80'"):
+        encode_tensor([Piece("p", "F80", np.zeros(1))], shape=(1,))
+    with pytest.raises(ValueError, match=r"'p': values from 0 to 4 do not fit into 2 bits"):
+        encode_tensor([Piece("p", 2, np.array([0, 4]))], shape=(2,))
+    with pytest.raises(ValueError, match=r"'p' has 2 dimensions"):
+        encode_tensor([Piece("p", 2, np.zeros((2, 2), np.uint8))], shape=(2, 2))
+    with pytest.raises(ValueError, match=r"'p' is float64, but its kind F32"):
+        encode_tensor([Piece("p", "F32", np.zeros(2))], shape=(2,))
+
+
+@pytest.mark.parametrize(
+    ("data", "specs", "words"),
+    [
+        (b"", [Spec("p", 2, 4)], "no bytes for a tensor with pieces"),
+        (b"\x01", [], "1 bytes for a tensor without pieces"),
+        (b"\x09", [Spec("p", 2, 4)], "form 9"),
+        (b"\x01", [Spec("p", 2, 4)], "'p' needs 1 bytes, 0 are left"),
+        (b"\x01\x00\x00", [Spec("p", 2, 4)], "1 bytes more"),
+        (b"\x01\x80", [Spec("p", 2, 3)], "set bits after its last value"),
+        (b"\x00\x04", [Spec("p", 2, 1)], "does not fit into 2 bits"),
+        (b"\x01\x00", [Spec("p", 2, None)], "no mask comes before"),
+        (b"\x01\x00", [Spec("p", 2, -1)], "a count of -1"),
+        (b"\x02\x00", [Spec("p", 2, 4)], "ends in a zero byte"),
+        (b"\x02" + bytes(40) + b"\x01", [Spec("p", 2, 4)], "do not end where the pieces do"),
+        (b"\x03", [Spec("p", 2, 4)], "length of the plain bytes is cut off"),
+        (b"\x03" + b"\xff" * 12, [Spec("p", 2, 4)], "length of the plain bytes is cut off"),
+        (b"\x03\x05\x00", [Spec("p", 2, 4)], "5 plain bytes are declared, 1 are there"),
+        (b"\x03\x01\x00", [Spec("p", 8, 4)], "4 plain bytes are due, 1 are left"),
+    ],
+)
+def test_damage_is_refused_in_words(data: bytes, specs: list[Spec], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        decode_tensor(data, specs, shape=(2, 2))
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_damaged_blobs_give_values_of_the_right_shape_or_a_value_error(data: st.DataObject) -> None:
+    pieces, shape = data.draw(tensors())
+    blob = bytearray(encode_tensor(pieces, shape=shape))
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(blob)))
+        change = data.draw(st.sampled_from(["flip", "cut", "insert"]))
+        if change == "flip" and place < len(blob):
+            blob[place] ^= 1 << data.draw(st.integers(0, 7))
+        elif change == "cut":
+            del blob[place:]
+        else:
+            blob[place:place] = data.draw(st.binary(min_size=1, max_size=4))
+    try:
+        found = decode_tensor(bytes(blob), specs_of(pieces), shape=shape)
+    except ValueError:
+        return
+    assert [values.size for values in found] == [p.values.size for p in pieces]
+
+
+def _first_symbols(sizes: list[int], symbols: list[int]) -> bytes:
+    """A blob that begins with these even choices."""
+    writer = Writer()
+    for size, symbol in zip(sizes, symbols, strict=True):
+        writer.number(symbol, size)
+    return b"\x02" + writer.finish()[1]
+
+
+def test_models_where_they_may_not_stand_are_refused() -> None:
+    mixed = _first_symbols([5], [4])
+    with pytest.raises(ValueError, match="cannot be of model 4"):
+        decode_tensor(mixed, [Spec("p", 2, 4)], shape=(2, 2))
+    with pytest.raises(ValueError, match="cannot be of model 4"):
+        decode_tensor(mixed, [Spec("p", 1, 2**24)], shape=(2**12, 2**12))
+    with pytest.raises(ValueError, match="do not fold into runs of 4"):
+        decode_tensor(_first_symbols([5, 8], [4, 1]), [Spec("p", 1, 18)], shape=(3, 6))
+    # A split within a split within a split: no recursion without end.
+    nested = _first_symbols([5, 4, 5], [3, 1, 3])
+    with pytest.raises(ValueError, match="cannot be of model 3"):
+        decode_tensor(nested, [Spec("p", 2, 4)], shape=(2, 2))
+    with pytest.raises(ValueError, match="16 classes of rows and 2 of columns are more than 16 pairs"):
+        decode_tensor(_first_symbols([5, 4, 16, 16, 16, 16], [2, 0, 15, 0, 0, 1]), [Spec("p", 2, 4)], shape=(2, 2))
+    with pytest.raises(ValueError, match="has too many lines for classes"):
+        decode_tensor(_first_symbols([5, 4], [2, 0]), [Spec("p", 2, 70_000)], shape=(70_000,))
+    writer = Writer()
+    writer.number(4, 5)
+    writer.number(0, 8)
+    mixing._flags(writer, np.ones(4096, np.uint8), 4096, 1)
+    mixing._flags(writer, np.ones(144, np.uint8), 144, 9)
+    with pytest.raises(ValueError, match="36864 rounds, more than 16384"):
+        decode_tensor(b"\x02" + writer.finish()[1], [Spec("p", 1, 4096 * 144)], shape=(4096, 16, 3, 3))

@@ -1,0 +1,223 @@
+"""Folders for transformers: what is loaded from them is our compressed life, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import detent as dt
+from detent.export.hf import to_compressed_tensors
+from detent.grouping import Group
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("compressed_tensors")
+
+LINEAR = r"_proj\.weight$"
+
+
+def llama(tie: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+    """A Llama of 0.2 million weights; sides that no 32-bit word divides evenly at 8 or 4 bits."""
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tie,
+    )  # fmt: skip
+    # Not .to(dtype), which would round the rotary frequencies too; loading does not.
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def ids() -> Tensor:
+    return torch.randint(0, 96, (3, 17), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(ids()).logits
+
+
+def load(folder: Path, **kwargs: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **kwargs).eval()
+
+
+def grid(bits: int, granularity: Any, **kwargs: Any) -> dt.Recipe:
+    return dt.Recipe([dt.Rule(match=LINEAR, target=dt.Uniform(bits=bits, granularity=granularity, **kwargs))])
+
+
+def unpacked(words: Tensor, bits: int, columns: int) -> Tensor:
+    """The format's letters: element i of a row is at bit i * bits of its little-endian words, plus 2^(bits-1)."""
+    rows = []
+    for row in words.tolist():
+        number = 0
+        for place, word in enumerate(row):
+            number |= (word & 0xFFFFFFFF) << (32 * place)
+        rows.append([((number >> (i * bits)) & (2**bits - 1)) - 2 ** (bits - 1) for i in range(columns)])
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("granularity", ["channel", Group(size=32), "tensor"], ids=["channel", "group", "tensor"])
+def test_logits_are_those_of_our_compressed_life_bitwise(bits: int, granularity: Any, tmp_path: Path) -> None:
+    model = llama()
+    run = dt.compress(model, grid(bits, granularity))
+    report = to_compressed_tensors(run, tmp_path)
+    with run.compressed():
+        ours = logits(model)
+    loaded = load(tmp_path)
+    assert torch.equal(logits(loaded), ours)
+    assert not torch.equal(logits(model), ours)
+    # The weights too, once the loader has unpacked them.
+    for name, encoded in run.encoded().items():
+        assert torch.equal(loaded.get_parameter(name), encoded.decode()), name
+    assert report.ignored == ("lm_head",)
+    assert report.bytes == sum(f.stat().st_size for f in tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_and_scales_in_the_file_are_ours_untouched(bits: int, tmp_path: Path) -> None:
+    run = dt.compress(llama(), grid(bits, Group(size=16)))
+    report = to_compressed_tensors(run, tmp_path)
+    file = load_file(tmp_path / "model.safetensors")
+    for name, encoded in run.encoded().items():
+        stem = name.removesuffix("weight")
+        rows, columns = encoded.params.layout.shape
+        assert name not in file
+        assert file[f"{stem}weight_shape"].tolist() == [rows, columns]
+        assert torch.equal(file[f"{stem}weight_scale"].reshape(-1), encoded.params["scale"])
+        codes = encoded.codes["codes"].reshape(rows, columns).long() - (2 ** (bits - 1) - 1)
+        assert torch.equal(unpacked(file[f"{stem}weight_packed"], bits, columns), codes)
+        assert int(codes.min()) >= -(2 ** (bits - 1)) + 1  # restricted: the lowest integer stays unused
+    # 4 or 8 bits a weight, 32 for every 16 of them, and the shape.
+    weights = sum(e.params.layout.numel for e in run.encoded().values())
+    assert report.packed_bytes == weights * bits // 8 + weights // 16 * 4 + 16 * len(report.packed)
+
+
+def test_mixed_widths_and_layers_left_alone(tmp_path: Path) -> None:
+    rules = [
+        dt.Rule(match=r"layers\.0\.mlp", target=dt.Uniform(bits=8, granularity="channel")),
+        dt.Rule(match=r"layers\.1\.mlp\.(gate|up)", target=dt.Uniform(bits=4, granularity=Group(size=32))),
+        dt.Rule(match=r"layers\.1\.mlp\.down", target=dt.Uniform(bits=4, granularity="channel")),
+    ]
+    model = llama()
+    run = dt.compress(model, dt.Recipe(rules))
+    report = to_compressed_tensors(run, tmp_path)
+    with run.compressed():
+        ours = logits(model)
+    loaded = load(tmp_path)
+    assert torch.equal(logits(loaded), ours)
+    assert len(report.ignored) == 8 + 1  # four projections of two attentions, and the head
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["quantization_config"] == report.config
+    assert len(report.config["config_groups"]) == 3
+    assert torch.equal(loaded.model.layers[0].self_attn.q_proj.weight, model.model.layers[0].self_attn.q_proj.weight)
+
+
+def test_another_width_of_the_same_run(tmp_path: Path) -> None:
+    model = llama()
+    run = dt.compress(model, grid(4, "channel"))
+    to_compressed_tensors(run, tmp_path, bits=8)
+    with run.compressed(bits=8):
+        ours = logits(model)
+    assert torch.equal(logits(load(tmp_path)), ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_narrow_dtypes_multiply_as_we_do(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = llama(dtype=dtype)
+    run = dt.compress(model, grid(4, Group(size=32), param_dtype=str(dtype).removeprefix("torch.")))
+    to_compressed_tensors(run, tmp_path)
+    with run.compressed():
+        ours = logits(model)
+    loaded = load(tmp_path)
+    assert loaded.dtype == dtype
+    assert torch.equal(logits(loaded), ours)
+    for name, encoded in run.encoded().items():
+        assert torch.equal(loaded.get_parameter(name), encoded.decode()), name
+
+
+def test_after_training_and_finalizing(tmp_path: Path) -> None:
+    model = llama().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    rule = dt.Rule(match=LINEAR, target=dt.Uniform(bits=4, granularity=Group(size=32)), mechanism=dt.PSG())
+    run = dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=4)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(ids(), labels=ids()).loss.backward()
+        optimizer.step()
+    to_compressed_tensors(run, tmp_path / "before")
+    run.finalize()
+    to_compressed_tensors(run, tmp_path / "after")
+    ours = logits(model.eval())
+    assert torch.equal(logits(load(tmp_path / "before")), ours)
+    assert torch.equal(logits(load(tmp_path / "after")), ours)
+
+
+def test_a_tied_head_that_is_not_claimed_is_kept(tmp_path: Path) -> None:
+    model = llama(tie=True)
+    run = dt.compress(model, grid(4, "channel"))
+    to_compressed_tensors(run, tmp_path)
+    with run.compressed():
+        ours = logits(model)
+    assert torch.equal(logits(load(tmp_path)), ours)
+
+
+def test_writing_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = llama()
+    before = copy.deepcopy(model.state_dict())
+    to_compressed_tensors(dt.compress(model, grid(4, "channel")), tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert "quantization_config" not in model.config.to_dict()
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("match", "target", "why"),
+    [
+        (LINEAR, dt.Uniform(bits=3), "loaders know 4 and 8 bits, and this has 3"),
+        (LINEAR, dt.Uniform(bits=4, zero=False), "symmetric grids with a zero"),
+        (LINEAR, dt.VectorCodebook(size=4, block=4), "symmetric grids with a zero"),
+        (LINEAR, dt.TopK(keep=0.5), "symmetric grids with a zero"),
+        (r"down_proj\.weight$", dt.Uniform(bits=4, granularity=Group(size=64)), "groups of 64 do not divide its 160"),
+        (r"embed_tokens", dt.Uniform(bits=4), "weights of linear layers only, and this is the weight of a Embedding"),
+    ],
+    ids=["3 bits", "no zero", "codebook", "sparse", "groups", "embedding"],
+)
+def test_what_does_not_fit_is_named(match: str, target: dt.Target, why: str, tmp_path: Path) -> None:
+    run = dt.compress(llama(), dt.Recipe([dt.Rule(match=match, target=target)]))
+    with pytest.raises(ValueError, match=why) as error:
+        to_compressed_tensors(run, tmp_path / "folder")
+    assert any(repr(claim.name) in str(error.value) for claim in run.plan.claimed)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_scales_that_a_loader_would_round_are_refused(tmp_path: Path) -> None:
+    run = dt.compress(llama(dtype=torch.bfloat16), grid(4, "channel"))
+    with pytest.raises(ValueError, match='use Uniform\\(param_dtype="bfloat16"\\)'):
+        to_compressed_tensors(run, tmp_path)
+
+
+def test_a_tied_parameter_that_is_claimed_is_refused(tmp_path: Path) -> None:
+    class Tied(transformers.LlamaForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            layers = self.model.layers
+            layers[1].mlp.gate_proj.weight = layers[0].mlp.gate_proj.weight
+
+    run = dt.compress(Tied(llama().config), grid(4, "channel"))
+    with pytest.raises(ValueError, match="tied to model.layers.1.mlp.gate_proj.weight"):
+        to_compressed_tensors(run, tmp_path)
+
+
+def test_other_models_are_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="Sequential is no transformers model"):
+        to_compressed_tensors(
+            dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))])), tmp_path
+        )

@@ -1,0 +1,494 @@
+"""Inference in integers alone: equal to a slow NumPy reader of the documentation, and close to the float network."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import detent as dt
+from detent.demo import LeNet5
+from detent.export.activations import Activations
+from detent.export.integer import IntegerModel, Step, to_integer
+from detent.export.integer_onnx import integers_to_onnx
+from detent.grouping import Group
+from papers.models import SmallConvNet, resnet8
+
+INT32 = 2**31 - 1
+
+
+# --- the reference: docs/export.md, read by someone who has never seen the code ---------------------------------------
+
+
+def fits(value: int) -> int:
+    """A number of 32 bits, or a failure."""
+    assert -INT32 - 1 <= value <= INT32, value
+    return value
+
+
+def rescaled(n: dict[str, Any], acc: int, c: int) -> int:
+    total = fits(acc) * fits(int(n["multiplier"][c])) + int(n["offset"][c])
+    assert -(2**63) <= total < 2**63, total
+    return clamp(total // 2 ** int(n["shift"][c]), n["low"], n["high"])
+
+
+def clamp(value: int, low: int, high: int) -> int:
+    return low if value < low else high if value > high else value
+
+
+def windows(n: dict[str, Any], sides: tuple[int, ...], kernel: tuple[int, ...]) -> list[list[tuple[int, int]]]:
+    """For every axis and output position: (kernel position, input position) of what lies inside."""
+    found = []
+    dilations = n.get("dilation", (1,) * len(sides))
+    for side, k, stride, pad, dilation in zip(sides, kernel, n["stride"], n["padding"], dilations, strict=True):
+        span = side + 2 * pad - dilation * (k - 1) - 1
+        count = span // stride + 1
+        if n.get("ceil"):
+            count = -(-span // stride) + 1
+            if (count - 1) * stride >= side + pad:  # PyTorch starts no window in the padding behind
+                count -= 1
+        axis = []
+        for o in range(count):
+            at = [(i, o * stride - pad + i * dilation) for i in range(k)]
+            axis.append([(i, p) for i, p in at if 0 <= p < side])
+        found.append(axis)
+    return found
+
+
+def conv(n: dict[str, Any], q: np.ndarray) -> np.ndarray:
+    weight, groups = n["weight"], n["groups"]
+    outputs, inputs = weight.shape[:2]
+    axes = windows(n, q.shape[2:], weight.shape[2:])
+    out = np.empty((len(q), outputs, *map(len, axes)), dtype=object)
+    for b, o in itertools.product(range(len(q)), range(outputs)):
+        first = (o // (outputs // groups)) * inputs
+        for place in itertools.product(*map(range, map(len, axes))):
+            acc = 0
+            taps_of: Any = itertools.product(*[axes[d][i] for d, i in enumerate(place)])
+            for taps in taps_of:
+                k, p = tuple(t[0] for t in taps), tuple(t[1] for t in taps)
+                for i in range(inputs):
+                    acc = fits(acc + int(weight[(o, i, *k)]) * (int(q[(b, first + i, *p)]) - n["zero_in"]))
+            out[(b, o, *place)] = rescaled(n, acc, o)
+    return out
+
+
+def linear(n: dict[str, Any], q: np.ndarray) -> np.ndarray:
+    out = np.empty((len(q), len(n["weight"])), dtype=object)
+    for b, o in itertools.product(range(len(q)), range(len(n["weight"]))):
+        acc = 0
+        for w, x in zip(n["weight"][o].tolist(), q[b].tolist(), strict=True):
+            acc = fits(acc + w * (x - n["zero_in"]))
+        out[b, o] = rescaled(n, acc, o)
+    return out
+
+
+def scale(n: dict[str, Any], q: np.ndarray) -> np.ndarray:
+    out = np.empty(q.shape, dtype=object)
+    for place in np.ndindex(*q.shape):
+        out[place] = rescaled(n, int(q[place]) - n["zero_in"], place[1])
+    return out
+
+
+def add(n: dict[str, Any], a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    out = np.empty(a.shape, dtype=object)
+    for place in np.ndindex(*a.shape):
+        first = fits((int(a[place]) - n["zeros_in"][0]) * n["multipliers"][0])
+        second = fits((int(b[place]) - n["zeros_in"][1]) * n["multipliers"][1])
+        total = fits(fits(first + second) + (1 << (n["shift"] - 1)))
+        out[place] = clamp(n["zero"] + (total >> n["shift"]), n["low"], n["high"])
+    return out
+
+
+def pooled(n: dict[str, Any], q: np.ndarray, of: Callable[[list[int]], int]) -> np.ndarray:
+    axes = windows(n, q.shape[2:], n["kernel"])
+    out = np.empty((*q.shape[:2], *map(len, axes)), dtype=object)
+    for b, c in itertools.product(range(q.shape[0]), range(q.shape[1])):
+        for place in itertools.product(*map(range, map(len, axes))):
+            taps: Any = itertools.product(*[axes[d][i] for d, i in enumerate(place)])
+            out[(b, c, *place)] = of([int(q[(b, c, *[t[1] for t in tap])]) for tap in taps])
+    return out
+
+
+def average(n: dict[str, Any], q: np.ndarray) -> np.ndarray:
+    def of(values: list[int]) -> int:
+        return rescaled(n, sum(value - n["zero_in"] for value in values), 0)
+
+    out = pooled(n, q, of)
+    return out.reshape(out.shape[:2]) if n["flat"] else out
+
+
+def by_the_letter(steps: tuple[Step, ...], q: np.ndarray) -> np.ndarray:
+    """Runs the steps in Python's own integers."""
+    values = {steps[0].name: q.astype(object)}
+    for step in steps[1:]:
+        n, given_ = dict(step.numbers), [values[name] for name in step.inputs]
+        if step.op == "max":
+            found = pooled(n, given_[0], max)
+        elif step.op == "clamp":
+            found = np.vectorize(lambda v, n=n: clamp(v, n["low"], n["high"]), otypes=[object])(*given_)
+        elif step.op == "flatten":
+            found = given_[0].reshape(len(q), -1)
+        else:
+            formula: Any = {"conv": conv, "linear": linear, "scale": scale, "add": add, "average": average}[step.op]
+            found = formula(n, *given_)
+        values[step.name] = found
+    return values[steps[-1].name]
+
+
+def quantized(step: Step, x: Tensor) -> np.ndarray:
+    q = np.rint(x.numpy().astype(np.float32) / np.float32(step.scale)).astype(np.int64) + step.zero
+    return np.clip(q, step.numbers["low"], step.numbers["high"])
+
+
+def equal_in_onnxruntime(found: IntegerModel, x: Tensor) -> None:
+    """ONNX Runtime gives the same integers and the same numbers, with its optimizations and without."""
+    import onnxruntime as ort
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "integers.onnx"
+        assert integers_to_onnx(found, path) == path.stat().st_size
+        for level in (ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL):
+            options = ort.SessionOptions()
+            options.graph_optimization_level, options.intra_op_num_threads = level, 1
+            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            q, y = session.run(["q", "y"], {"x": x.numpy()})
+            assert np.array_equal(q, found.integers(found.quantize(x)).numpy())
+            assert np.array_equal(y, found(x).numpy())
+
+
+def equal(found: IntegerModel, x: Tensor) -> None:
+    """The PyTorch form gives the very integers of the reference."""
+    q = quantized(found.steps[0], x)
+    assert np.array_equal(found.quantize(x).numpy(), q)
+    expected = by_the_letter(found.steps, q)
+    ours = found.integers(torch.from_numpy(q)).numpy()
+    assert np.array_equal(ours, expected.astype(np.int64))
+    if find_spec("onnxruntime"):
+        equal_in_onnxruntime(found, x)
+    last = found.steps[-1]
+    np.testing.assert_array_equal(
+        found(x).numpy(), ((expected - last.zero).astype(np.float64) * last.scale).astype(np.float32)
+    )
+
+
+# --- networks -----------------------------------------------------------------------------------------------------
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """BatchNorm that does something, with negative gains among the weights."""
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            with torch.no_grad():
+                module.running_mean.normal_(0, 0.3)  # type: ignore[union-attr]
+                module.running_var.uniform_(0.3, 2.0)  # type: ignore[union-attr]
+                module.weight.normal_(0, 1.0)
+                module.bias.normal_(0, 0.3)
+    return model.eval()
+
+
+def compressed(model: nn.Module, bits: int = 8, granularity: Any = "channel", **options: Any) -> dt.Run:
+    rule = dt.Rule(match="weight$", target=dt.Uniform(bits=bits, granularity=granularity, **options))
+    return dt.compress(model, dt.Recipe([rule]))
+
+
+class Block(nn.Module):
+    """A residual block with a shortcut, ReLU behind the sum, and every way to spell the parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 4, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.bn2 = nn.BatchNorm2d(4)
+        self.short = nn.Conv2d(2, 4, 1, stride=2)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)) + self.short(x))
+        return self.fc(y.mean((2, 3)))
+
+
+def test_a_residual_block_equals_the_reference() -> None:
+    run = compressed(lively(Block()))
+    x = torch.randn(16, 2, 9, 9)
+    found = to_integer(run, [x])
+    assert [step.op for step in found.steps] == ["input", "conv", "conv", "conv", "add", "average", "linear"]
+    equal(found, torch.randn(3, 2, 9, 9) * 2)
+    with run.compressed(), torch.no_grad():
+        wanted = run.model(x)
+    assert float((found(x) - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("activation_bits", [4, 8])
+def test_widths(bits: int, granularity: str, activation_bits: int) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(27, 4))
+    found = to_integer(compressed(model, bits, granularity), [torch.randn(8, 1, 8, 8)],
+                       activations=Activations(bits=activation_bits))  # fmt: skip
+    n = 2 ** (bits - 1) - 1
+    for step in found.steps:
+        if "weight" in step.numbers:
+            assert int(np.abs(step.numbers["weight"]).max()) <= n
+    assert found.steps[0].numbers["high"] == 2**activation_bits - 1
+    equal(found, torch.randn(4, 1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        dt.Binary(),
+        dt.Ternary(),
+        dt.Uniform(bits=3, zero=False),
+        dt.SparseLevels(sparse=dt.TopK(keep=0.3), survivors=dt.Uniform(bits=4, zero=False, granularity="channel")),
+        None,
+    ],
+    ids=["binary", "ternary", "no zero", "sparse", "codebook"],
+)
+def test_other_integers_times_a_scale(target: dt.Target | None) -> None:
+    model = nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.ReLU(), nn.AvgPool1d(2), nn.Flatten(), nn.Linear(16, 3))
+    rules = [dt.Rule(match="weight", target=target)] if target is not None else []
+    if target is None:  # whose codewords are integers times one scale
+        kernels, blocks = dt.KernelCodebook(size=4), dt.VectorCodebook(size=16, block=2)
+        rules = [dt.Rule(match="0.weight", target=kernels), dt.Rule(match="4.weight", target=blocks)]
+    run = dt.compress(model, dt.Recipe(rules))
+    x = torch.randn(32, 2, 8)
+    found = to_integer(run, [x])
+    equal(found, torch.randn(3, 2, 8))
+    with run.compressed(), torch.no_grad():
+        wanted = model.eval()(x)
+    assert float((found(x) - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
+
+
+def random_net(draw: Callable[[Any], Any]) -> nn.Module:
+    torch.manual_seed(draw(st.integers(0, 2**20)))
+    width, layers = 2, []
+    for _ in range(draw(st.integers(1, 3))):
+        kind = draw(st.sampled_from(["conv", "conv", "depthwise", "norm"]))
+        if kind == "norm":
+            layers.append(nn.BatchNorm2d(width))
+        else:
+            after = width if kind == "depthwise" else draw(st.integers(1, 4))
+            kernel, stride, padding, dilation = (draw(st.integers(a, b)) for a, b in ((1, 3), (1, 2), (0, 2), (1, 2)))
+            groups = width if kind == "depthwise" else 1
+            layers.append(
+                nn.Conv2d(width, after, kernel, stride, padding, dilation, groups=groups, bias=draw(st.booleans()))
+            )
+            width = after
+            if draw(st.booleans()):
+                layers.append(nn.BatchNorm2d(width))
+        pools = [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, ceil_mode=True), nn.AvgPool2d(2, 1, 1), nn.Identity()]
+        layers += [draw(st.sampled_from([nn.ReLU(), nn.ReLU6(), nn.Identity()])), draw(st.sampled_from(pools))]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Dropout(), nn.Flatten(), nn.Linear(width, 3)]
+    return lively(nn.Sequential(*layers))
+
+
+@given(data=st.data())
+@settings(max_examples=40)
+def test_random_networks_equal_the_reference_exactly(data: st.DataObject) -> None:
+    model = random_net(data.draw)
+    try:
+        model(torch.zeros(1, 2, 13, 13))
+    except RuntimeError:  # nothing is left of the picture
+        assume(False)
+    bits = data.draw(st.sampled_from([2, 3, 4, 8]))
+    run = compressed(model, bits, data.draw(st.sampled_from(["tensor", "channel"])))
+    method: Any = data.draw(st.sampled_from(["minmax", "percentile", "mse"]))
+    symmetric = data.draw(st.booleans())
+    shift = data.draw(st.sampled_from([0.0, 3.0, -5.0]))
+    settings_ = Activations(method=method, symmetric=symmetric)
+    found = to_integer(run, [torch.randn(8, 2, 13, 13) + shift], activations=settings_)
+    equal(found, torch.randn(2, 2, 13, 13) * 2 + shift)
+
+
+def test_integer_batchnorm_is_the_stated_one() -> None:
+    """Multiplier, shift and bias of a folded BatchNorm, from the formulas of the documentation."""
+    model = lively(nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten()))
+    run = compressed(model, 8, "channel")
+    found = to_integer(run, [torch.randn(8, 2, 5, 5)])
+    start, step = found.steps[0], found.steps[1]
+    conv, norm = model[0], model[1]  # type: ignore[index]
+    encoded = run.encoded()["0.weight"]
+    a = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    unit = a * encoded.params["scale"].double() * start.scale
+    constant = norm.bias.double() - norm.running_mean.double() * a
+    m, c, s = (torch.as_tensor(step.numbers[key]).double() for key in ("multiplier", "offset", "shift"))
+    torch.testing.assert_close(m * 2.0**-s, unit / step.scale, rtol=2.0**-30, atol=0.0)
+    assert all(2**30 <= abs(each) < 2**31 for each in m.tolist())
+    torch.testing.assert_close(c * 2.0**-s, constant / step.scale + step.zero + 0.5, rtol=1e-9, atol=1e-9)
+    n = encoded.codes["codes"].long().reshape(conv.weight.shape) - 127
+    assert np.array_equal(step.numbers["weight"], n.numpy())
+    assert bool((m < 0).any()) == bool((a < 0).any())
+
+
+def test_batchnorm_gains_of_zero_and_almost_zero() -> None:
+    model = lively(nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(27, 2)))
+    norm: Any = model[1]  # type: ignore[index]
+    with torch.no_grad():
+        norm.weight[1], norm.bias[1], norm.weight[2] = 0.0, 0.7, 1e-9
+    run = compressed(model)
+    x = torch.randn(16, 1, 5, 5)
+    found = to_integer(run, [x])
+    equal(found, x[:2])
+    middle = IntegerModel(found.steps[:2])(x)
+    assert float((middle[:, 1] - 0.7).abs().max()) <= found.steps[1].scale / 2 + 1e-6
+    assert len(middle[:, 2].unique()) == 1
+
+
+def digits_net(make: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """A network trained on digits for a few seconds, its training images, and the test split."""
+    from detent.data import digits
+
+    torch.manual_seed(0)
+    train, test = digits("train"), digits("test")
+    x = (train.images.float() / 255 - 0.3) / 0.35
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(4):
+        for part in torch.randperm(len(x)).split(48):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[part]), train.labels[part]).backward()
+            optimizer.step()
+    return model.eval(), x, (test.images.float() / 255 - 0.3) / 0.35, test.labels
+
+
+def test_accuracy_on_digits_is_that_of_the_float_network() -> None:
+    model, train, x, y = digits_net(SmallConvNet)
+    run = compressed(model)
+    found = to_integer(run, train.split(256), activations=Activations(method="mse"))
+    with run.compressed(), torch.no_grad():
+        wanted = model(x)
+    ours = found(x)
+    full = float((wanted.argmax(1) == y).double().mean())
+    assert full > 0.9
+    assert float((ours.argmax(1) == y).double().mean()) >= full - 0.01
+    assert float((ours.argmax(1) == wanted.argmax(1)).double().mean()) > 0.98
+    # The integers themselves decide: no floating-point number is needed to name the digit.
+    assert torch.equal(found.integers(found.quantize(x)).argmax(1), ours.argmax(1))
+    equal(found, x[:2])
+
+
+def test_papers_networks_have_an_integer_form() -> None:
+    for model, side in ((LeNet5(), 28), (lively(resnet8()), 32)):
+        x = torch.randn(4, 1 if side == 28 else 3, side, side)
+        run = compressed(model.eval())
+        found = to_integer(run, [x])
+        with run.compressed(), torch.no_grad():
+            wanted = model(x)
+        assert float((found(x) - wanted).norm()) < 0.1 * float(wanted.norm())
+        assert found.nbytes > sum(e.params.layout.numel for e in run.encoded().values())
+
+
+def test_calibration_takes_batches_like_recalibrate_and_another_width() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    run = compressed(model, 4)
+    x, y = torch.randn(8, 4), torch.zeros(8)
+    a, b = to_integer(run, [x]), to_integer(run, iter([(x, y)]))
+    assert torch.equal(a(x), b(x))
+    other = to_integer(run, [x], bits=2)
+    assert int(np.abs(other.steps[1].numbers["weight"]).max()) == 1
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_a_sum_that_could_leave_32_bits_is_refused_when_the_steps_are_made() -> None:
+    model = nn.Linear(80_000, 1)
+    run = dt.compress(
+        nn.Sequential(model), dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=8, range="minmax"))])
+    )
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    run.rebind(adopt=True)
+    assert INT32 < 80_000 * 127 * 255
+    with pytest.raises(ValueError, match="'_0' can reach 2,590,800,000, which does not fit in 32 bits"):
+        to_integer(run, [torch.rand(2, 80_000)])
+    smaller = dt.compress(nn.Sequential(model), dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))]))
+    to_integer(smaller, [torch.rand(2, 80_000)])
+
+
+class Odd(nn.Module):
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc, self.act = nn.Linear(4, 4), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.fc(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.GELU()), "'_1' is a GELU, which has no integer form"),
+        (Odd(torch.sigmoid), "'sigmoid' is a sigmoid"),
+        (Odd(lambda x: x + 1.0), "1.0 is no activation"),
+        (Odd(lambda x: torch.add(x, x, alpha=2)), "must be the plain sum"),
+        (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)), "without running statistics"),
+        (nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Linear(2, 2)), "'_0' is a Unflatten"),
+    ],
+    ids=["gelu", "function", "number", "alpha", "statistics", "module"],
+)
+def test_what_has_no_integer_form_is_named(model: nn.Module, why: str) -> None:
+    run = dt.compress(model, dt.Recipe([dt.Rule(match=r"weight$", target=dt.Uniform(bits=8))]))
+    with pytest.raises(ValueError, match=why):
+        to_integer(run, [torch.randn(4, 4)])
+
+
+@pytest.mark.parametrize(
+    ("layers", "why"),
+    [
+        ([nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect")], "pads in a way"),
+        ([nn.Conv2d(1, 2, 3), nn.AvgPool2d(2, padding=1, count_include_pad=False)], "windows of different sizes"),
+        ([nn.Conv2d(1, 2, 3), nn.AvgPool2d(2, ceil_mode=True)], "windows of different sizes"),
+        ([nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(4)], "windows of different sizes"),
+        ([nn.Conv2d(1, 2, 3), nn.Flatten(2)], "must flatten all axes but the first"),
+    ],
+)
+def test_shapes_that_have_no_integer_form_are_named(layers: list[nn.Module], why: str) -> None:
+    run = compressed(nn.Sequential(*layers))
+    with pytest.raises(ValueError, match=why):
+        to_integer(run, [torch.randn(2, 1, 8, 8)])
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        (dt.Uniform(bits=4, granularity=Group(size=2)), "'2.weight' lies on Uniform.*one scale a tensor or channel"),
+        (dt.VectorCodebook(size=4, block=2, codebook_bits=None), "'2.weight' lies on VectorCodebook"),
+        (dt.TopK(keep=0.5), "'2.weight' lies on TopK"),
+        (dt.Uniform(bits=8, zero=False), "'2.weight' lies on Uniform.*integers of 8 bits"),
+        (None, "'2.weight' is in full precision"),
+    ],
+)
+def test_weights_that_are_no_integers_are_named(target: dt.Target | None, why: str) -> None:
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    if isinstance(target, dt.Uniform) and not target.zero:
+        with torch.no_grad():
+            model[2].weight[0] = 1.0
+    last = dt.Rule(match=r"^2", target=target) if target is not None else dt.Rule(match=r"^2", keep=True)
+    run = dt.compress(model, dt.Recipe([dt.Rule(match=r"^0", target=dt.Uniform(bits=8)), last]))
+    with pytest.raises(ValueError, match=why):
+        to_integer(run, [torch.randn(4, 4)])
+
+
+def test_calibration_must_be_there_and_finite() -> None:
+    run = compressed(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match="no batches"):
+        to_integer(run, [])
+    with pytest.raises(ValueError, match="not finite"):
+        to_integer(run, [torch.full((2, 4), torch.inf)])
+    with pytest.raises(ValueError, match="batchnorm"):
+        to_integer(run, [], activations=Activations(method="batchnorm", input_range=(-1.0, 1.0)))
