@@ -1,4 +1,4 @@
-"""LeNet-5 on MNIST as one self-contained file: pruned by ADMM, 3 bits on the survivors, dead units folded, coded.
+"""LeNet-5 on MNIST as one self-contained file: pruned by ADMM, a few shared values a layer, dead units folded, coded.
 
     python -m papers.admm.lenet --data-dir ../shared --only NAME --out RUNS
     python -m benchmarks.lenet_bytes --data-dir ../shared --runs RUNS --job NAME
@@ -30,9 +30,10 @@ WEIGHTS = 430_500
 PAPER = 2_730  # bytes, index included: the published 623-fold reduction of the 430,500 weights in float32
 
 
-def recipe(bits: int) -> dt.Recipe:
-    """What lies there already: survivors on their grid, refitted exactly; biases rounded to 8 bits."""
-    weights = dt.SparseLevels(sparse=dt.TopK(keep="nonzero"), survivors=dt.Uniform(bits=bits))
+def recipe(levels: int) -> dt.Recipe:
+    """What lies there already: the shared values of the survivors, found again exactly; biases rounded to 8 bits."""
+    shared = dt.LearnedLevels(k=levels, param_dtype="float16")
+    weights = dt.SparseLevels(sparse=dt.TopK(keep="nonzero"), survivors=shared)
     return dt.Recipe(
         [
             dt.Rule(match=r"weight$", target=weights),
@@ -46,7 +47,7 @@ def survivors(model: nn.Module) -> dict[str, int]:
     return {name: int((p != 0).sum()) for name, p in model.named_parameters() if name.endswith("weight")}
 
 
-def store(state: dict[str, torch.Tensor], bits: int, batches: Batches, folder: Path) -> dict[str, Any]:
+def store(state: dict[str, torch.Tensor], levels: int, batches: Batches, folder: Path) -> dict[str, Any]:
     """One trained network as a file, and what is read back from it."""
     model = LeNet5()
     model.load_state_dict(state)
@@ -54,7 +55,9 @@ def store(state: dict[str, torch.Tensor], bits: int, batches: Batches, folder: P
     folded = fold_dead_units(model, torch.zeros(1, 1, 28, 28))
     found |= {"folded": evaluate(model, batches)["accuracy"], "survivors_folded": survivors(model)}
     found["left_and_why"] = list(folded.left)
-    run = dt.compress(model, recipe(bits))
+    run = dt.compress(model, recipe(levels))
+    with run.compressed():
+        found["rounded"] = evaluate(run.model, batches)["accuracy"]
     for coding in ("none", "bitpacked", "entropy"):
         path = folder / f"{coding}.detent"
         found[f"bytes_{coding}"] = dt.save(run, path, "compressed", coding=coding)
@@ -73,8 +76,8 @@ def store(state: dict[str, torch.Tensor], bits: int, batches: Batches, folder: P
 def main(
     data_dir: Annotated[Path, typer.Option(help="folder with data/mnist", envvar="DETENT_SHARED")],
     runs: Annotated[Path, typer.Option(help="--out of papers.admm.lenet")] = Path("runs/admm-lenet"),
-    job: Annotated[str, typer.Option(help="a job of papers.admm.lenet that ends on a grid")] = "file",
-    bits: Annotated[int, typer.Option(help="of the survivors")] = 3,
+    job: Annotated[str, typer.Option(help="a job of papers.admm.lenet that ends on shared values")] = "file",
+    levels: Annotated[int, typer.Option(help="shared values a layer")] = 16,
     out: Annotated[Path | None, typer.Option(help="another record file")] = None,
 ) -> None:
     """Stores every seed of a job that is finished and writes the record."""
@@ -89,14 +92,14 @@ def main(
         "lenet_bytes",
         question="How many bytes is a whole LeNet-5 on disk, index, biases and names included, and how good is it?",
         seeds=seeds,
-        config={"job": job, "bits": bits, "bias_bits": 8, "paper_bytes_with_index": PAPER},
+        config={"job": job, "levels": levels, "bias_bits": 8, "paper_bytes_with_index": PAPER},
         notes="Accuracies in % on the test split, of the network read back from the file; nothing was chosen by them.",
         out=out,
     ) as results:
         rows = []
         for seed, file in zip(seeds, files, strict=True):
             with tempfile.TemporaryDirectory() as name:
-                row = store(load_file(file.parent / "model.safetensors"), bits, batches, Path(name))
+                row = store(load_file(file.parent / "model.safetensors"), levels, batches, Path(name))
             rows.append({"seed": seed, **row})
             print(rows[-1])
         results["rows"] = rows
