@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-chec
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format tables clean
+.PHONY: help demo test browser lint format tables clean
 
 help:
 	@echo "make demo     train a small network that clicks into 2 bits, and show both of its lives"
@@ -38,8 +38,16 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 demo: $(VENV)/.demo
 	@$(BIN)/detent demo
 
+# The report is looked at in a real browser. Where none can be had its tests skip and say so.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "Installing chromium (once) ..." && \
+	    { apt-get install -y -qq --no-install-recommends chromium || \
+	      { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }; } >/dev/null 2>&1; } || \
+	  echo "No chromium here: the report's page will not be looked at."
+
 # One test process a core, one torch thread a process (tests/conftest.py).
-test: lint
+test: lint browser
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.test

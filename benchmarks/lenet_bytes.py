@@ -32,7 +32,7 @@ PAPER = 2_730  # bytes, index included: the published 623-fold reduction of the 
 
 def recipe(levels: int) -> dt.Recipe:
     """What lies there already: the shared values of the survivors, found again exactly; biases rounded to 8 bits."""
-    shared = dt.LearnedLevels(k=levels, param_dtype="float16")
+    shared = dt.LearnedLevels(k=levels, zero=True, param_dtype="float16")
     weights = dt.SparseLevels(sparse=dt.TopK(keep="nonzero"), survivors=shared)
     return dt.Recipe(
         [

@@ -33,6 +33,7 @@ TARGETS: dict[str, dt.Target] = {
     "Ternary": dt.Ternary(),
     "PowerOfTwo": dt.PowerOfTwo(bits=3),
     "LearnedLevels": dt.LearnedLevels(k=8),
+    "Round": dt.Round(),
     "Zero": dt.Zero(),
     "TopK": dt.TopK(keep=0.2),
     "TopK, model-wide": dt.TopK(keep=0.2, scope="model"),

@@ -286,20 +286,119 @@ def warp(record: dict[str, Any]) -> str:
 def bytes_on_disk(record: dict[str, Any]) -> str:
     """Bytes by where they are."""
     plain = record["results"]["plain_safetensors_bytes"]
-    rows = []
+    parts_of, files_of = [], []
     for row in record["results"]["rows"]:
-        size, rest = row["sizes"], row["rest"]
-        nominal = size["nominal_bits"] / 8
-        parts = [size["codes"], size["params"], rest["batchnorm"], rest["other"], size["header"]]
-        if sum(parts) != size["file"]:
+        size, files = row["sizes"], row["files"]
+        parts = [size["codes"], size["params"], size["rest"], size["header"]]
+        if sum(parts) != size["file"] or size["file"] != files["bitpacked"]["file"]:
             raise ValueError(f"bytes_on_disk: the parts of {row['preset']} do not add up to its file")
-        share = f"{plain / size['file']:.2f}x"
-        per_weight = f"{8 * size['file'] / size['weights']:.2f}"
-        rows.append([row["preset"], *(f"{n:,.0f}" for n in (nominal, *parts, size["file"])), per_weight, share])
-    where = ["codes", "params", "BatchNorm", "biases", "header", "file"]
-    head = ["preset", "nominal", *where, "bits a weight, all in", "smaller"]
-    text = f"Bytes of the compressed life of ResNet-32 ({plain:,} bytes as a plain safetensors file).\n\n"
-    return text + markdown(head, rows)
+        parts_of.append([row["preset"], *(f"{n:,.0f}" for n in (size["nominal_bits"] / 8, *parts, size["file"]))])
+        whole = [files[coding]["file"] for coding in ("none", "bitpacked", "entropy")]
+        least, coded = row["entropy_bytes"], files["entropy"]["coded"]
+        files_of.append(
+            [
+                row["preset"],
+                *(f"{n:,}" for n in (*whole, row["file_safetensors"])),
+                f"{8 * whole[-1] / size['weights']:.2f}",
+                f"{plain / whole[-1]:.2f}x",
+                f"{least:,.0f}",
+                f"{coded:,} ({100 * (coded / least - 1):+.1f} %)",
+            ]
+        )
+    head = ["preset", "none", "bit-packed", "entropy", "safetensors form", "bits a weight, all in", "smaller"]
+    text = (
+        f"Bytes of the compressed life of ResNet-32 ({plain:,} bytes as a plain safetensors file), by coding. The last "
+    )
+    text += "two columns are of the coded tensors alone: zero-order entropy of their codes (raw numbers as they are), "
+    text += "and bytes written with their scales (and how much more that is).\n\n"
+    text += markdown([*head, "entropy of the codes", "written"], files_of)
+    text += "\nWhere the bytes of the bit-packed file are.\n\n"
+    return text + markdown(["preset", "nominal", "codes", "params", "BatchNorm and biases", "header", "file"], parts_of)
+
+
+@simple("squeezenet")
+def squeezenet(record: dict[str, Any]) -> str:
+    """The parts of the file against what they were, and every tensor's codes against their entropy."""
+    found = record["results"]
+    parts = [
+        ["codes of the weights", found["entropy_of_weights_bytes"], found["codes_bytes"]],
+        ["levels", found["levels_float32_bytes"], found["levels_bytes"]],
+        ["biases", found["biases_float32_bytes"], found["biases_bytes"]],
+    ]
+    rows = [[name, f"{before:,.0f}", f"{after:,}"] for name, before, after in parts]
+    rows.append(["header, names, checksums", "", f"{found['header_bytes']:,}"])
+    total = sum(before for _, before, _ in parts)
+    rows.append(["whole file", f"{total:,.0f}", f"{found['file_bytes']:,}"])
+    bits = "bit for bit" if found["read_back_bitwise"] else "NOT bit for bit"
+    text = f"The file decodes to the released weights {bits}. The authors' own file, Huffman-coded, has "
+    text += f"{found['authors_bytes']:,} bytes; ours bit-packed {found['bitpacked_bytes']:,}. Saving took "
+    text += f"{found['save_cpu_seconds']:.0f} and loading {found['load_cpu_seconds']:.0f} seconds of one core.\n\n"
+    text += markdown(["part", "zero-order entropy, or float32 (bytes)", "written (bytes)"], rows)
+    each = [
+        [
+            f"`{row['name']}`",
+            "x".join(map(str, row["shape"])),
+            f"{100 * row['nonzero']:.0f} %",
+            f"{row['entropy_bytes']:,.0f}",
+            f"{row['codes_bytes']:,} ({100 * (row['codes_bytes'] / row['entropy_bytes'] - 1):+.1f} %)",
+            f"{row['levels_bytes']:,}",
+        ]
+        for row in found["rows"]
+    ]
+    head = ["weight", "shape", "not zero", "entropy of codes", "codes", "256 levels"]
+    return text + "\nBytes of each weight, its codes and its levels coded by themselves.\n\n" + markdown(head, each)
+
+
+@simple("layer_bytes")
+def layer_bytes(record: dict[str, Any]) -> str:
+    """One layer by whom it was written."""
+    found = record["results"]
+    peers = [[f"{name} {found[name]['version']}", f"{found[name]['bytes']:,}"] for name in ("torchao", "quanto")]
+    rows = [["float32", f"{found['float32_bytes']:,}"], *peers]
+    for scale, words in (("tensor", "one scale"), ("group", "a scale for 32 weights")):
+        ours = found[scale]
+        rows += [[f"Detent, {words}, {coding}", f"{ours[coding]:,}"] for coding in ("none", "bitpacked", "entropy")]
+        rows.append([f"its codes alone: zero-order entropy, {words}", f"{ours['codes_entropy']:,.0f}"])
+        rows.append([f"its codes alone: zstd -19 of the packed bits, {words}", f"{ours['codes_zstd19_of_bits']:,}"])
+    return markdown(["file of one 1024 x 1024 layer at 2 bits", "bytes"], rows)
+
+
+@simple("coding_speed")
+def coding_speed(record: dict[str, Any]) -> str:
+    """Megabytes of float32 a second."""
+    rows = [
+        [
+            row["target"],
+            row["coding"],
+            f"{row['bytes'] / 1e6:.1f}",
+            *(f"{row[key]:.0f}" for key in ("save_mb_per_s", "encode_mb_per_s", "load_mb_per_s")),
+            f"{row['memory_of_loaded']:.2f}x",
+        ]
+        for row in record["results"]["rows"]
+    ]
+    text = f"A model of {record['results']['weights'] / 1e6:.1f} million weights, one core.\n\n"
+    what = ["save (MB/s)", "of it coding (MB/s)", "load (MB/s)", "memory to load, of what is loaded"]
+    return text + markdown(["target", "coding", "file (MB)", *what], rows)
+
+
+@simple("fuzz")
+def fuzz(record: dict[str, Any]) -> str:
+    """Outcomes by kind of damage, and what killed saves left."""
+    results = record["results"]
+    outcomes, killed = results["outcomes"], results["killed"]
+    columns = ["FormatError", "ValueError", "identical", "another file", "unchanged"]
+    if odd := {what for found in outcomes.values() for what in found} - {*columns}:
+        raise ValueError(f"fuzz: outcomes that must not be: {sorted(odd)}")
+    rows = [[kind, *(f"{found.get(what, 0):,}" for what in columns)] for kind, found in outcomes.items()]
+    whole, trials = killed["whole_file"].get("old or new file", 0), killed["trials"]
+    slowest, grown = 1e3 * results["slowest_cpu_seconds"], results["most_grown_bytes"] / 1e6
+    text = f"{results['files']:,} mutated files; the slowest took {slowest:.0f} ms of CPU time, and memory grew by at "
+    text += f"most {grown:.0f} MB in a process of many thousand.\n\n"
+    text += markdown(["damage", *columns], rows)
+    text += f"\nKill -9 at random moments of {trials} saves: the name stood for the whole old or the whole new file "
+    left = killed["left_a_temporary_file"]
+    text += f"{whole} times; {left} times a hidden file was left, and the next save removed it.\n"
+    return text
 
 
 @simple("step_cost")
@@ -536,6 +635,91 @@ def combination(record: dict[str, Any]) -> str:
     text = f"Digits, dense network {start} %, {config['epochs']} further epochs for every way.\n\n"
     what = f"in both sets, {config['n']}:{config['m']} and {config['bits']} bits"
     return text + markdown(["way", "in its own set", what, "bits a weight"], rows)
+
+
+@simple("slim")
+def slim(record: dict[str, Any]) -> str:
+    """What removal of dead channels saves."""
+    rows = []
+    for row in record["results"]["rows"]:
+        names = [row["network"], f"{row['keep']:.0%}", spread(row["dense"], 1), spread(row["before"], 1)]
+        sizes = [f"{before['mean']:,.0f} → {after['mean']:,.0f}" for before, after in (row["parameters"], row["macs"])]
+        speed = [spread(row["ratio"][str(batch)], 2) for batch in record["config"]["latency_batches"]]
+        rows.append([*names, spread(row["after"], 1), *sizes, *speed])
+    head = ["network, groups", "kept", "dense", "before", "after", "parameters", "multiply-accumulates"]
+    return markdown([*head, *(f"time, batch {b}" for b in record["config"]["latency_batches"])], rows)
+
+
+@simple("hf_llama")
+def hf_llama(record: dict[str, Any]) -> str:
+    """What transformers loads, beside our own life."""
+    results = record["results"]
+    text = f"{results['parameters']:,} parameters, {results['full_bytes']:,} bytes in float32.\n\n"
+    rows = []
+    for row in results["rows"]:
+        bits = 8 * row["packed_bytes"] / row["packed_weights"]
+        same = "bitwise" if row["logits_bitwise"] else f"{row['largest_difference']:.1e}"
+        rows.append(
+            [row["way"], same, f"{row['loss'][0]:.4f}", f"{row['loss'][1]:.4f}", f"{row['bytes']:,}", f"{bits:.2f}"]
+        )
+    return text + markdown(["life", "logits equal", "loss, ours", "loaded", "bytes", "bits a packed weight"], rows)
+
+
+@simple("onnx_resnet32")
+def onnx_resnet32(record: dict[str, Any]) -> str:
+    """Bytes and predictions of one network in ONNX Runtime."""
+    results, images = record["results"], record["config"]["test_images"]
+    full = results["full"]
+    rows = [["full precision", "–", f"{full['onnx']['bytes']:,}", f"{full['top1']:.2f}", "–", "–", "–"]]
+    for row in results["weights"]:
+        sizes = [f"{row['detent_bytes']:,}", f"{row['onnx']['bytes']:,}"]
+        same = [f"{row[way]['top1']:.2f}, {row[way]['differing']} differ" for way in ("off", "on")]
+        gap = max(row[way]["largest_difference"] / row[way]["largest_logit"] for way in ("off", "on"))
+        rows.append([row["name"], *sizes, f"{row['torch']['top1']:.2f}", *same, f"{gap:.1e}"])
+    head = ["life", ".detent, bytes", ".onnx, bytes", "PyTorch, %", "optimizations off", "on", "largest difference"]
+    return f"CIFAR-100, {images:,} test images; the difference is a share of the largest logit.\n\n" + markdown(
+        head, rows
+    )
+
+
+@table("onnx-resnet32-activations")
+def onnx_resnet32_activations(records: Path) -> str:
+    """Rounded activations, and latency."""
+    record = read(records, "onnx_resnet32")
+    if record is None:
+        return NOTHING
+    rows = []
+    for row in record["results"]["activations"]:
+        kernels = ", ".join(f"{n} {kind}" for kind, n in row["onnx"]["kernels"].items() if kind.startswith("QL"))
+        rows.append([row["name"], row["method"], f"{row['onnx']['bytes']:,}", f"{row['on']['top1']:.2f}", kernels])
+    text = markdown(["life", "ranges", ".onnx, bytes", "ONNX Runtime, %", "integer kernels"], rows) + "\n"
+    found: dict[tuple[str, bool], dict[int, float]] = {}
+    base: dict[int, float] = {}
+    for row in record["results"]["latency"]:
+        if row["name"] == "fp32":
+            base[row["batch"]] = row["median_ms"]
+        found.setdefault((row["name"], row["folded_at_load"]), {})[row["batch"]] = row["ratio"]
+    rows = [
+        [f"{name.removesuffix('-folded')}{', dequantized at load' if folded else ''}", *(f"{r[b]:.2f}" for b in base)]
+        for (name, folded), r in found.items()
+    ]
+    times = ", ".join(f"{ms:.2f} ms at batch {batch}" for batch, ms in base.items())
+    text += f"Time as a multiple of full precision ({times}); medians of one interleaved run, one thread.\n\n"
+    return text + markdown(["life", *(f"batch {b}" for b in base)], rows) + origin(record, "onnx_resnet32")
+
+
+@simple("integer")
+def integer(record: dict[str, Any]) -> str:
+    """Accuracy of integers alone."""
+    head = ["weights, activations", "ranges", "full precision", "float activations", "integers alone", "same answer"]
+    rows = []
+    for row in record["results"]["digits"]:
+        found = [spread(row[key], 1) for key in ("full", "float", "integer", "same_answer")]
+        rows.append([f"W{row['weights']}A{row['activations']}, digits", row["method"], *found])
+    for row in record["results"]["cifar100"]:
+        found = [f"{row[key]:.1f}" for key in ("full", "float", "integer", "same_answer")]
+        rows.append([f"W{row['weights']}A{row['activations']}, ResNet-32, CIFAR-100", row["method"], *found])
+    return markdown(head, rows)
 
 
 @simple("pairs")

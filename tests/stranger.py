@@ -14,7 +14,7 @@ import msgpack
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "format.md"
 DTYPES = ("F32", "F16", "BF16", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2")
-SIZE = dict(zip(DTYPES, (4, 2, 2, 8, 8, 4, 2, 1, 1, 1, 1, 1), strict=True))
+SIZE: dict[str, int] = dict(zip(DTYPES, (4, 2, 2, 8, 8, 4, 2, 1, 1, 1, 1, 1), strict=True))
 STRUCT = {"F32": "f", "F16": "e", "F64": "d", "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B", "BOOL": "?"}
 
 
@@ -116,7 +116,7 @@ def described(head: dict[str, Any]) -> Any:
     """Every blob with its pieces as (name, kind, count); no count means the ones of a mask."""
     counts = iter(head["counts"])
     for blob in order(head):
-        pieces = [("raw", DTYPES[dtype], math.prod(shape)) for dtype, shape in blob["params"]]
+        pieces: list[Any] = [("raw", DTYPES[dtype], math.prod(shape)) for dtype, shape in blob["params"]]
         for name, kind, how in blob["streams"]:
             count = None if how == 1 else (next(counts) if how else math.prod(blob["shape"]))
             pieces.append((name, kind if kind < 17 else ("F32", "F16", "BF16", "F64")[kind - 17], count))

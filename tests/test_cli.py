@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import json
 import re
@@ -570,7 +571,8 @@ def test_a_damaged_or_absent_file_is_refused_in_one_sentence(file: Path) -> None
     refused(call("inspect", file), 2)
     refused(call("inspect", file.with_name("absent.detent")), 2)
     assert set(json.loads(call("inspect", file, "--json").stdout)) == {"error"}
-    for command in ("card", "unpack", "report"):
+    file.write_bytes(damaged[:-20])
+    for command in ("inspect", "card", "unpack", "report"):
         assert "damaged" in refused(call(command, file), 2)
     assert sorted(p.suffix for p in file.parent.iterdir()) == [".detent"], "a refused call leaves nothing behind"
 
@@ -718,3 +720,46 @@ def test_export_to_onnx_runs_and_says_how_near_it_is(tmp_path: Path) -> None:
 def test_a_wrong_export_is_refused_in_one_sentence(file: Path, flags: tuple[str, ...], words: str) -> None:
     pytest.importorskip("transformers")
     assert words in refused(call("export", file, "--model", f"{HERE}:Net", *flags), 2)
+
+
+# ------------------------------------------------------------------------------------------------------------- docs
+
+DOC = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
+_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
+
+
+def test_the_examples_of_the_page_are_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every example of docs/cli.md, in its order: the same words, and numbers as near as other machines are."""
+    pytest.importorskip("onnxruntime")
+    text = DOC.read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "mynet.py").write_text(code)
+    importlib.import_module("mynet")  # writes its weights
+    blocks = re.findall(r"```console\n\$ detent (.*?)\n(.*?)```", text, flags=re.DOTALL)
+    assert {line.split()[0] for line, _ in blocks} == set(SURFACE) - {"demo"}, "every command has an example"
+    for line, shown in blocks:
+        result = CliRunner().invoke(app, line.split())
+        words, _, code = shown.partition("$ echo $?\n")
+        assert result.exit_code == int(code or 0), (line, result.output, result.exception)
+        said = "\n".join(part.rstrip() for part in (result.stdout + result.stderr).rstrip().splitlines()) + "\n"
+        assert squeezed(said) == squeezed(words), line
+        for found, written in zip(_NUMBER.findall(said), _NUMBER.findall(words), strict=True):
+            a, b = (float(number.replace(",", "")) for number in (found, written))
+            assert a == pytest.approx(b, rel=0.1, abs=1e-6), (line, found, written)
+    sys.modules.pop("mynet")
+
+
+def squeezed(text: str) -> list[str]:
+    """The words of an output: numbers are one sign, and a table may be wider."""
+    return re.sub(r"[─━┄]+", "─", _NUMBER.sub("#", text)).split()
+
+
+def test_the_page_names_every_option() -> None:
+    text = DOC.read_text(encoding="utf-8")
+    for command, flags in SURFACE.items():
+        section = text.split(f"\n## {command}\n")[1].split("\n## ")[0]
+        for flag in flags:
+            long = flag.split()[0]
+            assert not long.startswith("--") or long == "--json" or long in section, (command, long)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import detent as dt
 from detent import pack
 from detent.pack.container import narrowest
+from detent.pack.header import DTYPES
 from papers.models import LeNet5, resnet32
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,6 +127,8 @@ def test_a_state_dict_goes_in_and_out_tensor_by_tensor(tmp_path: Path, form: str
         ("x", {"value": None, "encoded": encoded(torch.ones(2))}, "neither values nor codes"),
         ("x", {"value": torch.ones(2, dtype=torch.complex64)}, "is torch.complex64"),
         ("x", {"value": torch.ones(2), "second": torch.ones(2, device="meta")}, "meta device"),
+        ("x", {"value": torch.ones(2), "second": torch.ones(3)}, "another shape or dtype in its other life"),
+        ("x", {"value": torch.ones(2), "encoded": encoded(torch.ones(2).half())}, "another shape or dtype"),
     ],
 )
 @pytest.mark.parametrize("form", FORMS)
@@ -262,7 +265,7 @@ def test_the_shorter_dtype_holds_every_bit(dtype: torch.dtype, values: list[floa
     if dtype == torch.int64:
         values = [float(int(v)) if math.isfinite(v) and abs(v) < 1e15 else 0.0 for v in values]
     tensor = torch.tensor(values, dtype=torch.float64).to(dtype)
-    kind = pack.header.DTYPES[narrowest(tensor)]
+    kind = DTYPES[narrowest(tensor)]
     assert kind.is_floating_point == dtype.is_floating_point
     back = tensor.to(kind).to(dtype)
     assert torch.equal(back.view(torch.uint8), tensor.view(torch.uint8))
@@ -275,7 +278,7 @@ def test_numbers_that_stay_come_back_to_the_bit(tmp_path_factory: pytest.TempPat
     path = tmp_path_factory.getbasetemp() / "raw.detent"
     tensor = torch.tensor(values, dtype=torch.float64).float()
     for coding, life in itertools.product(pack.CODINGS, ("both", "compressed")):
-        with pack.Writer(path, life, coding=coding) as writer:  # type: ignore[arg-type]
+        with pack.Writer(path, life, coding=coding) as writer:
             writer.add("x", tensor)
         with pack.Reader(path) as reader:
             assert torch.equal(reader.tensor("x").view(torch.int32), tensor.view(torch.int32))

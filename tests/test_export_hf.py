@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +222,10 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
         to_compressed_tensors(
             dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))])), tmp_path
         )
+
+
+def test_a_package_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = dt.compress(llama(), grid(4, "channel"))
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    with pytest.raises(ImportError, match=r"pip install 'detent\[hf\]'"):
+        to_compressed_tensors(run, tmp_path)

@@ -10,16 +10,18 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from cases import TARGETS
 from torch import Tensor, nn
 
 import detent as dt
-from detent.export import to_onnx
+from detent.export import Activations, to_onnx
 from detent.export.forms import Grid, Plain, Table, form_of, index_parts
 from detent.export.onnx import kernels_of
+
+# Older ones cannot read INT2, which half of the tests are about.
+ort = pytest.importorskip("onnxruntime", minversion="1.31")
 
 PACKED: dict[int, int] = {
     onnx.TensorProto.INT2: 2,
@@ -544,6 +546,7 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
         ({"matmul": "fast"}, r"matmul='fast'"),
         ({"tolerance": 0.0}, r"tolerance=0.0"),
         ({"bits": 4, "recipe": run.plan.recipe}, "not both"),
+        ({"matmul": "nbits", "activations": Activations(), "calibration": [x]}, "one way to round"),
     ]:
         with pytest.raises(ValueError, match=text):
             to_onnx(run, tmp_path / "m.onnx", x, **wrong)
@@ -564,6 +567,19 @@ def test_without_the_packages_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_
     run = dt.compress(nn.Linear(8, 8), dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))]))
     with pytest.raises(ImportError, match=r"pip install 'detent\[export\]'.*missing: onnx"):
         to_onnx(run, tmp_path / "m.onnx", torch.randn(2, 8))
+
+
+def test_a_graph_that_this_runtime_cannot_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = dt.compress(nn.Linear(8, 8), dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))]))
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("no such type\nand a long story")
+
+    monkeypatch.setattr(ort, "InferenceSession", refuse)
+    with pytest.raises(ValueError, match=rf"ONNX Runtime {ort.__version__} cannot load .*check=False.*: no such type$"):
+        to_onnx(run, tmp_path / "m.onnx", torch.randn(2, 8))
+    assert not (tmp_path / "m.onnx").exists()
+    assert to_onnx(run, tmp_path / "m.onnx", torch.randn(2, 8), check=False).difference == {}
 
 
 def test_a_wrapped_model_and_its_modes(tmp_path: Path) -> None:

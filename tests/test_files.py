@@ -328,7 +328,7 @@ def test_a_reader_written_from_the_documentation(tmp_path: Path, coding: Any, fo
     model: Any = run.model
     path = tmp_path / form
     for life in ("both", "compressed"):
-        dt.save(run, path, life, coding=coding, notes={"a": [1]})  # type: ignore[arg-type]
+        dt.save(run, path, life, coding=coding, notes={"a": [1]})
         raw = path.read_bytes() if form == "f.detent" else as_container(path)
         head, _, _ = stranger.split(raw)
         assert (head["writer"], head["batchnorm"], head["notes"]) == (dt.__version__, "re-estimated", '{"a":[1]}')

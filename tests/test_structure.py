@@ -305,7 +305,12 @@ def test_the_console_script_exists() -> None:
 
 # ------------------------------------------------------------------------------------------- (h) dependencies
 
-_DISTRIBUTION = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow"}
+_DISTRIBUTION = {
+    "yaml": "pyyaml",
+    "sklearn": "scikit-learn",
+    "PIL": "pillow",
+    "compressed_tensors": "compressed-tensors",
+}
 
 
 def undeclared(package: Path, pyproject: str) -> list[str]:

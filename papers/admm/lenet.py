@@ -99,7 +99,7 @@ def small_file(rate: float = 200, levels: int = 16) -> dt.Recipe:
 
     An evenly spaced grid of 3 bits under straight-through cost 0.9 points of training accuracy here.
     """
-    shared = dt.LearnedLevels(k=levels, param_dtype="float16")
+    shared = dt.LearnedLevels(k=levels, zero=True, param_dtype="float16")
     survivors = dt.SparseLevels(sparse=dt.TopK(keep="nonzero"), survivors=shared)
     last = dt.Rule(match=r"weight$", target=survivors, mechanism=dt.CodebookLearning())
     pruned = pruning(ladder(rate), admm(), share=0.75)

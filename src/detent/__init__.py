@@ -30,6 +30,7 @@ from detent.mechanisms import residuals as residuals
 from detent.pack import FormatError as FormatError
 from detent.pack import load as load
 from detent.pack import save as save
+from detent.pack import unpack as unpack
 from detent.recipe import Plan as Plan
 from detent.recipe import Recipe as Recipe
 from detent.recipe import Rule as Rule
@@ -48,6 +49,7 @@ from detent.targets import KernelCodebook as KernelCodebook
 from detent.targets import LearnedLevels as LearnedLevels
 from detent.targets import Params as Params
 from detent.targets import PowerOfTwo as PowerOfTwo
+from detent.targets import Round as Round
 from detent.targets import SparseLevels as SparseLevels
 from detent.targets import Stream as Stream
 from detent.targets import Structured as Structured

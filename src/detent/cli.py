@@ -1,4 +1,4 @@
-"""The command line: `detent demo`, `detent plan`, `detent inspect`.
+"""The command line: its flags, its tables and its errors. What the commands do is in `cli_work` and the library.
 
 Exit codes: 0 it worked, 1 it failed, 2 the call or its input is wrong. What a person must know is one sentence on
 standard error; `--json` puts the result, or {"error": ...}, on standard output and nothing else.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,13 +19,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
 
+from detent.cli_work import (
+    compress_weights,
+    export_file,
+    model_of,
+    recipe_of,
+    report_of,
+    skeleton,
+    widths_in,
+)
 from detent.demo import KEEP, WIDTHS, Outcome, Settings, demonstrate
 from detent.demos import METHODS, Comparison, compare, table_of
-from detent.pack import read_header, sizes
-from detent.recipe import Recipe
+from detent.pack import Inspection, read_header
+from detent.pack import inspect as measured
+from detent.pack import unpack as write_plain
+from detent.pack.atomic import destination
+from detent.report import card_of_file, write_html
+from detent.report.page import figures, summary
 
 __all__ = ["app"]
 
@@ -70,6 +80,29 @@ def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
 
 
+@contextlib.contextmanager
+def _watched() -> Iterator[Callable[[str, int], Callable[[], None]]]:
+    """Bars on standard error: call what this gives with a label and a number of steps, what that gives at each."""
+    columns = (
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    progress = Progress(*columns, console=console, disable=not console.is_terminal)
+    with contextlib.ExitStack() as shown:
+
+        def watch(label: str, total: int) -> Callable[[], None]:
+            if not progress.tasks:  # only now: what is refused before the work starts should leave no empty bar
+                shown.enter_context(progress)
+            task = progress.add_task(label, total=total)
+            return lambda: progress.advance(task)
+
+        yield watch
+
+
 # --- demo ---------------------------------------------------------------------------------------------------------
 
 
@@ -93,22 +126,7 @@ def demo(
         if method not in ("psg", *METHODS):
             raise ValueError(f"--method {method}: must be one of psg, {', '.join(METHODS)}")
         settings = Settings(data=data, out=out, epochs=epochs, seed=seed, device=device, bits=bits)
-        columns = (
-            TextColumn("{task.description:<20}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps"),
-            TimeRemainingColumn(),
-        )
-        progress = Progress(*columns, console=Console(stderr=True))
-        with contextlib.ExitStack() as shown:
-
-            def watch(label: str, total: int) -> Callable[[], None]:
-                if not progress.tasks:  # only now: what is refused before training should leave no empty bar
-                    shown.enter_context(progress)
-                task = progress.add_task(label, total=total)
-                return lambda: progress.advance(task)
-
+        with _watched() as watch:
             outcome = demonstrate(settings, watch) if method == "psg" else compare(method, settings, watch)  # type: ignore[arg-type]
         if as_json:
             _print_json(dataclasses.asdict(outcome))
@@ -184,69 +202,51 @@ def plan(
 ) -> None:
     """Show what a recipe would do to every parameter of a model, and why some stay in full precision."""
     with _answer(as_json):
-        is_file = recipe.endswith((".yaml", ".yml"))
-        chosen = Recipe.from_yaml(Path(recipe)) if is_file else Recipe.preset(recipe)
-        resolved = chosen.resolve(_model_of(model))
+        is_file = model.endswith(".safetensors")
+        resolved = recipe_of(recipe).resolve(skeleton(Path(model)) if is_file else model_of(model))
         if as_json:
             _print_json({"recipe": recipe, "parameters": resolved.rows()})
         else:
             Console(soft_wrap=True).print(Text(str(resolved)))
 
 
-def _model_of(source: str) -> nn.Module:
-    if source.endswith(".safetensors"):
-        return _skeleton(Path(source))
-    module_name, colon, function = source.partition(":")
-    if not (module_name and colon and function):
-        raise ValueError(f'model={source!r}: give a factory as "package.module:function", or a .safetensors file')
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        factory: Any = importlib.import_module(module_name)
-        for part in function.split("."):
-            factory = getattr(factory, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"model={source!r}: cannot find the factory: {error}") from None
-    try:
-        made = factory() if callable(factory) else factory
-    except Exception as error:  # whatever a user's own code may raise
-        raise ValueError(f"model={source!r}: the factory raised {type(error).__name__}: {error}") from error
-    if not isinstance(made, nn.Module):
-        raise ValueError(f"model={source!r}: must give a torch.nn.Module, not {type(made).__name__}")
-    return made
+# --- compress -----------------------------------------------------------------------------------------------------
 
 
-def _skeleton(path: Path) -> nn.Module:
-    """A module with the names, shapes and dtypes of a state dict, on the meta device: no weight is read.
-
-    A state dict does not say which convolutions are transposed or which 2-D tensors are buffers; BatchNorm's running
-    statistics are known by their names.
-    """
-    root = nn.Module()
-    try:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  safe_open is not iterable
-                _hang(root, name, file.get_tensor(name).to("meta"))
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path}: not a safetensors state dict: {error}") from None
-    return root
-
-
-def _hang(root: nn.Module, name: str, value: Tensor) -> None:
-    """Put a tensor at its dotted name below the root."""
-    *folders, own = name.split(".")
-    here = root
-    for folder in folders:
-        child = here._modules.get(folder)
-        if child is None:
-            child = nn.Module()
-            here.add_module(folder, child)
-        here = child
-    if own in ("running_mean", "running_var", "num_batches_tracked") or not value.is_floating_point():
-        here.register_buffer(own, value)
-    else:
-        here.register_parameter(own, nn.Parameter(value))
+@app.command()
+def compress(
+    weights: Annotated[Path, typer.Argument(help="A state dict, .safetensors.")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A preset, or a .yaml file.")] = "uniform-w4",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file to write; else WEIGHTS.detent.")] = None,
+    life: Annotated[str, typer.Option(help="compressed: as small as its codes; both: the weights as they are too.")] = (
+        "compressed"
+    ),
+    coding: Annotated[
+        str, typer.Option(help="entropy: as small as it goes; bitpacked: fast to read; none: whole bytes.")
+    ] = "entropy",
+    model: Annotated[
+        str | None, typer.Option(help='A factory "package.module:function"; else shapes and names must do.')
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Round the weights of a state dict to the places of a recipe: no training, no data, no code of the model."""
+    with _answer(as_json):
+        with _watched() as watch:
+            made = compress_weights(weights, recipe_of(recipe), out, life=life, coding=coding, model=model, watch=watch)
+        if as_json:
+            _print_json(made)
+            return
+        console = Console(soft_wrap=True)
+        factor = made["raw_bytes"] / made["bytes"]
+        than = "with both lives" if life == "both" else f"{factor:.1f} times smaller"
+        raw = f"the tensors of {weights}: {made['raw_bytes']:,} bytes"
+        console.print(Text(f"{made['file']}: {made['bytes']:,} bytes, {than}; {raw}"))
+        console.print(
+            f"{made['compressed_weights']:,} of {made['weights']:,} weights compressed, {made['nominal_bits']:.2f} "
+            f"bits each, {made['bits_per_weight']:.2f} as written; squared error {made['error']:.3g} of their squares"
+        )
+        for sentence in made["notes"]:
+            console.print(Text(sentence))
 
 
 # --- inspect ------------------------------------------------------------------------------------------------------
@@ -257,30 +257,30 @@ def inspect(
     file: Annotated[Path, typer.Argument(help="A .detent file.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show what a file holds: where its bytes are, what became of every parameter, and its card."""
+    """Show what a file holds: what every tensor became, the bytes it takes, and how far its two lives are apart."""
     with _answer(as_json):
-        header, found = read_header(file), sizes(file)
+        header, found = read_header(file), measured(file)
         if as_json:
-            _print_json({"sizes": found, **dataclasses.asdict(header)})
+            _print_json({"rows": found.rows, "total": found.total, **dataclasses.asdict(header)})
             return
+        total = found.total
         console = Console(soft_wrap=True)
-        console.print(Text(f"{file}: format {header.version}, written by Detent {header.writer}, lives: {header.life}"))
-        console.print(_bytes_table(found))
-        table = Table(title="Compressed parameters")
-        for head in ("parameter", "shape", "becomes", "pulled by"):
-            table.add_column(head, overflow="fold")
-        for head in ("bits", "bytes"):
-            table.add_column(head, justify="right")
-        for row in header.plan:
-            tensor = header.tensors[row["parameter"]]
-            if "bits_per_weight" in tensor:
-                cells = (row["parameter"], "x".join(map(str, tensor["shape"])), tensor["becomes"], row["mechanism"])
-                table.add_row(*map(Text, cells), f"{tensor['bits_per_weight']:.2f}", f"{tensor['bytes']:,}")
-        console.print(table)
-        card = header.card
+        # Numbers that are folded into narrow columns are of no use; a narrow terminal wraps whole lines instead.
+        console = Console(soft_wrap=True, width=max(console.width, 160))
         console.print(
-            f"{card['compressed_weights']:,} of {card['weights']:,} weights compressed; BatchNorm statistics: "
-            f"{card['batchnorm']}"
+            Text(
+                f"{file}: format {header.version}, written by Detent {header.writer}, lives: {header.life}, "
+                f"{total['file']:,} bytes"
+            )
+        )
+        console.print(_tensors_table(found))
+        console.print(_bytes_table(total))
+        card = header.card
+        bits = {"coded weight": total["bits_per_weight"], "convolution weight": total["bits_per_conv_weight"]}
+        console.print(
+            f"{card['compressed_weights']:,} of {card['weights']:,} parameters compressed; "
+            + ", ".join(f"{value:.3f} bits a {name}" for name, value in bits.items() if value is not None)
+            + f"; BatchNorm statistics: {card['batchnorm']}"
         )
         for reason, names in card["full_precision"].items():
             console.print(Text(f"In full precision ({reason}): {', '.join(names)}"))
@@ -288,19 +288,167 @@ def inspect(
             console.print(Text(f"{key}: {value}"))
 
 
-def _bytes_table(found: dict[str, int]) -> Table:
+def _tensors_table(found: Inspection) -> Table:
+    """One row a coded tensor, and their sum; what is stored as it is in one row."""
+    table = Table(title="Coded tensors")
+    table.add_column("tensor", overflow="fold")
+    table.add_column("becomes", overflow="fold")
+    for head in ("weights", "kept %", "nominal", "entropy", "bytes", "index %", "bits/weight", "error", "Wasserstein"):
+        table.add_column(head, justify="right")
+
+    def numbers(row: Mapping[str, Any]) -> list[str]:
+        weights, kept = row["weights"], row["kept"]
+        cells = [f"{weights:,}", f"{100 * kept / weights:.1f}" if weights else ""]
+        cells += [f"{row[key] / weights:.3f}" if weights else "" for key in ("nominal_bits", "entropy_bits")]
+        cells += [f"{row['bytes']:,}", f"{100 * row['index_share']:.1f}"]
+        cells.append("" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}")
+        return [*cells, *(figures(row.get(key)) for key in ("error", "wasserstein"))]
+
+    coded = [row for row in found.rows if row["coded"]]
+    for row in coded:
+        table.add_row(Text(row["name"]), Text(row["becomes"]), *numbers(row), end_section=row is coded[-1])
+    total = found.total
+    distances = {key: total[key] for key in ("error", "wasserstein")}
+    table.add_row("all coded", "", *numbers({**total["coded"], **distances}))
+    table.add_row("stored as they are", "", *numbers(total["raw"]))
+    return table
+
+
+def _bytes_table(total: Mapping[str, Any]) -> Table:
     """Where the bytes of a file are."""
-    what = {
-        "full": "full life",
-        "codes": "codes",
-        "params": "fitted numbers (scales)",
-        "rest": "compressed life, stored as it is",
-        "header": "header",
-        "file": "whole file",
+    parts = {
+        "full life": total["full"],
+        "codes and fitted numbers (scales)": total["coded"]["bytes"],
+        "header and checksums": total["header"],
     }
+    parts["compressed life, stored as it is"] = total["file"] - sum(parts.values())
     table = Table(title="Bytes")
     table.add_column("part")
     table.add_column("bytes", justify="right")
-    for key, name in what.items():
-        table.add_row(name, f"{found[key]:,}", end_section=key == "header")
+    for name, size in parts.items():
+        table.add_row(name, f"{size:,}")
+    table.add_section()
+    table.add_row("whole file", f"{total['file']:,}")
     return table
+
+
+# --- unpack -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def unpack(
+    file: Annotated[Path, typer.Argument(help="A .detent file.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file to write; else FILE.safetensors.")] = None,
+    life: Annotated[str, typer.Option(help="full or compressed.")] = "compressed",
+    as_json: AsJson = False,
+) -> None:
+    """Write one life of a file as plain safetensors, which every other tool reads."""
+    with _answer(as_json):
+        plain = out or file.with_suffix(".safetensors")
+        if plain.resolve() == file.resolve():
+            raise ValueError(f"--out {plain}: is the file itself; give another name")
+        size = write_plain(file, plain, life)  # type: ignore[arg-type]
+        if as_json:
+            _print_json({"file": str(plain), "life": life, "bytes": size})
+        else:
+            Console(soft_wrap=True).print(Text(f"Wrote the {life} life to {plain}: {size:,} bytes."))
+
+
+# --- report -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def report(
+    file: Annotated[Path, typer.Argument(help="A .detent file.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The page; its JSON twin goes beside it. Else FILE.html.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help='A factory "package.module:function": with --data also accuracy.')
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="'digits', or a folder of Parquet images; test split scored.")
+    ] = None,
+    bits: Annotated[str, typer.Option(help="Widths of the curve of size against accuracy.")] = "8,6,4,3,2",
+    history: Annotated[Path | None, typer.Option(help="JSON lines that detent.report.History wrote.")] = None,
+    exported: Annotated[Path | None, typer.Option(help="What `detent export --json` said.")] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the page; else the file's name.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a page on a file: both lives, histograms, layer by layer, size against accuracy, the quantization card."""
+    with _answer(as_json):
+        page = out or file.with_suffix(".html")
+        if out is not None or not as_json:
+            destination(page)  # what is wrong with it shall be said before anything is measured
+        with _watched() as watch:
+            found = report_of(
+                file,
+                model=model,
+                data=data,
+                bits=widths_in(bits),
+                history=history,
+                exported=exported,
+                title=title or "",
+                watch=watch,
+            )
+            size = 0 if as_json and out is None else write_html(found, page, watch=watch)
+        if as_json:
+            _print_json(found.model_dump(mode="json"))
+            return
+        console = Console(soft_wrap=True)
+        console.print(Text(summary(found)))
+        for what, words in found.absent.items():
+            console.print(Text(f"Without {what}; pass {words}".replace("`", "")))
+        console.print(Text(f"Wrote {page} ({size:,} bytes) and {page.with_suffix('.json')}."))
+
+
+# --- export -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="A .detent file.")],
+    model: Annotated[str, typer.Option(help='A factory "package.module:function" of the model in the file.')],
+    to: Annotated[str, typer.Option(help="onnx or compressed-tensors.")] = "onnx",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="An .onnx file, or a folder; else FILE.onnx or FILE's name.")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option("--input", help="onnx: shape of one input, e.g. 1,3,32,32; the batch stays free.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the compressed life in another tool's format: an ONNX file, or a folder that transformers loads."""
+    with _answer(as_json):
+        with _watched() as watch:
+            made = export_file(file, model=model, to=to, out=out, shape=shape, watch=watch)
+        if as_json:
+            _print_json(made)
+            return
+        console = Console(soft_wrap=True)
+        console.print(Text(f"Wrote {made['path']}: {made['format']}, {made['bytes']:,} bytes."))
+        if made["difference"] is not None:
+            console.print(f"Largest difference from PyTorch's compressed life: {made['difference']:.3g}")
+        for sentence in made["notes"]:
+            console.print(Text(sentence))
+
+
+# --- card ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def card(
+    file: Annotated[Path, typer.Argument(help="A .detent file.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table, for a README.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the quantization card of a file: what is compressed and how, and what is not."""
+    with _answer(as_json):
+        if markdown and as_json:
+            raise ValueError("--markdown and --json: give one of them")
+        found = card_of_file(file)
+        if as_json:
+            _print_json(found.model_dump(mode="json"))
+        else:
+            text = found.markdown(f"Quantization card of {file.name}") if markdown else found.text() + "\n"
+            sys.stdout.write(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
 import tempfile
 import time
@@ -22,6 +23,7 @@ from detent.engine import Run, attach, compress
 from detent.mechanisms import PSG, Mechanism
 from detent.pack import load, save
 from detent.recipe import Recipe, Rule
+from detent.report import History, Moment, collect, write_html
 from detent.schedules import Linear
 from detent.targets import TopK, Uniform, Zero
 
@@ -128,7 +130,7 @@ class DigitsNet(nn.Sequential):
         widths: channels of each convolution; the first of more channels than before has stride 2.
     """
 
-    def __init__(self, classes: int, widths: Sequence[int] = (8, 8, 8, 16, 16, 16, 32, 32)) -> None:
+    def __init__(self, classes: int = 10, widths: Sequence[int] = (8, 8, 8, 16, 16, 16, 32, 32)) -> None:
         super().__init__()
         fan_in = 1
         for i, width in enumerate(widths, start=1):
@@ -370,12 +372,43 @@ class Bench:
 
     def accuracy(self, model: nn.Module) -> float:
         """Percent right on the test split."""
+        return self.scores(model, self.test_set)["accuracy"]
+
+    def scores(self, model: nn.Module, images: ImageSet) -> dict[str, float]:
+        """Percent right and mean cross-entropy on a split."""
         model.eval()
-        right = 0
+        right, loss = 0, 0.0
         with torch.no_grad():
-            for x, y in self._batches(self.test_set, 500, training=False):
-                right += int((model(x).argmax(1) == y).sum())
-        return 100 * right / len(self.test_set)
+            for x, y in self._batches(images, 500, training=False):
+                out = model(x)
+                right += int((out.argmax(1) == y).sum())
+                loss += float(F.cross_entropy(out, y, reduction="sum"))
+        return {"accuracy": 100 * right / len(images), "loss": loss / len(images)}
+
+    def report(self, run: Run, title: str, history: Sequence[Moment] = ()) -> dict[str, str]:
+        """Write report.html and its JSON twin for a run, if the extra is installed; what was written, by name."""
+        if importlib.util.find_spec("jinja2") is None:
+            return {}
+        data = "scikit-learn's digits" if self.settings.data is None else str(self.settings.data)
+        found = collect(
+            run,
+            evaluate=lambda model: self.scores(model, self.test_set),
+            sensitivity=lambda model: self.scores(model, self.train_set),
+            bits=WIDTHS,
+            history=history,
+            notes={
+                "data": f"{len(self.train_set):,} training images of {data}",
+                "epochs": self.epochs,
+                "calibration": "none; BatchNorm is not re-estimated",
+                "seed": self.settings.seed,
+            },
+            title=title,
+            evaluated_on=f"the test split, {len(self.test_set):,} images of {data}",
+            sensitivity_on=f"the training split, {len(self.train_set):,} images",
+            watch=self.watch,
+        )
+        write_html(found, self.settings.out / "report.html")
+        return {name: str(self.settings.out / name) for name in ("report.html", "report.json")}
 
     def _batches(self, images: ImageSet, size: int, training: bool) -> Batches:
         return Batches(
@@ -446,7 +479,9 @@ def threads(one: bool) -> Iterator[None]:
 
 
 def demonstrate(settings: Settings, watch: Watch) -> Outcome:
-    """Train the networks, measure every life, and leave model.detent, weights.png and result.json in `settings.out`.
+    """Train the networks, measure every life, and leave model.detent, weights.png, result.json in `settings.out`.
+
+    With the extra `report` installed also report.html and report.json, on the PSG network.
 
     The test split is read after the last epoch of all trainings, and no epoch or network is chosen by it.
 
@@ -465,7 +500,9 @@ def demonstrate(settings: Settings, watch: Watch) -> Outcome:
     task, bits = bench.task, bench.bits
     with threads(task.one_thread):
         plain, _ = bench.train("SGD", None, task.decay)
-        _, psg = bench.train(f"PSG, {bits} bits", _grid(bits, _onto_grid(task)), task.decay)
+        history: list[Moment] = []
+        look = functools.partial(_follow, history)
+        _, psg = bench.train(f"PSG, {bits} bits", _grid(bits, _onto_grid(task)), task.decay, look=look)
         plain_pruned, _ = bench.train("SGD, to be pruned", None, task.decay_pruned)
         _, psg_pruned = bench.train("PSG, towards zero", _sparse(_towards_zero(task)), task.decay_pruned)
         assert psg is not None and psg_pruned is not None
@@ -479,10 +516,17 @@ def demonstrate(settings: Settings, watch: Watch) -> Outcome:
         files = {name: str(settings.out / name) for name in ("model.detent", "weights.png", "result.json")}
         _save_and_check(bench, psg, Path(files["model.detent"]), rows[-1])
         _draw(sgd, psg, rows[1:], bits, Path(files["weights.png"]))
+        files |= bench.report(psg, f"{task.network.__name__}, trained by PSG for {bits} bits", history)
         setup = bench.setup(plain)
     outcome = Outcome(setup=setup, rows=rows, pruned_full=pruned_full, files=files, seconds=time.perf_counter() - began)
     Path(files["result.json"]).write_text(json.dumps(asdict(outcome), indent=2) + "\n", encoding="utf-8")
     return outcome
+
+
+def _follow(history: list[Moment], epoch: int, model: nn.Module, run: Run | None) -> None:
+    """Note after each epoch how far the lives of a run are apart."""
+    if run is not None:
+        history.append(History(run).log(epoch=epoch))
 
 
 def _save_and_check(bench: Bench, run: Run, path: Path, row: Row) -> None:

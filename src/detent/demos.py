@@ -105,6 +105,7 @@ def compare(method: Method, settings: Settings, watch: Watch) -> Comparison:
         found = METHODS[method](bench)
         save(found.run, Path(files["model.detent"]), "compressed", notes={"made by": f"detent demo --method {method}"})
         found.draw(Path(files["weights.png"]))
+        files |= bench.report(found.run, f"{type(found.run.model).__name__}, detent demo --method {method}")
         setup = bench.setup(found.run.model)
     outcome = Comparison(
         method=method,

@@ -261,7 +261,9 @@ class Recipe:
         512 codewords for the kernels, of the whole model or of each layer, everything else at 8 bits a channel),
         admm-prune-10x, -70x, -246x (progressive ADMM in two stages, one threshold over the model), admm-binary (one bit
         in all layers, first and last in a second stage), md-binary, md-ternary (mirror descent from scratch, every
-        weight on two or three levels with one scale a tensor; published with Adam and without weight decay).
+        weight on two or three levels with one scale a tensor; published with Adam and without weight decay),
+        uniform-w8, -w6, -w4, -w3, -w2 (for `detent.compress` alone, without training: every weight on a b-bit grid, one
+        step an output channel).
 
         Raises:
             ValueError: an unknown name, with the nearest known one.
@@ -749,6 +751,11 @@ def _admm_binary_preset() -> Recipe:
     return Recipe(stages=stages)
 
 
+def _uniform_preset(bits: int) -> Callable[[], Recipe]:
+    # No ends at 8 bits: a bare state dict does not say which layer is first or last.
+    return lambda: Recipe([Rule(match=r"weight$", target=Uniform(bits=bits, granularity="channel"))])
+
+
 def _md_preset(target: Target) -> Callable[[], Recipe]:
     def make() -> Recipe:
         return Recipe([Rule(match=r"weight$", target=target, mechanism=MirrorDescent())])
@@ -766,4 +773,5 @@ _PRESETS: dict[str, Callable[[], Recipe]] = {
     "md-ternary": _md_preset(Ternary()),
     "kq": _kq_preset("global"),
     "kq-layer": _kq_preset("layer"),
+    **{f"uniform-w{bits}": _uniform_preset(bits) for bits in (8, 6, 4, 3, 2)},
 }

@@ -8,9 +8,9 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-__all__ = ["destination", "lock", "replace_file"]
+__all__ = ["Replacement", "destination", "lock", "replace_file"]
 
 
 def destination(path: str | os.PathLike[str]) -> Path:
@@ -27,36 +27,77 @@ def destination(path: str | os.PathLike[str]) -> Path:
     return where
 
 
-def replace_file(where: Path, data: bytes) -> None:
-    """Write next to the old file, flush to the disk, then swap.
+class Replacement:
+    """A file that grows next to the old one; leaving the block without an error flushes it to the disk and swaps.
 
     Args:
         where: from `destination`.
-        data: the whole file.
 
     Raises:
         OSError: the file cannot be written; the old one is untouched.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     where = destination(f"{folder}/file")
+        ...     with Replacement(where) as file:
+        ...         file.write(b"all of it")
+        ...         before = where.exists()
+        ...     before, where.read_bytes()
+        (False, b'all of it')
     """
-    _sweep(where)
-    try:
-        with _temporary(where) as (temporary, file):
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            if os.name != "posix":
-                file.close()  # Windows renames no open file, and has no lock to lose
-            os.replace(temporary, where)
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise type(error)(f"cannot save to {where}: {why}; what was there before is untouched") from error
-    # The new file is in place; where a folder cannot be flushed, a power cut may bring the old one back, whole.
-    if os.name == "posix":
-        with contextlib.suppress(OSError):
-            folder = os.open(where.parent, os.O_RDONLY)
+
+    def __init__(self, where: Path) -> None:
+        self.where = where
+        self.size = 0
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Replacement:
+        _sweep(self.where)
+        try:
+            self._temporary, self._file = self._stack.enter_context(_temporary(self.where))
+        except OSError as error:
+            self._refuse(error)
+        return self
+
+    def write(self, data: Any) -> None:
+        """Append the bytes of a buffer."""
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self._refuse(error)
+        self.size += memoryview(data).nbytes
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._stack:  # whatever happens below, the temporary file goes
+            if kind is not None:
+                return
             try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+                self._file.truncate()
+                os.fsync(self._file.fileno())
+                if os.name != "posix":
+                    self._file.close()  # Windows renames no open file, and has no lock to lose
+                os.replace(self._temporary, self.where)
+            except OSError as error:
+                self._refuse(error)
+        # The new file is in place; where a folder cannot be flushed, a power cut may bring the old one back, whole.
+        if os.name == "posix":
+            with contextlib.suppress(OSError):
+                folder = os.open(self.where.parent, os.O_RDONLY)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
+
+    def _refuse(self, error: OSError) -> NoReturn:
+        why = error.strerror or str(error)
+        raise type(error)(f"cannot save to {self.where}: {why}; what was there before is untouched") from error
+
+
+def replace_file(where: Path, data: bytes) -> None:
+    """Write a whole file in one go."""
+    with Replacement(where) as file:
+        file.write(data)
 
 
 @contextlib.contextmanager
@@ -66,9 +107,15 @@ def _temporary(where: Path) -> Iterator[tuple[Path, Any]]:
     # Not tempfile: it makes files that only their owner can read, whatever the umask says.
     descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        # Closing flushes, which may find the disk full once more after that has been said.
+        file = os.fdopen(descriptor, "wb")
+        try:
             lock(file.fileno())
+            os.ftruncate(file.fileno(), 1)  # no longer empty: from here on it is either locked or abandoned
             yield temporary, file
+        finally:
+            with contextlib.suppress(OSError):
+                file.close()
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -92,7 +139,7 @@ def lock(descriptor: int) -> bool:
 def _sweep(where: Path) -> None:
     """Remove what a killed save of the same file left behind: temporary files that no process holds any more.
 
-    Empty ones are let be: a save writes only once it holds the lock, so an empty file may be one just begun.
+    Empty ones are let be: they may have just been made, and not be locked yet.
     """
     prefix, suffix = f".{where.name}.", ".tmp"
     with contextlib.suppress(OSError):  # a folder may be writable and not readable

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["bytes_of", "pack_bits", "tensor_of", "unpack_bits"]
+__all__ = ["array_of", "bytes_of", "pack_bits", "tensor_of", "unpack_bits"]
 
 _BLOCK = 1 << 20  # values packed at a time; a multiple of 8, so that blocks end on whole bytes
 
@@ -81,9 +81,24 @@ def bytes_of(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
+def array_of(tensor: Tensor) -> np.ndarray:
+    """A tensor in row-major order as a 1-D array; what NumPy has no dtype for (bfloat16, 8-bit floats) as bit patterns.
+
+    Example:
+        >>> array_of(torch.tensor([[1.0, -2.0]], dtype=torch.bfloat16))
+        array([16256, 49152], dtype=uint16)
+    """
+    whole = tensor.detach().cpu().contiguous().reshape(-1)
+    if whole.dtype == torch.bfloat16:
+        return whole.view(torch.int16).numpy().view(np.uint16)
+    if whole.dtype == torch.bool or (whole.is_floating_point() and whole.dtype.itemsize == 1):
+        return whole.view(torch.uint8).numpy()
+    return whole.numpy()
+
+
 def tensor_of(data: np.ndarray, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """The inverse of `bytes_of`, in memory of its own."""
+    """The inverse of `bytes_of` and of `array_of`, in memory of its own."""
     tensor = torch.empty(tuple(shape), dtype=dtype)
     if data.size:
-        tensor.reshape(-1).view(torch.uint8).numpy()[:] = data
+        tensor.reshape(-1).view(torch.uint8).numpy()[:] = data.view(np.uint8)
     return tensor

@@ -1,256 +1,658 @@
-"""The header of a file: what it declares, how that is checked, and what a reader is shown of it."""
+"""The header of a file: what it declares, how that is written, read and checked, and what a reader is shown of it."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
+import functools
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeVar
 
-import pydantic
 import torch
-from pydantic import ConfigDict, Field, JsonValue, StringConstraints
 
 from detent.grouping import Layout
+from detent.pack.coding import Spec
+from detent.pack.dictionary import DICTIONARY
 from detent.recipe import from_spec, short
 from detent.targets import Target
 
 __all__ = [
-    "BLOB",
     "BUFFER",
     "CLAIMED",
     "CODE_OF",
     "DTYPES",
-    "REESTIMATED",
+    "LONGEST",
+    "NARROWER",
     "VERSION",
-    "CodedRow",
+    "Blob",
+    "Code",
+    "CodedForm",
+    "Columns",
     "FormatError",
     "Head",
     "Header",
     "Life",
+    "ParamRow",
+    "RawForm",
+    "Row",
     "SharedRow",
-    "digest",
-    "layout_of",
-    "raw_bytes",
+    "StreamRow",
+    "checksum",
+    "first_line",
+    "plain_bytes",
+    "raw_spec",
+    "read_head",
     "shown",
-    "stream_bytes",
-    "stream_width",
+    "specs_of",
+    "write_head",
 ]
 
 VERSION = 1
-# No parameter or buffer can have this name: torch refuses empty names, so no canonical name starts with a dot.
-BLOB = ".data"
-BUFFER, CLAIMED, REESTIMATED = "buffer", "claimed", "buffer, re-estimated"
+BUFFER, CLAIMED = "buffer", "claimed"
+LONGEST = 1 << 26  # bytes of a header as it stands in the file, and unpacked: a million tensors
 
 Life = Literal["both", "compressed"]
 DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+    "F64": torch.float64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 CODE_OF = {dtype: code for code, dtype in DTYPES.items()}
+
+_CODES = tuple(DTYPES)  # a dtype is written as its place in this list
+_RAW_STREAMS = ("F32", "F16", "BF16", "F64")  # a stream's kind is written as its bits, or 17 and the place in this list
+_LIVES: tuple[Life, ...] = ("compressed", "both")
+_STATISTICS = re.compile(r"none|(own|re-estimated)(, rounded to (float16|bfloat16))?")
+_LEAST_UNPACKED, _MOST_PACKING = 1 << 20, 32  # a header may unpack to so many bytes, and so many times its length more
+_LEAST_DECLARED, _MOST_DECLARED = 1 << 30, 1 << 16  # all tensors of a file together, likewise
+_MOST_A_WEIGHT = 256  # values of one piece for each weight of its tensor
+_RANK, _LENGTH = 64, 1 << 48
+_SHORT = 1 << 10  # characters of a target that is kept once it is built
+_WEIGHTS, _ONES, _LISTED = 0, 1, 2  # how many values a stream has
+_RAW, _TWICE, _CODED = 0, 1, 2  # kinds of forms
+
+NARROWER: dict[str, tuple[str, ...]] = {code: (code,) for code in DTYPES} | {
+    "F64": ("F16", "BF16", "F32", "F64"),
+    "F32": ("F16", "BF16", "F32"),
+    "I64": ("U8", "I8", "I16", "I32", "I64"),
+    "I32": ("U8", "I8", "I16", "I32"),
+    "I16": ("U8", "I8", "I16"),
+}
+
+_T = TypeVar("_T")
 
 
 class FormatError(ValueError):
     """A file that is damaged, is not one of ours, or is of a version this release cannot read."""
 
 
-# --- what the JSON may be: pydantic refuses everything else -------------------------------------------------------
-
-Code = Literal["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL"]
-Count = Annotated[int, Field(ge=0, le=2**48)]
-Shape = Annotated[tuple[Count, ...], Field(max_length=64)]
-Digest = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{8}$")]
-Name = Annotated[str, StringConstraints(pattern=r"^[^.]")]
-
-
-class RawRow(NamedTuple):
-    """A tensor stored as it is. `why` points into `Head.why`: a buffer, or why a parameter is in full precision."""
-
-    dtype: Code
-    shape: Shape
-    digest: Digest
-    why: Count
+# --- what a header declares ---------------------------------------------------------------------------------------
 
 
 class ParamRow(NamedTuple):
     """One of the fitted numbers that a target needs to decode."""
 
     name: str
-    dtype: Code
-    shape: Shape
-    digest: Digest
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class StreamRow(NamedTuple):
-    """A run of codes: `kind` is bits a value, or the dtype of raw floats."""
+    """A run of codes: `kind` is bits a value or the dtype of raw floats; no count means the ones of a mask."""
 
     name: str
-    kind: Annotated[int, Field(ge=1, le=16)] | Literal["F64", "F32", "F16", "BF16"]
-    numel: Count
-    digest: Digest
+    kind: int | str
+    numel: int | None
 
 
 class SharedRow(NamedTuple):
-    """Numbers and runs of codes that several coded tensors have in common: a global codebook."""
+    """Numbers and runs of codes that several coded tensors have in common (a global codebook), and their blob."""
 
     params: tuple[ParamRow, ...]
     streams: tuple[StreamRow, ...]
+    blob: int
 
 
-class CodedRow(NamedTuple):
-    """A tensor stored as codes.
+class Code(NamedTuple):
+    """How a tensor's codes are to be read; `target` and `shared` point into the lists of `Head`."""
 
-    `target` points into `Head.targets`; `layout` is (channel_dim, conv_groups); `shared` points into `Head.shared`.
+    target: int
+    layout: Layout
+    params: tuple[ParamRow, ...]
+    streams: tuple[StreamRow, ...]
+    shared: int | None
+
+
+class Blob(NamedTuple):
+    """A run of bytes. A bare one is the numbers themselves, any other is what `coding.encode_tensor` gives."""
+
+    owner: str
+    bare: bool
+    specs: tuple[Spec, ...]
+    shape: tuple[int, ...]
+    length: int
+    check: int
+
+
+class Row(NamedTuple):
+    """One tensor.
+
+    `why`: why it is stored as it is (a buffer, or why a parameter is in full precision), `CLAIMED` if it has codes.
+    `compressed` and `full` point into `Head.blobs`; they are one where the lives do not differ. `full` is `None` in a
+    file without the full life.
     """
 
-    target: Count
-    dtype: Code
-    shape: Shape
-    layout: tuple[Count, Count]
-    params: tuple[ParamRow, ...]
-    streams: tuple[StreamRow, ...]
-    shared: Count | None
+    dtype: str
+    shape: tuple[int, ...]
+    why: str
+    code: Code | None
+    compressed: int
+    full: int | None
 
 
-class Head(pydantic.BaseModel):
-    """The whole header, as in docs/format.md."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """The whole header, as in docs/format.md, checked."""
 
     writer: str
     life: Life
-    batchnorm: Literal["none", "own", "re-estimated"]
-    targets: tuple[tuple[dict[str, JsonValue], str], ...]
-    why: tuple[str, ...]
-    aliases: dict[Name, Name]
+    batchnorm: str
+    specs: tuple[tuple[Mapping[str, Any], str], ...]
+    targets: tuple[Target, ...]
     shared: tuple[SharedRow, ...]
-    coded: dict[Name, CodedRow]
-    rest: dict[Name, RawRow]
-    full: dict[Name, RawRow]
-    notes: dict[str, JsonValue]
-
-    def build_targets(self) -> list[Target]:
-        """The targets that the specs stand for.
-
-        Raises:
-            ValueError: an unknown kind, or a spec that is no target.
-        """
-        built = []
-        for i, (spec, _) in enumerate(self.targets):
-            target = from_spec(spec, f"targets[{i}]")
-            if not isinstance(target, Target):
-                raise ValueError(f"targets[{i}]: {spec.get('kind')!r} is not a target")
-            built.append(target)
-        return built
-
-    def blob_bytes(self) -> int:
-        """Size of the block that holds codes, params and raw rest."""
-        pieces = (*self.shared, *self.coded.values())
-        coded = sum(raw_bytes(n) for row in pieces for n in row.params)
-        coded += sum(stream_bytes(r) for row in pieces for r in row.streams)
-        return coded + sum(raw_bytes(row) for row in self.rest.values())
-
-    def check(self) -> None:
-        """Check what the types cannot say.
-
-        Raises:
-            ValueError: rows that contradict each other.
-        """
-        targets = self.build_targets()
-        for name, row in self.coded.items():
-            _check_coded(name, row, targets, self.shared)
-        if odd := set(range(len(self.shared))) - {row.shared for row in self.coded.values()}:
-            raise ValueError(f"shared[{min(odd)}] belongs to no tensor")
-        for name, raw in (*self.rest.items(), *self.full.items()):
-            if raw.why >= len(self.why):
-                raise ValueError(f"{name!r} points at reason {raw.why} of {len(self.why)}")
-        if self.life == "compressed":
-            if self.full:
-                raise ValueError("a compressed file holds a full life")
-            if both := self.coded.keys() & self.rest.keys():
-                raise ValueError(f"{min(both)!r} is stored twice")
-        for name, row in (*self.coded.items(), *self.rest.items()) if self.life == "both" else ():
-            whole = self.full.get(name)
-            if whole is None or (whole.dtype, whole.shape) != (row.dtype, row.shape):
-                raise ValueError(f"{name!r} differs between the two lives in more than its values")
-        names = self.names()
-        for alias, name in self.aliases.items():
-            if alias in names or name not in names:
-                raise ValueError(f"alias {alias!r} of {name!r} is stored itself or stands for nothing")
-
-    def names(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Dtype and shape of every tensor by name."""
-        rows = self.full if self.life == "both" else {**self.coded, **self.rest}
-        return {name: (row.dtype, row.shape) for name, row in rows.items()}
+    rows: Mapping[str, Row]
+    aliases: Mapping[str, str]
+    blobs: tuple[Blob, ...]
+    notes: Mapping[str, Any]
 
 
-def _check_coded(name: str, row: CodedRow, targets: list[Target], shared: tuple[SharedRow, ...]) -> None:
-    axis, groups = row.layout
-    if row.target >= len(targets):
-        raise ValueError(f"{name!r} points at target {row.target} of {len(targets)}")
-    if axis > 1 or groups < 1 or (axis == 1 and len(row.shape) < 2) or (axis == 0 and groups != 1):
-        raise ValueError(f"{name!r} has the impossible layout {row.layout}")
-    if not DTYPES[row.dtype].is_floating_point:
-        raise ValueError(f"{name!r} has codes but is {row.dtype}")
-    target = targets[row.target]
-    reason = target.accepts(row.shape, DTYPES[row.dtype], layout_of(row))
-    if reason:
-        raise ValueError(f"{name!r}: {reason}")
-    common = SharedRow(params=(), streams=())
-    if row.shared is not None:
-        if row.shared >= len(shared):
-            raise ValueError(f"{name!r} points at shared[{row.shared}] of {len(shared)}")
-        common = shared[row.shared]
-    if {piece.name for piece in (*common.params, *common.streams)} - set(target.shared) or (
-        {piece.name for piece in (*row.params, *row.streams)} & set(target.shared)
-    ):
-        raise ValueError(f"{name!r} shares what is its own for {type(target).__name__}, or the other way round")
-    if sorted(number.name for number in (*row.params, *common.params)) != sorted(target.stored):
-        raise ValueError(f"{name!r} lacks numbers that {type(target).__name__} decodes with, or has others")
-    streams = (*row.streams, *common.streams)
-    if len({stream.name for stream in streams}) != len(streams):
-        raise ValueError(f"{name!r} has two streams of one name")
+def specs_of(params: Sequence[ParamRow], streams: Sequence[StreamRow]) -> tuple[Spec, ...]:
+    """Params and streams as pieces of a blob."""
+    numbers = [Spec(p.name, p.dtype, math.prod(p.shape)) for p in params]
+    return (*numbers, *(Spec(*stream) for stream in streams))
 
 
-def layout_of(row: CodedRow) -> Layout:
-    """The layout of a coded tensor."""
-    return Layout(shape=row.shape, channel_dim=row.layout[0], conv_groups=row.layout[1])
+def raw_spec(dtype: str, shape: Sequence[int]) -> tuple[Spec, ...]:
+    """A tensor stored as it is as the only piece of a blob."""
+    return (Spec("", dtype, math.prod(shape)),)
 
 
-def raw_bytes(row: RawRow | ParamRow) -> int:
-    """Bytes of a tensor stored as it is."""
-    return math.prod(row.shape) * DTYPES[row.dtype].itemsize
+def plain_bytes(specs: Sequence[Spec]) -> int | None:
+    """Bytes that bit-packing takes: the length of a blob that is written as 0. `None` if only the blob can tell."""
+    total = 1 if specs else 0
+    for spec in specs:
+        if spec.count is None:
+            return None
+        width = spec.kind if isinstance(spec.kind, int) else 8 * DTYPES[spec.kind].itemsize
+        total += -(-spec.count * width // 8)
+    return total
 
 
-def stream_width(row: StreamRow) -> int:
-    """Bits a value."""
-    return row.kind if isinstance(row.kind, int) else 8 * DTYPES[row.kind].itemsize
+def first_line(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def stream_bytes(row: StreamRow) -> int:
-    """Bytes of a run of codes, padded to whole bytes."""
-    return -(-row.numel * stream_width(row) // 8)
+def checksum(data: Any) -> int:
+    """CRC-32 of a run of bytes.
 
-
-def digest(data: Any) -> str:
-    """The first 48 bits of SHA-256, in 8 characters.
-
-    As short as a CRC-32 in hexadecimal, but any damage slips through once in 2^48, not once in 2^32, whatever its
-    pattern. It guards against accidents: whoever can change a file on purpose can change its checksums too.
+    It finds every damage of at most 32 neighbouring bits and misses any other once in 2^32. It guards against
+    accidents: whoever can change a file on purpose can change its checksums too.
     """
-    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()[:6]).decode()
+    return zlib.crc32(data)
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+FlatParam = tuple[str, tuple[int, ...]]  # dtype, shape; names are the target's `stored`, in order
+FlatStream = tuple[str, int | str, int]  # name, kind, how its values are counted
+
+
+class RawForm(NamedTuple):
+    """What many tensors that are stored as they are have in common."""
+
+    why: str
+    dtype: str
+    raw: str
+    second: str | None
+
+
+class CodedForm(NamedTuple):
+    """What many coded tensors have in common."""
+
+    dtype: str
+    target: int
+    axis: int
+    groups: int
+    shared: int | None
+    params: tuple[FlatParam, ...]
+    streams: tuple[FlatStream, ...]
+
+
+@dataclass(kw_only=True)
+class Columns:
+    """A header as it grows while tensors are written."""
+
+    writer: str
+    life: Life
+    batchnorm: str = "none"
+    notes: str = ""
+    targets: list[tuple[str, str]] = field(default_factory=list)
+    shared: list[tuple[tuple[FlatParam, ...], tuple[FlatStream, ...]]] = field(default_factory=list)
+    forms: dict[RawForm | CodedForm, int] = field(default_factory=dict)
+    names: dict[str, int] = field(default_factory=dict)
+    rows: list[int] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    checks: list[int] = field(default_factory=list)
+    aliases: list[tuple[str, int]] = field(default_factory=list)
+
+    def add_row(self, name: str, shape: Sequence[int], form: RawForm | CodedForm) -> None:
+        """Declare a tensor; its blobs follow."""
+        self.names[name] = len(self.names)
+        self.rows.append(self.forms.setdefault(form, len(self.forms)))
+        self.shapes.append(tuple(shape))
+
+    def add_blob(self, length: int, plain: int | None, check: int) -> None:
+        """Declare a blob of the compressed life."""
+        self.lengths.append(0 if length == plain else length)
+        self.checks.append(check)
+
+    def counted(self, streams: Sequence[StreamRow], weights: int | None) -> tuple[FlatStream, ...]:
+        """Streams with the way their counts are written instead of the counts."""
+        found = []
+        for stream in streams:
+            how = _ONES if stream.numel is None else (_WEIGHTS if stream.numel == weights else _LISTED)
+            if how == _LISTED:
+                assert stream.numel is not None
+                self.counts.append(stream.numel)
+            found.append((stream.name, stream.kind, how))
+        return tuple(found)
+
+
+def write_head(columns: Columns) -> bytes:
+    """The header as it stands in a file.
+
+    Raises:
+        ValueError: what no reader would take.
+    """
+    import msgpack
+
+    try:
+        pack = msgpack.Packer().pack
+        plain = b"".join(map(pack, _flat(columns)))
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise ValueError(str(error)) from None
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, DICTIONARY)
+    packed = packer.compress(plain) + packer.flush()
+    return packed + b"".join(check.to_bytes(4, "little") for check in columns.checks)
+
+
+def _flat(c: Columns) -> Iterator[int | str]:
+    """The values of a header, one after another."""
+    why = list(dict.fromkeys(form.why for form in c.forms if isinstance(form, RawForm)))
+    yield from (c.writer, _LIVES.index(c.life), c.batchnorm)
+    yield len(c.targets)
+    for target in c.targets:
+        yield from target
+    yield len(why)
+    yield from why
+    yield len(c.shared)
+    for params, streams in c.shared:
+        yield from _flat_params(params)
+        yield from _flat_streams(streams)
+    yield len(c.forms)
+    for form in c.forms:
+        if isinstance(form, RawForm):
+            yield from (_RAW if form.second is None else _TWICE, why.index(form.why))
+            yield from (_CODES.index(code) for code in form[1:] if code is not None)
+        else:
+            yield from (_CODED, _CODES.index(form.dtype), form.target, form.axis, form.groups)
+            yield 0 if form.shared is None else form.shared + 1
+            yield from _flat_params(form.params)
+            yield from _flat_streams(form.streams)
+    yield "\n".join(c.names)
+    yield from c.rows
+    for shape in c.shapes:
+        yield len(shape)
+        yield from shape
+    yield from c.counts
+    yield from c.lengths
+    yield len(c.aliases)
+    for alias in c.aliases:
+        yield from alias
+    yield c.notes
+
+
+def _flat_params(params: Sequence[FlatParam]) -> Iterator[int | str]:
+    yield len(params)
+    for dtype, shape in params:
+        yield from (_CODES.index(dtype), len(shape), *shape)
+
+
+def _flat_streams(streams: Sequence[FlatStream]) -> Iterator[int | str]:
+    yield len(streams)
+    for name, kind, how in streams:
+        yield from (name, kind if isinstance(kind, int) else 17 + _RAW_STREAMS.index(kind), how)
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+class _Values:
+    """The values of a header, taken one after another, each checked."""
+
+    def __init__(self, plain: bytes) -> None:
+        import msgpack
+
+        # Numbers and text are all there is: nothing that nests, so nothing that reserves more than it takes.
+        limits = {f"max_{kind}_len": 0 for kind in ("bin", "array", "map", "ext")}
+        unpacker = msgpack.Unpacker(max_str_len=len(plain), max_buffer_size=len(plain) or 1, **limits)
+        unpacker.feed(plain)
+        self._values: list[int | str] = []
+        for value in unpacker:
+            if type(value) is not int and type(value) is not str:
+                raise ValueError(f"a {type(value).__name__} where only numbers and text may be")
+            self._values.append(value)
+        if unpacker.tell() != len(plain):
+            raise ValueError("its last value is cut short")
+        self._at = 0
+
+    def number(self, below: int, what: str) -> int:
+        value = self._next(what)
+        if type(value) is not int or not 0 <= value < below:
+            raise ValueError(f"{what} is {value!r}: must be a number from 0 to {below - 1}")
+        return value
+
+    def text(self, what: str) -> str:
+        value = self._next(what)
+        if type(value) is not str:
+            raise ValueError(f"{what} is {value!r}: must be text")
+        return value
+
+    def many(self, what: str, read: Callable[[], _T]) -> tuple[_T, ...]:
+        """A count, and so many of something; each takes a value at least."""
+        return tuple(read() for _ in range(self.number(len(self._values) - self._at + 1, f"the number of {what}")))
+
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.number(_LENGTH, "a dimension") for _ in range(self.number(_RANK + 1, "a rank")))
+
+    def end(self) -> None:
+        if self._at != len(self._values):
+            raise ValueError(f"it has {len(self._values) - self._at} values too many")
+
+    def _next(self, what: str) -> int | str:
+        if self._at == len(self._values):
+            raise ValueError(f"it ends before {what}")
+        self._at += 1
+        return self._values[self._at - 1]
+
+
+def _inflate(unpacker: Any, data: bytes, most: int) -> bytes:
+    try:
+        return unpacker.decompress(data, most)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+
+
+def read_head(data: bytes, size: int) -> Head:
+    """A header from a file of so many bytes.
+
+    Raises:
+        ValueError: anything that is not as it must be.
+        RecursionError: JSON that nests without end.
+    """
+    if len(data) > LONGEST:
+        raise ValueError(f"it is longer than {LONGEST} bytes")
+    unpacker = zlib.decompressobj(-15, DICTIONARY)
+    plain = _inflate(unpacker, data, min(LONGEST, _LEAST_UNPACKED + _MOST_PACKING * len(data)))
+    if not unpacker.eof:
+        raise ValueError("it is cut short or unpacks to too much")
+    checks = unpacker.unused_data
+    if len(checks) % 4:
+        raise ValueError(f"its checksums take {len(checks)} bytes")
+    head = _parsed(_Values(plain), [int.from_bytes(checks[i : i + 4], "little") for i in range(0, len(checks), 4)])
+    _check_declared(head, size)
+    return head
+
+
+def _parsed(v: _Values, checks: list[int]) -> Head:
+    writer, life, batchnorm = v.text("the writer"), _LIVES[v.number(2, "the life")], v.text("the kind of statistics")
+    if not _STATISTICS.fullmatch(batchnorm):
+        raise ValueError(f"{batchnorm!r} is no kind of BatchNorm statistics")
+    told = v.many("targets", lambda: (v.text("a target"), v.text("a mechanism")))
+    why = v.many("reasons", lambda: v.text("a reason"))
+    shared = v.many("shared pieces", lambda: (_params(v), _streams(v)))
+    forms = v.many("forms", lambda: _form(v, why))
+    names = _names(v.text("the names"))
+    mine = [forms[v.number(len(forms), "a form")] for _ in names]
+    shapes = [v.shape() for _ in names]
+    targets = tuple(_target(text) if len(text) > _SHORT else _short_target(text) for text, _ in told)
+    made = _Blobs(v, targets, shared)
+    rows = {name: made.row(name, form, shape, life) for name, form, shape in zip(names, mine, shapes, strict=True)}
+    if len(made.shared) != len(shared):
+        raise ValueError(f"shared[{len(made.shared)}] belongs to no tensor")
+    if len(made.blobs) != len(checks):
+        raise ValueError(f"{len(checks)} checksums for {len(made.blobs)} blobs")
+    blobs = tuple(blob._replace(length=made.length(blob), check=c) for blob, c in zip(made.blobs, checks, strict=True))
+    aliases = v.many("aliases", lambda: (v.text("an alias"), v.number(len(names), "what an alias stands for")))
+    further = {alias for alias, _ in aliases}
+    if len(further) != len(aliases) or further & rows.keys() or not all(map(_is_name, further)):
+        raise ValueError("an alias stands twice, is a tensor itself or is no name")
+    notes = v.text("the notes")
+    v.end()
+    return Head(
+        writer=writer,
+        life=life,
+        batchnorm=batchnorm,
+        specs=tuple((_json(text), mechanism) for text, mechanism in told),
+        targets=targets,
+        shared=tuple(made.shared),
+        rows=rows,
+        aliases={alias: names[i] for alias, i in aliases},
+        blobs=blobs,
+        notes=_json(notes) if notes else {},
+    )
+
+
+def _json(text: str) -> dict[str, Any]:
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is not JSON")
+
+    value = json.loads(text, parse_constant=refuse)
+    if not isinstance(value, dict):
+        raise ValueError("JSON that is not an object")
+    return value
+
+
+def _target(text: str) -> Target:
+    spec = _json(text)
+    try:
+        target = from_spec(spec, "target")
+    except (TypeError, OverflowError) as error:  # fields that nobody would write
+        raise ValueError(f"target: {error}") from None
+    if not isinstance(target, Target):
+        raise ValueError(f"target: {spec.get('kind')!r} is not a target")
+    return target
+
+
+# Building one looks through all classes there are, which takes longer than reading the rest of a small header.
+_short_target = functools.lru_cache(maxsize=256)(_target)
+
+
+def _is_name(name: str) -> bool:
+    return bool(name) and name[0] != "." and "\n" not in name
+
+
+def _names(text: str) -> list[str]:
+    names = text.split("\n") if text else []
+    if len(set(names)) != len(names) or not all(map(_is_name, names)):
+        raise ValueError("a name stands twice, is empty or starts with a dot")
+    return names
+
+
+def _dtype(v: _Values) -> str:
+    return _CODES[v.number(len(_CODES), "a dtype")]
+
+
+def _params(v: _Values) -> tuple[FlatParam, ...]:
+    return v.many("params", lambda: (_dtype(v), v.shape()))
+
+
+def _streams(v: _Values) -> tuple[FlatStream, ...]:
+    def one() -> FlatStream:
+        name, kind, how = v.text("a stream"), v.number(17 + len(_RAW_STREAMS), "a kind"), v.number(3, "a way to count")
+        if not kind:
+            raise ValueError(f"{name!r} has 0 bits a value")
+        return name, (kind if kind < 17 else _RAW_STREAMS[kind - 17]), how
+
+    return v.many("streams", one)
+
+
+def _form(v: _Values, why: Sequence[str]) -> RawForm | CodedForm:
+    kind = v.number(3, "a form's kind")
+    if kind == _CODED:
+        dtype, target = _dtype(v), v.number(_LENGTH, "a target's number")
+        axis, groups, shared = v.number(2, "an axis"), v.number(_LENGTH, "groups"), v.number(_LENGTH, "a shared piece")
+        return CodedForm(dtype, target, axis, groups, shared - 1 if shared else None, _params(v), _streams(v))
+    reason, dtype, raw = why[v.number(len(why), "a reason's number")], _dtype(v), _dtype(v)
+    second = _dtype(v) if kind == _TWICE else None
+    for stored in (raw, second or raw):
+        if stored not in NARROWER[dtype]:
+            raise ValueError(f"{dtype} is stored as {stored}")
+    return RawForm(reason, dtype, raw, second)
+
+
+class _Blobs:
+    """The blobs of a header in the order in which they lie in the file, and rows that point at them."""
+
+    def __init__(
+        self,
+        v: _Values,
+        targets: Sequence[Target],
+        shared: Sequence[tuple[tuple[FlatParam, ...], tuple[FlatStream, ...]]],
+    ) -> None:
+        self._v, self._targets, self._shared = v, targets, shared
+        self.shared: list[SharedRow] = []
+        self.blobs: list[Blob] = []
+
+    def row(self, name: str, form: RawForm | CodedForm, shape: tuple[int, ...], life: Life) -> Row:
+        """One tensor."""
+        if isinstance(form, RawForm):
+            if form.second is not None and life == "compressed":
+                raise ValueError(f"{name!r} has numbers for another life, which the file does not hold")
+            code, raw, why = None, raw_spec(form.raw, shape), form.why
+            own = raw if life == "compressed" else (raw_spec(form.second, shape) if form.second else None)
+        else:
+            code, raw, why = self._code(name, form, shape), raw_spec(form.dtype, shape), CLAIMED
+            own = specs_of(code.params, code.streams)
+        if own is not None:
+            self._add(name, own, shape)
+        compressed = full = len(self.blobs) - 1
+        if life == "both":
+            size = math.prod(shape) * DTYPES[str(raw[0].kind)].itemsize
+            self.blobs.append(Blob(name, True, raw, shape, size, 0))
+            full = len(self.blobs) - 1
+            compressed = full if own is None else compressed
+        return Row(form.dtype, shape, why, code, compressed, full if life == "both" else None)
+
+    def _add(self, name: str, specs: tuple[Spec, ...], shape: tuple[int, ...]) -> None:
+        self.blobs.append(Blob(name, False, specs, shape, 0, 0))
+
+    def length(self, blob: Blob) -> int:
+        """The length of a blob; to be asked in their order."""
+        if blob.bare:
+            return blob.length
+        told = self._v.number(_LENGTH, f"the length of {blob.owner!r}")
+        length = told or plain_bytes(blob.specs)
+        if length is None:
+            raise ValueError(f"{blob.owner!r} has no length")
+        return length
+
+    def _code(self, name: str, form: CodedForm, shape: tuple[int, ...]) -> Code:
+        if form.target >= len(self._targets):
+            raise ValueError(f"{name!r} points at target {form.target} of {len(self._targets)}")
+        if form.groups < 1 or (form.axis == 1 and len(shape) < 2) or (form.axis == 0 and form.groups != 1):
+            raise ValueError(f"{name!r} has the impossible layout {form.axis, form.groups}")
+        target = self._targets[form.target]
+        if bool(target.shared) != (form.shared is not None):
+            raise ValueError(f"{name!r} shares what is its own for {type(target).__name__}, or the other way round")
+        layout = Layout(shape=shape, channel_dim=form.axis, conv_groups=form.groups)
+        reason = target.accepts(shape, DTYPES[form.dtype], layout)
+        if reason:
+            raise ValueError(f"{name!r}: {reason}")
+        weights, shared = math.prod(shape), form.shared
+        if shared is not None and shared == len(self.shared) < len(self._shared):
+            self._add_shared(shared, target)
+        if shared is not None and shared >= len(self.shared):
+            raise ValueError(f"{name!r} points at shared[{shared}], which does not come next")
+        common = () if shared is None else self.shared[shared][:2]
+        params = _named(name, target, form.params, shared is not None, of_all=False)
+        streams = tuple(StreamRow(name, kind, self._count(how, weights)) for name, kind, how in form.streams)
+        theirs = [stream.name for part in common[1:] for stream in part]
+        if [p.name for part in common[:1] for p in part] != [n for n in target.stored if n in target.shared and common]:
+            raise ValueError(f"{name!r} shares numbers that are not those of {type(target).__name__}")
+        mine = [stream.name for stream in streams]
+        if (
+            len({*mine, *theirs}) != len(mine) + len(theirs)
+            or {*theirs} - {*target.shared}
+            or {*mine} & {*target.shared}
+        ):
+            raise ValueError(f"{name!r} has streams that are not those of {type(target).__name__}")
+        for spec in specs_of(params, streams):
+            if (spec.count or 0) > _MOST_A_WEIGHT * weights:
+                raise ValueError(f"{name!r}: {spec.count} values of {spec.name!r} for {weights} weights")
+        return Code(form.target, layout, params, streams, shared)
+
+    def _add_shared(self, index: int, target: Target) -> None:
+        flat, runs = self._shared[index]
+        what = f"shared[{index}]"
+        params = _named(what, target, flat, True, of_all=True)
+        streams = tuple(StreamRow(name, kind, self._count(how, None)) for name, kind, how in runs)
+        self.shared.append(SharedRow(params, streams, len(self.blobs)))
+        self._add(what, specs_of(params, streams), ())
+
+    def _count(self, how: int, weights: int | None) -> int | None:
+        if how == _ONES:
+            return None
+        if how == _WEIGHTS:
+            if weights is None:
+                raise ValueError("a shared stream has no tensor to take its count from")
+            return weights
+        return self._v.number(_LENGTH, "a count")
+
+
+def _named(
+    what: str, target: Target, params: Sequence[FlatParam], is_shared: bool, *, of_all: bool
+) -> tuple[ParamRow, ...]:
+    """Params with their names, which are the target's."""
+    names = [name for name in target.stored if not is_shared or (name in target.shared) == of_all]
+    if len(names) != len(params):
+        raise ValueError(f"{what!r} has {len(params)} params, {type(target).__name__} decodes with {len(names)}")
+    return tuple(ParamRow(name, *param) for name, param in zip(names, params, strict=True))
+
+
+def _check_declared(head: Head, size: int) -> None:
+    """A file can be small because its tensors are all alike, but not without end."""
+    total = sum(math.prod(row.shape) * DTYPES[row.dtype].itemsize for row in head.rows.values())
+    for blob in head.blobs:
+        total += sum((spec.count or 0) * (2 if isinstance(spec.kind, int) else 8) for spec in blob.specs)
+    if total > _LEAST_DECLARED + _MOST_DECLARED * size:
+        raise ValueError(f"tensors of {total} bytes are more than a file of {size} bytes can hold")
 
 
 # --- what a reader is shown ---------------------------------------------------------------------------------------
@@ -276,8 +678,8 @@ class Header:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = dt.save(run, f"{folder}/model.detent", notes={"author": "me"})
         ...     header = dt.pack.read_header(f"{folder}/model.detent")
-        >>> header.card["notes"], header.tensors["weight"]["becomes"], header.tensors["weight"]["bytes"]
-        ({'author': 'me'}, 'Uniform(bits=2)', 20)
+        >>> header.card["notes"], header.tensors["weight"]["becomes"], header.tensors["weight"]["bytes"] < 22
+        ({'author': 'me'}, 'Uniform(bits=2)', True)
     """
 
     version: int
@@ -290,65 +692,60 @@ class Header:
 
 def shown(head: Head) -> Header:
     """The header as a reader sees it."""
-    targets = head.build_targets()
-    kept = {**head.full, **(head.rest if head.life == "compressed" else {})}
-    reasons = {name: head.why[row.why] for name, row in kept.items()}
     tensors: dict[str, dict[str, Any]] = {}
-    for name, row in head.coded.items():
-        size = sum(map(raw_bytes, row.params)) + sum(map(stream_bytes, row.streams))
-        tensors[name] = {
-            "dtype": str(DTYPES[row.dtype]).removeprefix("torch."),
-            "shape": row.shape,
-            "becomes": short(targets[row.target]),
-            "bytes": size,
-            "bits_per_weight": 8 * size / math.prod(row.shape),
-        }
-    for name, raw in kept.items():
-        if name not in tensors:
-            kind = "buffer" if reasons[name] == BUFFER else "full precision"
-            dtype = str(DTYPES[raw.dtype]).removeprefix("torch.")
-            tensors[name] = {"dtype": dtype, "shape": raw.shape, "becomes": kind, "bytes": raw_bytes(raw)}
+    # Claimed parameters first: they are what one looks for.
+    for name, row in sorted(head.rows.items(), key=lambda item: item[1].code is None):
+        tensor: dict[str, Any] = {"dtype": str(DTYPES[row.dtype]).removeprefix("torch."), "shape": row.shape}
+        size = head.blobs[row.compressed].length
+        if row.code is not None:
+            becomes = short(head.targets[row.code.target])
+            tensor |= {"becomes": becomes, "bytes": size, "bits_per_weight": 8 * size / math.prod(row.shape)}
+        else:
+            tensor |= {"becomes": "buffer" if row.why == BUFFER else "full precision", "bytes": size}
+        tensors[name] = tensor
     return Header(
         version=VERSION,
         writer=head.writer,
         life=head.life,
-        plan=tuple(_plan(head, tensors, reasons)),
-        card=_card(head, targets, tensors, reasons),
+        plan=tuple(_plan(head, tensors)),
+        card=_card(head, tensors),
         tensors=tensors,
     )
 
 
-def _plan(head: Head, tensors: Mapping[str, Mapping[str, Any]], reasons: Mapping[str, str]) -> list[dict[str, Any]]:
+def _plan(head: Head, tensors: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    others: dict[str, list[str]] = {}
+    for alias, name in head.aliases.items():
+        others.setdefault(name, []).append(alias)
     rows = []
     for name, tensor in tensors.items():
         if tensor["becomes"] == "buffer":
             continue
-        others = ", ".join(alias for alias, first in head.aliases.items() if first == name)
-        why = "" if name in head.coded else reasons[name]
+        row = head.rows[name]
+        why = row.why if row.code is None else ""
+        tied = f"tied: {', '.join(others[name])}" if name in others else ""
         rows.append(
             {
                 "parameter": name,
                 "shape": tensor["shape"],
                 "becomes": tensor["becomes"],
-                "mechanism": head.targets[head.coded[name].target][1] if name in head.coded else "",
-                "note": "; ".join(part for part in (why, f"tied: {others}" if others else "") if part),
+                "mechanism": head.specs[row.code.target][1] if row.code else "",
+                "note": "; ".join(part for part in (why, tied) if part),
             }
         )
     return rows
 
 
-def _card(
-    head: Head, targets: list[Target], tensors: Mapping[str, Mapping[str, Any]], reasons: Mapping[str, str]
-) -> dict[str, Any]:
+def _card(head: Head, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     compressed = []
-    for i, target in enumerate(targets):
-        mine = [row for row in head.coded.values() if row.target == i]
+    for i, target in enumerate(head.targets):
+        mine = [row for row in head.rows.values() if row.code is not None and row.code.target == i]
         granularity = getattr(target, "granularity", target.scope)
         compressed.append(
             {
                 "target": short(target),
                 "granularity": granularity if isinstance(granularity, str) else short(granularity),
-                "mechanism": head.targets[i][1],
+                "mechanism": head.specs[i][1],
                 "tensors": len(mine),
                 "weights": sum(math.prod(row.shape) for row in mine),
             }
@@ -356,7 +753,7 @@ def _card(
     full_precision: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         if tensor["becomes"] == "full precision":
-            full_precision.setdefault(reasons[name], []).append(name)
+            full_precision.setdefault(head.rows[name].why, []).append(name)
     parameters = [tensor for tensor in tensors.values() if tensor["becomes"] != "buffer"]
     return {
         "compressed": compressed,

@@ -53,9 +53,11 @@ def kmeans(x: Tensor, sizes: Tensor, k: int, pinned: bool) -> Tensor:
         levels = starts[0]
         for other in starts[1:]:
             levels = torch.where((points.error(other) < points.error(levels)).unsqueeze(1), other, levels)
+        met = torch.zeros(len(levels), dtype=torch.bool)
         if ordered.shape[1] > _RUNS:
-            levels = _exact_means(ordered, counts, levels, pinned)
-        found.append(_tidy(points, levels, pinned))
+            levels, met = _exact_means(ordered, counts, levels, pinned)
+        # A number too rare to be the mean of a run serves no run, and yet has its level where all are met exactly.
+        found.append(torch.where(met.unsqueeze(1), levels + 0.0, _tidy(points, levels, pinned)))
     return torch.cat(found).to(x.device)
 
 
@@ -222,9 +224,12 @@ def _repair(
     return moved, fixed.gather(1, places)
 
 
-def _exact_means(ordered: Tensor, sizes: Tensor, levels: Tensor, pinned: bool) -> Tensor:
-    """One round on all numbers: each level the mean of those it serves, or the numbers themselves if there are few."""
-    exact = levels.clone()
+def _exact_means(ordered: Tensor, sizes: Tensor, levels: Tensor, pinned: bool) -> tuple[Tensor, Tensor]:
+    """One round on all numbers: each level the mean of those it serves, or the numbers themselves if there are few.
+
+    Also returns for which rows the levels are the numbers themselves.
+    """
+    exact, met = levels.clone(), torch.zeros(len(levels), dtype=torch.bool)
     for row, (numbers, size) in enumerate(zip(ordered, sizes.tolist(), strict=True)):
         values = _distinct(numbers[:size], levels.shape[1])
         if values is not None and pinned and not bool((values == 0).any()):
@@ -232,6 +237,7 @@ def _exact_means(ordered: Tensor, sizes: Tensor, levels: Tensor, pinned: bool) -
         if values is not None and len(values) <= levels.shape[1]:
             exact[row] = values[-1]
             exact[row, : len(values)] = values
+            met[row] = True
             continue
         middles = _middles(levels[row : row + 1])[0].to(numbers.dtype).to(numbers.device)
         bounds = torch.searchsorted(numbers, middles, right=True).clamp_max(size).tolist()
@@ -239,7 +245,7 @@ def _exact_means(ordered: Tensor, sizes: Tensor, levels: Tensor, pinned: bool) -
             if past > first and not (pinned and float(levels[row, j]) == 0.0):
                 total = sum(float(numbers[a:b].sum(dtype=torch.float64)) for a, b in _pieces(first, past))
                 exact[row, j] = total / (past - first)
-    return exact
+    return exact, met
 
 
 def _distinct(numbers: Tensor, most: int) -> Tensor | None:
