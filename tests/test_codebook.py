@@ -616,3 +616,27 @@ def test_levels_may_pass_each_other_while_they_learn() -> None:
     assert torch.equal(target.codebook(crossed)[index, 0], -w), "each weight goes with its own level"
     assert torch.equal(target.codebook(crossed)[target.assign(w, crossed), 0], w)
     assert torch.equal(target.project(w, crossed), w)
+
+
+def test_a_held_zero_stays_although_an_earlier_stage_left_momentum() -> None:
+    torch.manual_seed(2)
+    layer = nn.Linear(16, 8, bias=False)
+    shared = dt.LearnedLevels(k=4, zero=True)
+    pruned = dt.Rule(match="weight", target=dt.TopK(keep=40), mechanism=dt.Masked(start=0.5))
+    learned = dt.Rule(
+        match="weight",
+        target=dt.SparseLevels(sparse=dt.TopK(keep="nonzero"), survivors=shared),
+        mechanism=dt.CodebookLearning(),
+    )
+    recipe = dt.Recipe(stages=[dt.Stage(rules=[pruned], share=0.5), dt.Stage(rules=[learned], share=0.5)])
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
+    run = dt.attach(layer, optimizer, recipe, total_steps=20)
+    for step in range(20):
+        x, goal = torch.randn(32, 16), torch.randn(32, 8)
+        optimizer.zero_grad()
+        F.mse_loss(layer(x), goal).backward()
+        optimizer.step()
+        if step >= 9:
+            assert int((layer.weight != 0).sum()) <= 40
+    run.finalize()
+    assert len(layer.weight.unique()) <= 4 and all(row["error"] == 0 for row in run.measure())

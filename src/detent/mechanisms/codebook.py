@@ -240,8 +240,11 @@ def _reduced(group: list[Slot], values: Sequence[Tensor | None], reduce: str) ->
 def _tie_moments(group: list[Slot]) -> None:
     """Give the members of a codeword one momentum: the mean, where theirs differ.
 
-    They do after a step that this mechanism did not see (rate 0, before the start), and after a re-assignment.
+    They do after a step that this mechanism did not see (rate 0, before the start, an earlier stage), and after a
+    re-assignment. Those of a codeword that is held get none: what other weights had gathered must not move it.
     """
+    first = group[0]
+    still = first.target.held_codewords(first.params)
     held = [slot.moments() for slot in group]
     for name in sorted({name for moments in held for name in moments}):
         mine = [(slot, moments[name]) for slot, moments in zip(group, held, strict=True) if name in moments]
@@ -249,9 +252,12 @@ def _tie_moments(group: list[Slot]) -> None:
         index = torch.cat([slot.state["index"].long() for slot in slots])
         units = torch.cat([value.reshape(slot.state["index"].numel(), -1) for slot, value in mine])
         none = torch.zeros_like(slots[0].state["codewords"], dtype=units.dtype)
-        if torch.equal(units, _first_members(none, index, units)[index]):
+        same = torch.equal(units, _first_members(none, index, units)[index])
+        if same and (still is None or not bool(units[still[index]].any())):
             continue
         mean = _reduced(slots, [value for _, value in mine], "mean")
+        if still is not None:
+            mean[still] = 0.0
         for slot, value in mine:
             value.copy_(_spread(slot, mean).to(value.dtype))
 
