@@ -1,0 +1,551 @@
+"""Models of whole numbers: each is one function that writes, measures and reads.
+
+A function takes a coder and the values, or `None` in their place when the coder reads, and returns the values.
+docs/format-streams.md, section 4, defines every step in whole numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from detent.pack.coder import Coder, Meter
+from detent.pack.mixing import FOLDS, sparse_mask, takes, within_limits
+
+__all__ = ["Grid", "patterns", "whole_numbers"]
+
+MOST_SIZE = 1 << 16  # symbols of an alphabet
+
+_EVEN, _ADAPTIVE, _CLASSES, _SPLIT, _MIXED = range(5)
+_PLANES, _ASCENDING, _LISTED, _SPARSE = range(4)
+_PRIORS = (16, 8, 2, 1)  # sixteenths that each symbol's count starts with
+_SMALL = 1 << 20  # values up to which candidates are measured, not estimated
+_SAMPLE = 1 << 14
+_MIXED_CELLS = 1 << 18  # cells in rows and columns with a one up to which the mixing model is tried: it is slow
+_FOLDED_CELLS = 1 << 16  # and in all its foldings
+_FEWEST_OF_CLASSES = 256  # values from which on rows and columns may differ by more than chance
+_FEW = 16  # zeros, or ones, from which on the mixing model has something to learn
+_MOST_LISTED = 1 << 12
+_MOST_CLASSES = 16
+_MOST_LINES = 1 << 16
+_MOST_CELLS = 1 << 22  # counts of lines by symbols that are looked at for classes
+_LONGEST = 1 << 18  # values that go through one table
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the values of a piece lie in their tensor: rows, inputs, inner positions, in row-major order.
+
+    Args:
+        rows: output channels.
+        inputs: input channels.
+        inner: positions of a kernel.
+        mask: 1 where there is a value, flat; `None`: everywhere.
+    """
+
+    rows: int
+    inputs: int
+    inner: int
+    mask: np.ndarray | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, count: int, shape: tuple[int, ...], mask: np.ndarray | None = None) -> Grid:
+        """The grid of a piece of `count` values: as many as the tensor has, or its kernels, or its rows."""
+        rows, inputs, inner = _sides(shape)
+        if mask is not None and mask.size == rows * inputs * inner:
+            return cls(rows, inputs, inner, mask)
+        if count == rows * inputs * inner:
+            return cls(rows, inputs, inner)
+        if count == rows * inputs:
+            return cls(rows, inputs, 1)
+        if rows and count % rows == 0:
+            return cls(rows, count // rows, 1)
+        return cls(1, count, 1)
+
+    @property
+    def columns(self) -> int:
+        return self.inputs * self.inner
+
+    @cached_property
+    def per_row(self) -> np.ndarray:
+        """Values of each row."""
+        if self.mask is None:
+            return np.full(self.rows, self.columns)
+        return np.count_nonzero(self.mask.reshape(self.rows, self.columns), axis=1)
+
+    def within(self, mask: np.ndarray) -> Grid:
+        """The grid of those values where `mask`, one a value, is 1."""
+        if self.mask is None:
+            return Grid(self.rows, self.inputs, self.inner, mask)
+        whole = np.zeros(self.mask.size, dtype=np.uint8)
+        whole[np.flatnonzero(self.mask)] = mask
+        return Grid(self.rows, self.inputs, self.inner, whole)
+
+    def cells(self, of_row: np.ndarray, of_column: np.ndarray, columns: int) -> np.ndarray:
+        """Class of each value, from those of its row and column, as `row * columns + column`."""
+        both = (of_row * columns)[:, None].astype(np.uint8) + of_column[None].astype(np.uint8)
+        return both.reshape(-1) if self.mask is None else both.reshape(-1)[self.mask.astype(bool)]
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    if len(shape) < 2:
+        return 1, math.prod(shape), 1
+    return shape[0], shape[1], math.prod(shape[2:])
+
+
+@dataclass(kw_only=True)
+class _Plan:
+    """What a writer settled on, and what it takes.
+
+    Args:
+        model: number of the model.
+        bits: its size, measured or estimated.
+        prior: index into the priors.
+        lines: classes of rows and of columns.
+        parts: plans of a zero mask and of the other values.
+        pivot: the value that the mask sets apart.
+        fold: index into the folds.
+    """
+
+    model: int
+    bits: float = math.inf
+    prior: int = 0
+    lines: tuple[np.ndarray, np.ndarray] | None = None
+    parts: tuple[_Plan, _Plan] | None = None
+    pivot: int = 0
+    fold: int = 0
+
+
+# --- the models ---------------------------------------------------------------------------------------------------
+
+
+def whole_numbers(
+    coder: Coder,
+    values: np.ndarray | None,
+    count: int,
+    size: int,
+    grid: Grid,
+    plan: _Plan | None = None,
+    *,
+    part: bool = False,
+) -> np.ndarray:
+    """Whole numbers below `size`, by whichever model makes them smallest.
+
+    Args:
+        coder: the coder.
+        values: uint8 or uint16, or `None` when reading.
+        count: how many.
+        size: of the alphabet, 1 to 2**16.
+        grid: where they lie.
+        plan: the model to write with; found out when missing.
+        part: whether they are part of a split, which is not split again.
+
+    Raises:
+        ValueError: data that no writer leaves.
+    """
+    if size < 2 or not count:
+        return np.zeros(count, dtype=np.uint8 if size <= 256 else np.uint16)
+    if values is not None:
+        plan = plan or _best(values, size, grid, part)
+    model = coder.number(plan and plan.model, 5)
+    if model == _EVEN:
+        return _even(coder, values, count, size)
+    if model == _ADAPTIVE:
+        prior = coder.number(plan and plan.prior, len(_PRIORS))
+        return _adaptive(coder, values, count, np.full(size, _PRIORS[prior]))[0]
+    if model == _CLASSES:
+        return _by_classes(coder, values, count, size, grid, plan)
+    if model == _SPLIT and not part:
+        return _split(coder, values, count, size, grid, plan)
+    if model == _SPLIT or size != 2 or grid.mask is not None or not within_limits(grid.rows, grid.columns):
+        raise ValueError(f"{count} values of {grid.rows} rows and {grid.columns} columns cannot be of model {model}")
+    fold = FOLDS[coder.number(plan and plan.fold, len(FOLDS))]
+    inputs, inner = _folded(grid, fold)
+    if not inputs:
+        raise ValueError(f"{grid.inputs} inputs do not fold into runs of {fold}")
+    return sparse_mask(coder, values, grid.rows, inputs, inner)
+
+
+def _folded(grid: Grid, fold: int) -> tuple[int, int]:
+    """Inputs and inner positions of a grid whose inputs are runs; (0, 0) if they are not."""
+    if fold == 1:
+        return grid.inputs, grid.inner
+    return (grid.inputs // fold, fold) if grid.inner == 1 and grid.inputs % fold == 0 else (0, 0)
+
+
+def _even(coder: Coder, values: np.ndarray | None, count: int, size: int) -> np.ndarray:
+    """All values alike; whole bytes are copied, which is as small and faster."""
+    if size == 256:
+        return coder.raw(values, count)
+    return coder.symbols(np.ones(size), values, count)
+
+
+def _spans(count: int) -> Iterator[tuple[int, int]]:
+    """Ever longer runs of values, each coded by what the runs before it were."""
+    first = 0
+    while first < count:
+        past = min(count, first + min(_LONGEST, max(16, first >> 3)))
+        yield first, past
+        first = past
+
+
+def _adaptive(
+    coder: Coder, values: np.ndarray | None, count: int, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """By the counts so far, in sixteenths; also returns them."""
+    weights = weights.astype(np.int64)
+    out = np.empty(count, dtype=np.uint8 if weights.size <= 256 else np.uint16)
+    for first, past in _spans(count):
+        part = coder.symbols(weights, None if values is None else values[first:past], past - first)
+        out[first:past] = part
+        weights += 16 * np.bincount(part, minlength=weights.size)
+    return out, weights
+
+
+def _by_classes(
+    coder: Coder, values: np.ndarray | None, count: int, size: int, grid: Grid, plan: _Plan | None
+) -> np.ndarray:
+    """Rows and columns fall into classes; each pair of classes has counts of its own, which start from all before."""
+    prior = _PRIORS[coder.number(plan and plan.prior, len(_PRIORS))]
+    given = plan.lines if plan and plan.lines else (None, None)
+    if max(grid.rows, grid.columns) > _MOST_LINES:
+        raise ValueError(f"a tensor of {grid.rows} x {grid.columns} has too many lines for classes")
+    rows, of_row = _line_classes(coder, given[0], grid.rows)
+    columns, of_column = _line_classes(coder, given[1], grid.columns)
+    if rows * columns > _MOST_CLASSES:
+        raise ValueError(f"{rows} classes of rows and {columns} of columns are more than {_MOST_CLASSES} pairs")
+    cell = grid.cells(of_row, of_column, columns)
+    if cell.size != count:
+        raise ValueError(f"{count} values where a tensor of {grid.rows} x {grid.columns} has {cell.size}")
+    out = np.empty(count, dtype=np.uint8 if size <= 256 else np.uint16)
+    total = np.zeros(size, dtype=np.int64)
+    for number in range(rows * columns):
+        here = cell == number
+        # A class begins with what 64 values of the classes before it would have been.
+        start = prior + 1024 * total // max(1, int(total.sum()))
+        part, weights = _adaptive(coder, None if values is None else values[here], int(np.count_nonzero(here)), start)
+        out[here] = part
+        total += weights - start
+    return out
+
+
+def _line_classes(coder: Coder, given: np.ndarray | None, count: int) -> tuple[int, np.ndarray]:
+    """How many classes there are, and that of each line."""
+    classes = 1 + coder.number(None if given is None else int(given.max()), _MOST_CLASSES)
+    if classes == 1:
+        return 1, np.zeros(count, dtype=np.uint8)
+    return classes, _adaptive(coder, given, count, np.full(classes, 8))[0]
+
+
+def _split(
+    coder: Coder, values: np.ndarray | None, count: int, size: int, grid: Grid, plan: _Plan | None
+) -> np.ndarray:
+    """One value by a mask of where it is not, then the others."""
+    pivot = coder.number(plan and plan.pivot, size)
+    mask, rest = (None, None) if values is None else _apart(values, pivot)
+    parts = plan.parts if plan and plan.parts else (None, None)
+    mask = whole_numbers(coder, mask, count, 2, grid, parts[0], part=True)
+    others = int(np.count_nonzero(mask))
+    rest = whole_numbers(coder, rest, others, size - 1, grid.within(mask), parts[1], part=True)
+    out = np.full(count, pivot, dtype=np.uint8 if size <= 256 else np.uint16)
+    out[mask.astype(bool)] = rest + (rest >= pivot)
+    return out
+
+
+def _apart(values: np.ndarray, pivot: int) -> tuple[np.ndarray, np.ndarray]:
+    mask = values != pivot
+    rest = values[mask]
+    return mask.view(np.uint8), rest - (rest > pivot).astype(rest.dtype)
+
+
+# --- the choice ---------------------------------------------------------------------------------------------------
+
+
+def _best(values: np.ndarray, size: int, grid: Grid, part: bool = False) -> _Plan:
+    """The smallest plan: by estimates, and measured where few values make these rough."""
+    found = np.bincount(values, minlength=size)
+    even = _Plan(model=_EVEN, bits=values.size * math.log2(size))
+    priors = [_Plan(model=_ADAPTIVE, prior=i, bits=_adaptive_bits(found, p)) for i, p in enumerate(_PRIORS)]
+    plans = [min(even, *priors, key=lambda plan: plan.bits)]
+    if size > 2 and not part and 2 * int(found.max()) > values.size:
+        plans.append(_split_plan(values, size, grid, int(found.argmax())))
+    plans += _class_plans(values, size, grid, plans[0].bits)
+    if size == 2 and grid.mask is None and int(found.min()) >= _FEW and within_limits(grid.rows, grid.columns):
+        plans += _mixed_plans(values, grid)
+    for plan in plans[1:]:
+        if plan.model == _CLASSES:
+            plan.prior = min(priors, key=lambda plan: plan.bits).prior
+    if values.size <= _SMALL and len(plans) > 1:
+        for plan in plans:
+            plan.bits = plan.bits if plan.model == _MIXED else _measured(values, size, grid, plan)
+    return min(plans, key=lambda plan: plan.bits)
+
+
+def _measured(values: np.ndarray, size: int, grid: Grid, plan: _Plan) -> float:
+    meter = Meter()
+    whole_numbers(meter, values, values.size, size, grid, plan)
+    return meter.bits
+
+
+def _split_plan(values: np.ndarray, size: int, grid: Grid, pivot: int) -> _Plan:
+    mask, rest = _apart(values, pivot)
+    parts = _best(mask, 2, grid, True), _Plan(model=_EVEN, bits=0)
+    if rest.size and size > 2:
+        parts = parts[0], _best(rest, size - 1, grid.within(mask), True)
+    bits = parts[0].bits + parts[1].bits + math.log2(size) + 5
+    return _Plan(model=_SPLIT, pivot=pivot, parts=parts, bits=bits)
+
+
+def _adaptive_bits(found: np.ndarray, prior: int) -> float:
+    """Size by counts that adapt after every value (Dirichlet-multinomial)."""
+    alpha, total = prior / 16, int(found.sum())
+    used = found[found > 0].tolist()
+    each = sum(math.lgamma(n + alpha) for n in used) - len(used) * math.lgamma(alpha)
+    return (math.lgamma(total + found.size * alpha) - math.lgamma(found.size * alpha) - each) / math.log(2)
+
+
+def _class_plans(values: np.ndarray, size: int, grid: Grid, base: float) -> list[_Plan]:
+    """The best plan with classes of rows or columns, and one with both, where they beat `base` bits."""
+    lines = max(grid.rows, grid.columns)
+    if values.size < _FEWEST_OF_CLASSES or lines > _MOST_LINES or lines * size > _MOST_CELLS:
+        return []
+    plans, best = [], dict[int, _Plan]()
+    for axis, counts in enumerate(_line_counts(values, size, grid)):
+        none = np.zeros(grid.columns if axis == 0 else grid.rows, dtype=np.uint8)
+        for classes in (2, 4, 8):
+            if len(counts) < 2 * classes or values.size < 4 * len(counts):
+                continue
+            of_line = _clustered(counts, classes)
+            both = (of_line, none) if axis == 0 else (none, of_line)
+            plan = _Plan(model=_CLASSES, lines=both, bits=_class_bits(counts, of_line))
+            plans.append(plan)
+            if classes <= 4 and plan.bits < (best[axis].bits if axis in best else base):
+                best[axis] = plan
+    plans = sorted((plan for plan in plans if plan.bits < 0.998 * base), key=lambda plan: plan.bits)[:1]
+    if len(best) == 2:
+        plans.append(_pair_plan(values, size, grid, best[0], best[1]))
+    return plans
+
+
+def _pair_plan(values: np.ndarray, size: int, grid: Grid, rows: _Plan, columns: _Plan) -> _Plan:
+    """A plan with the classes of rows of one and those of columns of another."""
+    assert rows.lines and columns.lines
+    lines = rows.lines[0], columns.lines[1]
+    many = int(lines[1].max()) + 1
+    cells = grid.cells(*lines, many).astype(np.int64)
+    counts = np.bincount(cells * size + values, minlength=16 * size).reshape(-1, size)
+    bits = sum(_adaptive_bits(row, 2) for row in counts if row.any())
+    bits += sum(_adaptive_bits(np.bincount(of_line), 8) for of_line in lines)
+    return _Plan(model=_CLASSES, lines=lines, bits=bits)
+
+
+def _line_counts(values: np.ndarray, size: int, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """How often each symbol is found in each row and in each column."""
+    by_row = np.zeros((grid.rows, size), dtype=np.int64)
+    by_column = np.zeros((grid.columns, size), dtype=np.int64)
+    per_row = grid.per_row
+    past_of = np.cumsum(per_row)
+    step = max(1, _BLOCK // max(1, grid.columns))
+    for top in range(0, grid.rows, step):
+        low = min(grid.rows, top + step)
+        lengths = per_row[top:low]
+        part = values[int(past_of[top] - per_row[top]) : int(past_of[low - 1])].astype(np.int64)
+        row = np.repeat(np.arange(low - top) * size, lengths)
+        by_row[top:low] = np.bincount(row + part, minlength=(low - top) * size).reshape(-1, size)
+        if grid.mask is None:
+            column = np.tile(np.arange(grid.columns) * size, low - top)
+        else:
+            column = np.nonzero(grid.mask.reshape(grid.rows, -1)[top:low])[1] * size
+        by_column += np.bincount(column + part, minlength=grid.columns * size).reshape(-1, size)
+    return by_row, by_column
+
+
+def _clustered(counts: np.ndarray, classes: int) -> np.ndarray:
+    """Lines in classes of alike distributions: a few rounds of k-means in bits."""
+    total = np.maximum(1, counts.sum(axis=1))
+    centre = (counts @ np.arange(counts.shape[1])) / total
+    spread = (counts @ np.arange(counts.shape[1]) ** 2) / total - centre**2
+    order = np.argsort(spread if counts.shape[1] > 2 else centre, kind="stable")
+    found = np.empty(len(counts), dtype=np.uint8)
+    found[order] = np.arange(len(counts)) * classes // len(counts)
+    for _ in range(4):
+        sums = np.stack([counts[found == c].sum(axis=0) for c in range(classes)]) + 0.1
+        bits = -np.log2(sums / sums.sum(axis=1, keepdims=True))
+        found = np.argmin(counts @ bits.T, axis=1).astype(np.uint8)
+    return found
+
+
+def _class_bits(counts: np.ndarray, found: np.ndarray) -> float:
+    """Size with these classes, and of saying them."""
+    sums = np.stack([counts[found == c].sum(axis=0) for c in range(int(found.max()) + 1)])
+    return sum(_adaptive_bits(row, 2) for row in sums) + _adaptive_bits(np.bincount(found), 8)
+
+
+def _mixed_plans(values: np.ndarray, grid: Grid) -> list[_Plan]:
+    """The mixing model, plain and with the inputs of a matrix folded where that tells most."""
+    whole = values.reshape(grid.rows, grid.columns)
+    cells = int(np.count_nonzero(whole.any(axis=1))) * int(np.count_nonzero(whole.any(axis=0)))
+    if cells > _MIXED_CELLS:
+        return []
+    folds = [0]
+    if cells <= _FOLDED_CELLS:
+        by_column = whole.sum(axis=0, dtype=np.int64)
+        told = {i: _told(by_column, f) for i, f in enumerate(FOLDS) if f > 1 and _folded(grid, f)[0] > 1}
+        folds += [i for i in sorted(told, key=lambda i: -told[i])[:2] if told[i] > 0]
+    plans = []
+    for fold in folds:
+        inputs, inner = _folded(grid, FOLDS[fold])
+        if takes(values.reshape(grid.rows, inputs, inner)):
+            plan = _Plan(model=_MIXED, fold=fold)
+            plan.bits = _measured(values, 2, grid, plan)
+            plans.append(plan)
+    return plans
+
+
+def _told(ones: np.ndarray, fold: int) -> float:
+    """Bits that runs of columns save by how many ones they hold, less what it takes to say it."""
+    runs = ones.reshape(-1, fold).sum(axis=1)
+    share = runs / max(1, int(runs.sum()))
+    used = share[share > 0]
+    return float((runs[runs > 0] * np.log2(used * runs.size)).sum()) - 0.5 * runs.size * math.log2(2 + runs.mean())
+
+
+# --- raw numbers --------------------------------------------------------------------------------------------------
+
+
+def patterns(coder: Coder, values: np.ndarray | None, count: int, width: int, real: bool, grid: Grid) -> np.ndarray:
+    """Bit patterns of raw numbers, by whichever way makes them smallest.
+
+    Args:
+        coder: the coder.
+        values: unsigned integers of `width` bits, or `None` when reading.
+        count: how many.
+        width: 8, 16, 32 or 64.
+        real: floating-point numbers, whose lowest plane takes the sign.
+        grid: where they lie.
+
+    Raises:
+        ValueError: data that no writer leaves.
+    """
+    if not count:
+        return np.zeros(0, dtype=f"<u{width // 8}")
+    way = coder.number(None if values is None else _best_way(values, width, real, grid), 4)
+    return _by_way(coder, values, count, width, real, grid, way)
+
+
+def _by_way(
+    coder: Coder, values: np.ndarray | None, count: int, width: int, real: bool, grid: Grid, way: int
+) -> np.ndarray:
+    if way == _PLANES:
+        return _planes(coder, values, count, width, real, grid)
+    if way == _ASCENDING:
+        keys = _ascending(coder, None if values is None else _keys(values, width, real), count, width)
+        return _unkeyed(keys, width, real)
+    if way == _LISTED:
+        return _listed(coder, values, count, width, real, grid)
+    mask = None if values is None else (values != 0).view(np.uint8)
+    mask = whole_numbers(coder, mask, count, 2, grid)
+    others = int(np.count_nonzero(mask))
+    rest = None if values is None else values[values != 0]
+    out = np.zeros(count, dtype=f"<u{width // 8}")
+    out[mask.astype(bool)] = _planes(coder, rest, others, width, real, grid.within(mask))
+    return out
+
+
+def _planes(coder: Coder, values: np.ndarray | None, count: int, width: int, real: bool, grid: Grid) -> np.ndarray:
+    """Byte by byte from the highest, the sign of a floating-point number moved to the lowest bit."""
+    out = np.zeros(count, dtype=f"<u{width // 8}")
+    turned = None if values is None else (values << 1 | values >> (width - 1) if real else values)
+    for shift in range(width - 8, -8, -8):
+        plane = None if turned is None else (turned >> shift & 255).astype(np.uint8)
+        out |= whole_numbers(coder, plane, count, 256, grid).astype(out.dtype) << shift
+        grid = Grid(1, count, 1)  # rows and columns tell something of exponents only
+    return out >> 1 | out << (width - 1) if real else out
+
+
+def _keys(values: np.ndarray, width: int, real: bool) -> np.ndarray:
+    """Patterns that ascend as the floating-point numbers do."""
+    if not real:
+        return values
+    sign = values >> (width - 1)
+    return np.where(sign, ~values, values | values.dtype.type(1 << (width - 1)))
+
+
+def _unkeyed(keys: np.ndarray, width: int, real: bool) -> np.ndarray:
+    if not real:
+        return keys
+    top = keys.dtype.type(1 << (width - 1))
+    return np.where(keys & top, keys ^ top, ~keys)
+
+
+def _ascending(coder: Coder, keys: np.ndarray | None, count: int, width: int) -> np.ndarray:
+    """Ascending keys by the steps from one to the next: first the bit lengths of all steps, then their lower bits."""
+    dtype = np.dtype(f"<u{width // 8}")
+    steps = None if keys is None else np.diff(keys, prepend=dtype.type(0))
+    lengths = None if steps is None else _bit_lengths(steps)
+    lengths = whole_numbers(coder, lengths, count, width + 1, Grid(1, count, 1))
+    out = np.zeros(count, dtype=dtype)
+    for length in np.flatnonzero(np.bincount(lengths)):
+        here = lengths == length
+        found = np.full(int(np.count_nonzero(here)), int(length > 0), dtype=dtype)
+        left = max(0, int(length) - 1)
+        while left:
+            digit = min(16, left)
+            left -= digit
+            low = None if steps is None else steps[here] >> left & dtype.type((1 << digit) - 1)
+            part = coder.symbols(np.ones(1 << digit), None if low is None else low.astype(np.uint16), found.size)
+            found = found << digit | part.astype(dtype)
+        out[here] = found
+    return np.cumsum(out, dtype=dtype)
+
+
+def _bit_lengths(values: np.ndarray) -> np.ndarray:
+    """Bits of each number, 0 for 0."""
+    out = np.zeros(values.size, dtype=np.uint8)
+    left = values.copy()
+    while left.any():
+        out += left != 0
+        left >>= 1
+    return out
+
+
+def _listed(coder: Coder, values: np.ndarray | None, count: int, width: int, real: bool, grid: Grid) -> np.ndarray:
+    """The distinct numbers in ascending order, then which of them each value is."""
+    listed, index = None, None
+    if values is not None:
+        listed, index = np.unique(_keys(values, width, real), return_inverse=True)
+    size = 1 + coder.number(None if listed is None else listed.size - 1, _MOST_LISTED)
+    listed = _ascending(coder, listed, size, width)
+    narrow = None if index is None else index.reshape(-1).astype(np.uint8 if size <= 256 else np.uint16)
+    return _unkeyed(listed, width, real)[whole_numbers(coder, narrow, count, size, grid)]
+
+
+def _best_way(values: np.ndarray, width: int, real: bool, grid: Grid) -> int:
+    """The smallest way: measured for few values, by what a sample tells for many."""
+    ways = [_PLANES]
+    keys = _keys(values, width, real)
+    if values.size <= MOST_SIZE and bool((keys[1:] >= keys[:-1]).all()):
+        ways.append(_ASCENDING)
+    sample = values[:: 1 + values.size // _SAMPLE]
+    few = np.unique(sample).size
+    if 2 * few <= sample.size and few <= _MOST_LISTED and np.unique(values).size <= _MOST_LISTED:
+        ways.append(_LISTED)
+    if values.size > np.count_nonzero(values) + values.size // 8:
+        ways.append(_SPARSE)
+    if len(ways) > 1 and values.size > _SMALL:
+        # Fewer planes than values of their own: an index is all there is to say.
+        return _LISTED if _LISTED in ways else ways[-1]
+    if len(ways) == 1:
+        return _PLANES
+    return min(ways, key=lambda way: _way_bits(values, width, real, grid, way))
+
+
+def _way_bits(values: np.ndarray, width: int, real: bool, grid: Grid, way: int) -> float:
+    meter = Meter()
+    _by_way(meter, values, values.size, width, real, grid, way)
+    return meter.bits
