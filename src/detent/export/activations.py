@@ -1,0 +1,430 @@
+"""Activations in 8 bits and fewer: ranges from data or from BatchNorm, and the nodes that round to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from detent.export.graph import Graph
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = [
+    "Activations",
+    "Calibration",
+    "Range",
+    "insert",
+    "places",
+    "ranges_from_batchnorm",
+    "ranges_from_data",
+    "round_activations",
+]
+
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_BINS = 2048
+_SHRINKS = np.linspace(1.0, 0.1, 91)  # of the observed range: what "mse" tries
+_LARGEST_BIAS = 2**31 - 1
+_SAME_RANGE = ("MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean", "Reshape", "Flatten", "Transpose", "Slice")
+_SAME_RANGE += ("Squeeze", "Unsqueeze", "Identity", "Gather", "Expand", "Dropout")
+
+Range = tuple[float, float]
+Calibration = Iterable[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """How activations are rounded: per tensor, with fixed ranges (static quantization).
+
+        q = clamp(round(x / scale) + zero_point, 0, 2^bits - 1)
+
+    Args:
+        bits: 2 to 8. Below 8 the rounded values are kept in 8 bits, since integer kernels have no others: the numbers
+            are those of the narrow grid, the speed and memory those of 8 bits.
+        method: where a range comes from. "minmax": the extremes over the calibration data. "percentile": what leaves
+            `100 - percentile` per cent out on each side. "mse": the share of the extremes with the least squared error
+            of rounding and clipping. "batchnorm": without data, `beta + sigmas * |gamma|` of the BatchNorm before,
+            the largest over the channels (and `beta - sigmas * |gamma|`, the smallest).
+        symmetric: the zero point is 0 where no value is negative and the middle elsewhere; otherwise it follows the
+            range, which always holds 0.
+        percentile: in (50, 100], for "percentile".
+        sigmas: > 0, for "batchnorm".
+        input_range: (smallest, largest) of each model input, for "batchnorm", which cannot know it.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    Example:
+        >>> Activations(method="percentile", percentile=99.9).bits
+        8
+
+    Reference: "batchnorm": the data-free option of Kim et al., "Position-based Scaled Gradient", arXiv 2005.11035,
+    after Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", arXiv 1906.04721.
+    """
+
+    bits: int = 8
+    method: Literal["minmax", "percentile", "mse", "batchnorm"] = "minmax"
+    symmetric: bool = False
+    percentile: float = 99.99
+    sigmas: float = 6.0
+    input_range: Range | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise ValueError(f"Activations(bits={self.bits}): must be a whole number from 2 to 8")
+        if self.method not in ("minmax", "percentile", "mse", "batchnorm"):
+            known = '"minmax", "percentile", "mse" or "batchnorm"'
+            raise ValueError(f"Activations(method={self.method!r}): must be {known}")
+        if not 50 < self.percentile <= 100:
+            raise ValueError(f"Activations(percentile={self.percentile}): must be above 50 and at most 100")
+        if not self.sigmas > 0:
+            raise ValueError(f"Activations(sigmas={self.sigmas}): must be > 0")
+        if self.input_range is not None and not self.input_range[0] < self.input_range[1]:
+            raise ValueError(f"Activations(input_range={self.input_range}): must be (smallest, largest)")
+        if self.method == "batchnorm" and self.input_range is None:
+            raise ValueError('Activations(method="batchnorm"): needs input_range=(smallest, largest) of the inputs')
+
+    def grid(self, low: float, high: float) -> tuple[np.float32, int]:
+        """The scale and zero point of a range.
+
+        Example:
+            >>> scale, zero = Activations().grid(-1.0, 3.0)
+            >>> round(float(scale), 6), zero
+            (0.015686, 64)
+            >>> Activations(symmetric=True).grid(-1.0, 3.0)[1], Activations(symmetric=True).grid(0.0, 3.0)[1]
+            (128, 0)
+        """
+        most = 2**self.bits - 1
+        low, high = min(low, 0.0), max(high, 0.0)
+        if self.symmetric and low < 0:
+            half = 2 ** (self.bits - 1)
+            scale = np.float32(max(-low, high) / (half - 1))
+            return (scale, half) if scale > 0 else (np.float32(1.0), half)
+        scale = np.float32((high - low) / most)
+        if not scale > 0:
+            return np.float32(1.0), 0
+        return scale, int(np.clip(np.rint(-low / float(scale)), 0, most))
+
+
+# --- where to round ------------------------------------------------------------------------------------------------
+
+
+def places(graph: Graph) -> list[ir.Value]:
+    """The activations to round: what goes into a layer, what comes out of a convolution, sums of those.
+
+    A result is taken behind its Relu or Clip, which rounding to a range does as well. Matrix products give floats, as
+    an integer kernel can; outputs of the graph stay floats. Only layers whose weights are integers with a
+    scale a tensor or a channel take part: of others ONNX Runtime would round the weights itself.
+    """
+    found: dict[int, ir.Value] = {}
+    constants = _constants(graph)
+
+    def add(value: ir.Value | None) -> None:
+        if value is not None and not value.is_graph_output() and id(value) not in constants:
+            found.setdefault(id(value), value)
+
+    for node in graph.graph:
+        if node.op_type in _LAYERS:
+            weight = node.inputs[1]
+            if weight is None or id(weight) not in constants:
+                continue
+            if not _is_integer(weight):
+                graph.notes.append(f"{weight.name!r} is computed in float: its weights are no integers with one scale")
+                continue
+            add(node.inputs[0])
+            if node.op_type == "Conv":
+                add(_behind_relu(node.outputs[0]))
+        elif node.op_type == "Add" and all(v is not None and id(v) in found for v in node.inputs):
+            add(_behind_relu(node.outputs[0]))
+    return list(found.values())
+
+
+def _is_integer(weight: ir.Value) -> bool:
+    """Whether a weight is dequantized right where it is used, from integers with a scale a tensor or a channel."""
+    maker = weight.producer()
+    return maker is not None and maker.op_type == "DequantizeLinear" and "block_size" not in maker.attributes
+
+
+def _constants(graph: Graph) -> set[int]:
+    """Ids of the values that hang on weights alone."""
+    found = {id(value) for value in graph.graph.initializers.values()}
+    for node in graph.graph:
+        if all(value is None or id(value) in found for value in node.inputs):
+            found |= {id(value) for value in node.outputs}
+    return found
+
+
+def _behind_relu(value: ir.Value) -> ir.Value:
+    users = [use.node for use in value.uses()]
+    if len(users) == 1 and users[0].op_type in ("Relu", "Clip") and not value.is_graph_output():
+        return users[0].outputs[0]
+    return value
+
+
+# --- ranges --------------------------------------------------------------------------------------------------------
+
+
+def ranges_from_data(
+    run: Callable[[Any], list[np.ndarray]], batches: Calibration, names: list[str], settings: Activations
+) -> dict[str, Range]:
+    """The range of every activation over calibration data.
+
+    Args:
+        run: gives the activations of one batch, in the order of the names.
+        batches: read once for "minmax", twice otherwise.
+        names: of the activations.
+        settings: the method.
+
+    Raises:
+        ValueError: no batches, or activations that are not finite.
+
+    Example:
+        >>> run = lambda batch: [np.asarray(batch, dtype=np.float32)]
+        >>> ranges_from_data(run, [[-1.0, 2.0], [3.0]], ["x"], Activations())
+        {'x': (-1.0, 3.0)}
+    """
+    kept = list(batches) if iter(batches) is batches and settings.method != "minmax" else batches
+    low = np.full(len(names), np.inf)
+    high = np.full(len(names), -np.inf)
+    count = 0
+    for batch in kept:
+        for i, value in enumerate(run(batch)):
+            low[i], high[i] = min(low[i], value.min()), max(high[i], value.max())
+        count += 1
+    if not count:
+        raise ValueError("calibration: the loader gave no batches")
+    bad = next((n for n, a, b in zip(names, low, high, strict=True) if not np.isfinite(a) or not np.isfinite(b)), None)
+    if bad is not None:
+        raise ValueError(f"calibration: the activation {bad!r} is not finite on this data")
+    if settings.method == "minmax":
+        return {name: (float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
+    counts = np.zeros((len(names), _BINS), dtype=np.int64)
+    for batch in kept:
+        for i, value in enumerate(run(batch)):
+            if high[i] > low[i]:
+                counts[i] += np.histogram(value, bins=_BINS, range=(low[i], high[i]))[0]
+    chosen = _by_percentile if settings.method == "percentile" else _by_error
+    return {
+        name: chosen(counts[i], float(low[i]), float(high[i]), settings) if high[i] > low[i] else (low[i], high[i])
+        for i, name in enumerate(names)
+    }
+
+
+def _by_percentile(counts: np.ndarray, low: float, high: float, settings: Activations) -> Range:
+    edges = np.linspace(low, high, _BINS + 1)
+    share = counts.cumsum() / counts.sum()
+    out = 1 - settings.percentile / 100
+    first = int(np.searchsorted(share, out, side="right"))
+    last = int(np.searchsorted(share, 1 - out, side="left"))
+    return float(edges[min(first, _BINS - 1)]) if out else low, float(edges[min(last, _BINS - 1) + 1])
+
+
+def _by_error(counts: np.ndarray, low: float, high: float, settings: Activations) -> Range:
+    edges = np.linspace(low, high, _BINS + 1)
+    middles = (edges[:-1] + edges[1:]) / 2
+    most, best, least = 2**settings.bits - 1, (low, high), np.inf
+    for share in _SHRINKS:
+        scale, zero = settings.grid(low * share, high * share)
+        rounded = (np.clip(np.rint(middles / float(scale)) + zero, 0, most) - zero) * float(scale)
+        error = float((counts * (rounded - middles) ** 2).sum())
+        if error < least:
+            best, least = (low * share, high * share), error
+    return best
+
+
+def ranges_from_batchnorm(graph: Graph, values: list[ir.Value], settings: Activations) -> dict[str, Range]:
+    """The range of every activation from the BatchNorm before it, followed through what comes in between.
+
+    Raises:
+        ValueError: an activation that comes from no BatchNorm.
+    """
+    known: dict[str, Range] = {}
+    assert settings.input_range is not None
+    for value in graph.graph.inputs:
+        known[str(value.name)] = settings.input_range
+    for node in graph.graph:
+        found = _followed(node, graph, known, settings)
+        if found is not None:
+            known[str(node.outputs[0].name)] = found
+    lost = next((v.name for v in values if v.name not in known), None)
+    if lost is not None:
+        raise ValueError(
+            f'Activations(method="batchnorm"): {lost!r} comes from no BatchNorm, so its range has to be measured; '
+            "use another method and calibration data"
+        )
+    return {str(v.name): known[str(v.name)] for v in values}
+
+
+def _followed(node: ir.Node, graph: Graph, known: Mapping[str, Range], settings: Activations) -> Range | None:
+    """The range of a node's first output, if it can be told."""
+    name = str(node.outputs[0].name)
+    if name in graph.normal:
+        gamma, beta = graph.normal[name]
+        spread = settings.sigmas * np.abs(gamma)
+        return float((beta - spread).min()), float((beta + spread).max())
+    inputs = [known.get(str(v.name)) for v in node.inputs if v is not None]
+    if not inputs or inputs[0] is None:
+        return None
+    low, high = inputs[0]
+    if node.op_type == "Relu":
+        return max(low, 0.0), max(high, 0.0)
+    if node.op_type == "Pad":
+        return min(low, 0.0), max(high, 0.0)
+    if node.op_type in ("Add", "Concat") and all(r is not None for r in inputs):
+        others = [r for r in inputs if r is not None]
+        if node.op_type == "Concat":
+            return min(a for a, _ in others), max(b for _, b in others)
+        return sum(a for a, _ in others), sum(b for _, b in others)
+    return inputs[0] if node.op_type in _SAME_RANGE else None
+
+
+# --- rounding ------------------------------------------------------------------------------------------------------
+
+
+def insert(graph: Graph, values: list[ir.Value], ranges: Mapping[str, Range], settings: Activations) -> None:
+    """Round every value behind where it is made, and biases to int32 where an integer kernel asks for it."""
+    import onnx_ir as ir
+
+    scales: dict[int, np.float32] = {}
+    limits: list[ir.Value] = []
+    if settings.bits < 8:
+        most = 2**settings.bits - 1
+        limits = [
+            graph.constant(f"activations.{k}", np.array(v, dtype=np.uint8)) for k, v in (("min", 0), ("max", most))
+        ]
+    for value in values:
+        scale, zero = settings.grid(*ranges[str(value.name)])
+        name, users = str(value.name), list(value.uses())
+        numbers = [
+            graph.constant(f"{name}.rounded.scale", np.array(scale, dtype=np.float32)),
+            graph.constant(f"{name}.rounded.zero", np.array(zero, dtype=np.uint8)),
+        ]
+        quantize = ir.node("QuantizeLinear", [value, *numbers], name=f"{name}:QuantizeLinear")
+        quantize.outputs[0].name = f"{name}.rounded"
+        made = [quantize]
+        if limits:
+            # On the integers, and not before they are made: a clip between a layer and its rounding bars the kernel.
+            made.append(ir.node("Clip", [quantize.outputs[0], *limits], name=f"{name}:Clip"))
+            made[-1].outputs[0].name = f"{name}.narrow"
+        back = ir.node("DequantizeLinear", [made[-1].outputs[0], *numbers], name=f"{name}:DequantizeLinear")
+        back.outputs[0].name = f"{name}.back"
+        made.append(back)
+        for use in users:
+            use.node.replace_input_with(use.idx, back.outputs[0])
+        first = value.producer()
+        if first is None:
+            graph.graph.insert_before(graph.graph[0], made)
+        else:
+            graph.graph.insert_after(first, made)
+        scales[id(back.outputs[0])] = scale
+    for node in [n for n in graph.graph if n.op_type in ("Conv", "Gemm")]:
+        _round_bias(graph, node, scales)
+    graph.place_new()
+
+
+def _round_bias(graph: Graph, node: ir.Node, scales: Mapping[int, np.float32]) -> None:
+    """A bias as int32 times (scale of the inputs x scale of the weights), which is what an integer sum is in."""
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    weight = node.inputs[1]
+    maker = weight.producer() if weight is not None else None
+    if bias is None or bias.const_value is None or id(node.inputs[0]) not in scales:
+        return
+    if maker is None or maker.op_type != "DequantizeLinear" or "block_size" in maker.attributes:
+        return
+    scale_value = maker.inputs[1]
+    assert scale_value is not None and scale_value.const_value is not None
+    value = bias.const_value.numpy().astype(np.float64)
+    per_input = float(scales[id(node.inputs[0])])
+    own = scale_value.const_value.numpy().astype(np.float64)
+    if own.ndim and (own == 0).any():
+        # A channel of zeros has no scale, and its bias needs one: any does, since its codes are all zero.
+        spare = np.maximum(np.abs(value), 1e-30) / per_input / 2**24
+        own = np.where(own == 0, spare, own).astype(np.float32).astype(np.float64)
+        _replace_constant(graph, scale_value, own.astype(np.float32))
+    step = (per_input * own).astype(np.float32)
+    step = np.broadcast_to(step, value.shape) if own.ndim else step
+    if not step.all() or (np.abs(value) > _LARGEST_BIAS * np.abs(step).astype(np.float64)).any():
+        graph.notes.append(f"{bias.name!r} stays float: it has no int32 in units of inputs x weights")
+        return
+    codes = np.rint(value / step.astype(np.float64)).astype(np.int32)
+    name = str(bias.name)
+    attributes: dict[str, Any] = {"axis": 0} if own.ndim else {}
+    inputs = [graph.constant(f"{name}.codes", codes), graph.constant(f"{name}.scale", np.ascontiguousarray(step))]
+    node.replace_input_with(2, graph.node("DequantizeLinear", inputs, f"{name}.back", **attributes))
+    for row in [n for n, v in graph.weights.items() if v is bias]:
+        graph.rows[row] = replace(graph.rows[row], form="INT32", nbytes=4 * (codes.size + step.size))
+    if not bias.uses() and bias.name in graph.graph.initializers:
+        graph.graph.initializers.pop(str(bias.name))
+
+
+def _replace_constant(graph: Graph, value: ir.Value, array: np.ndarray) -> None:
+    import onnx_ir as ir
+
+    value.const_value = ir.Tensor(array, name=value.name)
+
+
+def measured(graph: Graph, values: list[ir.Value], calibration: Calibration, settings: Activations) -> dict[str, Range]:
+    """The range of every value over calibration data, run by ONNX Runtime on the graph as it stands.
+
+    Raises:
+        ValueError: no batches, or batches with fewer inputs than the graph.
+    """
+    import onnx
+    import onnxruntime as ort
+
+    names = [str(v.name) for v in values]
+    inputs = [str(v.name) for v in graph.graph.inputs]
+    model = onnx.load_model_from_string(graph.serialized())
+    for name in names:
+        if name not in inputs:
+            model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    running = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    wanted = [name for name in names if name not in inputs]
+
+    def run(batch: Any) -> list[np.ndarray]:
+        feeds = dict(zip(inputs, _arrays(batch, len(inputs)), strict=True))
+        found: dict[str, Any] = dict(zip(wanted, running.run(wanted, feeds), strict=True)) if wanted else {}
+        return [feeds[name] if name in feeds else found[name] for name in names]
+
+    return ranges_from_data(run, calibration, names, settings)
+
+
+def _arrays(batch: Any, count: int) -> list[np.ndarray]:
+    """The inputs of a batch: a tensor, a tuple or list that starts with them, or a mapping."""
+    parts = (
+        [batch] if isinstance(batch, torch.Tensor) else list(batch.values() if isinstance(batch, Mapping) else batch)
+    )
+    if len(parts) < count:
+        raise ValueError(f"calibration: a batch has {len(parts)} tensors, the model takes {count}")
+    return [x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x) for x in parts[:count]]
+
+
+def round_activations(graph: Graph, settings: Activations, calibration: Calibration | None) -> None:
+    """Put the nodes in that round activations.
+
+    Args:
+        graph: with its weights lowered.
+        settings: how to round.
+        calibration: batches of inputs; not for "batchnorm".
+
+    Raises:
+        ValueError: no data where it is needed, or data where it is not.
+    """
+    by_norm = settings.method == "batchnorm"
+    if by_norm == (calibration is not None):
+        need = "takes no calibration data" if by_norm else "needs calibration="
+        raise ValueError(f"Activations(method={settings.method!r}): {need}")
+    values = places(graph)
+    if not values:
+        raise ValueError("activations: no layer of this graph takes part; see the docs on what can be rounded")
+    if calibration is not None:
+        ranges = measured(graph, values, calibration, settings)
+    else:
+        ranges = ranges_from_batchnorm(graph, values, settings)
+    insert(graph, values, ranges, settings)

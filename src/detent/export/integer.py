@@ -1,0 +1,656 @@
+"""Inference in integers alone: 8-bit activations, our codes as weights, 32-bit sums, a multiplier and a shift.
+
+The result is a list of `Step`s, each a few integers and one formula (docs/export.md has them all), and a model that
+runs them exactly in PyTorch. Everything that must not overflow is checked when the steps are made, from bounds and not
+from data.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from detent.export.activations import Activations, ranges_from_data
+from detent.grouping import Channel, PerTensor, granularity_of
+from detent.lives import Encoded, Lives
+from detent.recipe import canonical_name
+
+__all__ = ["IntegerModel", "Step", "to_integer"]
+
+INT32 = 2**31 - 1
+_CONVS = (nn.Conv1d, nn.Conv2d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_SAME = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One integer operation.
+
+    Args:
+        op: "input", "conv", "linear", "scale", "add", "average", "max", "clamp" or "flatten".
+        name: of its result, the node of the traced model.
+        inputs: names of the results it reads.
+        numbers: its integers, by the names that docs/export.md uses: whole numbers, tuples of them, int64 arrays.
+        scale: what one unit of its result is worth; not needed to compute.
+        zero: the integer that stands for 0.
+
+    Example:
+        >>> Step(op="clamp", name="relu", inputs=("conv",), numbers={"low": 128, "high": 255}, scale=0.1, zero=128).op
+        'clamp'
+    """
+
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+    numbers: Mapping[str, Any]
+    scale: float
+    zero: int
+
+
+class IntegerModel:
+    """A network in integers; made by `to_integer`.
+
+    Attributes:
+        steps: the program, in order; the first is the input, the last the output.
+
+    Example:
+        >>> import detent as dt
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=8))]))
+        >>> x = torch.randn(64, 4)
+        >>> integers = to_integer(run, [x])
+        >>> [step.op for step in integers.steps]
+        ['input', 'linear', 'linear']
+        >>> bool((integers(x) - model.eval()(x)).abs().max() < 0.05)
+        True
+    """
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self.steps = tuple(steps)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights and shifts (one each), multipliers (four) and offsets (eight)."""
+        return sum(
+            value.size * {"multiplier": 4, "offset": 8}.get(key, 1)
+            for step in self.steps
+            for key, value in step.numbers.items()
+            if isinstance(value, np.ndarray)
+        )
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """The input's integers: `clamp(rint(x / scale) + zero, low, high)`, divided in float32."""
+        step = self.steps[0]
+        q = torch.round(x.detach().float() / torch.tensor(step.scale, dtype=torch.float32)).double() + step.zero
+        return q.clamp_(step.numbers["low"], step.numbers["high"]).to(torch.int64)
+
+    @torch.no_grad()
+    def integers(self, q: Tensor) -> Tensor:
+        """The output's integers for the input's integers: no floating-point number takes part but as an exact integer.
+
+        Args:
+            q: int64, from `quantize`.
+        """
+        values = {self.steps[0].name: q}
+        for step in self.steps[1:]:
+            values[step.name] = _STEPS[step.op](step.numbers, *(values[name] for name in step.inputs))
+        return values[self.steps[-1].name]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The output as real numbers: `scale * (q - zero)` of the last step."""
+        last = self.steps[-1]
+        return ((self.integers(self.quantize(x)) - last.zero).double() * last.scale).float()
+
+
+def to_integer(
+    run: Lives, calibration: Iterable[Any], *, activations: Activations | None = None, bits: int | None = None
+) -> IntegerModel:
+    """The compressed life of a run as a network in integers alone.
+
+    Convolutions (1-D and 2-D) and linear layers whose weights are a scale a tensor or channel times our integers;
+    BatchNorm after them goes into multiplier and bias, alone it is a step of its own; ReLU, ReLU6, pooling, flattening,
+    sums. Activations are unsigned integers with fixed ranges, the result is 32-bit.
+
+        acc = sum of weight * (q - zero_in)                                     in 32 bits
+        q_out = clamp((acc * multiplier + offset) >> shift, low, high)          in 64 bits
+
+    Args:
+        run: its compressed life is taken, with its BatchNorm statistics.
+        calibration: batches (inputs, or tuples that start with inputs) to find the ranges of activations with.
+        activations: how ranges are found, and their bits; not method="batchnorm".
+        bits: the width of this life, as in `run.compressed(bits=...)`.
+
+    Raises:
+        ValueError: a layer or function that is not known, weights that are in full precision or not integers times a
+            scale a channel, a sum that could leave 32 bits, no calibration data; with the name of the layer.
+
+    Example:
+        >>> import detent as dt
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+        >>> grid = dt.Uniform(bits=4, granularity="channel")
+        >>> run = dt.compress(model, dt.Recipe([dt.Rule(match=r"(0|4).weight", target=grid)]))
+        >>> integers = to_integer(run, [torch.randn(32, 1, 4, 4)])
+        >>> integers.steps[1].numbers["weight"].shape, integers(torch.randn(5, 1, 4, 4)).shape
+        ((4, 1, 3, 3), torch.Size([5, 2]))
+
+    Reference: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+    Inference", arXiv 1712.05877.
+    """
+    settings = activations or Activations()
+    if settings.method == "batchnorm":
+        raise ValueError('to_integer(activations=...): method="batchnorm" is for ONNX only; give calibration data')
+    encoded = run.encoded(bits=bits)
+    with run.compressed(bits=bits):
+        model = copy.deepcopy(run.model).eval()
+    return _Builder(model, encoded, settings).build(calibration)
+
+
+# --- what the steps compute ---------------------------------------------------------------------------------------
+
+
+def _rescaled(acc: Tensor, numbers: Mapping[str, Any]) -> Tensor:
+    """`clamp((acc * multiplier + offset) >> shift, low, high)`, by channel (axis 1)."""
+    shape = (-1,) + (1,) * (acc.dim() - 2)
+    m, c, n = (torch.as_tensor(numbers[key]).reshape(shape) for key in ("multiplier", "offset", "shift"))
+    # An arithmetic shift to the right is a division rounded down.
+    return ((acc * m + c) >> n).clamp_(numbers["low"], numbers["high"])
+
+
+def _conv(numbers: Mapping[str, Any], q: Tensor) -> Tensor:
+    # Sums of products of integers below 2^53 are exact in float64 in whatever order they are added.
+    conv = F.conv1d if q.dim() == 3 else F.conv2d
+    weight = torch.as_tensor(numbers["weight"]).double()
+    options = {key: numbers[key] for key in ("stride", "padding", "dilation", "groups")}
+    return _rescaled(conv((q - numbers["zero_in"]).double(), weight, **options).to(torch.int64), numbers)
+
+
+def _linear(numbers: Mapping[str, Any], q: Tensor) -> Tensor:
+    weight = torch.as_tensor(numbers["weight"]).double()
+    return _rescaled(F.linear((q - numbers["zero_in"]).double(), weight).to(torch.int64), numbers)
+
+
+def _scale(numbers: Mapping[str, Any], q: Tensor) -> Tensor:
+    return _rescaled(q - numbers["zero_in"], numbers)
+
+
+def _add(numbers: Mapping[str, Any], a: Tensor, b: Tensor) -> Tensor:
+    n = numbers["shift"]
+    first, second = numbers["multipliers"]
+    total = (a - numbers["zeros_in"][0]) * first + (b - numbers["zeros_in"][1]) * second
+    return (((total + (1 << (n - 1))) >> n) + numbers["zero"]).clamp_(numbers["low"], numbers["high"])
+
+
+def _average(numbers: Mapping[str, Any], q: Tensor) -> Tensor:
+    size, stride, padding = (numbers[key] for key in ("kernel", "stride", "padding"))
+    pool = F.avg_pool1d if q.dim() == 3 else F.avg_pool2d
+    # The average times its count: rounding takes away what the division left.
+    mean = pool((q - numbers["zero_in"]).double(), size, stride, padding)
+    found = _rescaled((mean * math.prod(size)).round().to(torch.int64), numbers)
+    return found.flatten(1) if numbers["flat"] else found
+
+
+def _max(numbers: Mapping[str, Any], q: Tensor) -> Tensor:
+    pool = F.max_pool1d if q.dim() == 3 else F.max_pool2d
+    options = {key: numbers[key] for key in ("stride", "padding", "dilation")}
+    return pool(q.double(), numbers["kernel"], ceil_mode=numbers["ceil"], **options).to(torch.int64)
+
+
+def _clamp(numbers: Mapping[str, Any], q: Tensor) -> Tensor:
+    return q.clamp(numbers["low"], numbers["high"])
+
+
+def _flatten(numbers: Mapping[str, Any], q: Tensor) -> Tensor:
+    return q.flatten(1)
+
+
+_STEPS: dict[str, Any] = {
+    "conv": _conv,
+    "linear": _linear,
+    "scale": _scale,
+    "add": _add,
+    "average": _average,
+    "max": _max,
+    "clamp": _clamp,
+    "flatten": _flatten,
+}
+
+
+# --- making them --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The integers of one activation."""
+
+    scale: float
+    zero: int
+    most: int
+
+    @property
+    def reach(self) -> int:
+        """The largest |q - zero|."""
+        return max(self.zero, self.most - self.zero)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the float model and keeps some of its activations."""
+
+    def __init__(self, module: fx.GraphModule, wanted: Sequence[fx.Node]) -> None:
+        super().__init__(module)
+        self.wanted = set(wanted)
+        self.found: dict[fx.Node, np.ndarray] = {}
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.shapes[n] = tuple(result.shape)
+        if n in self.wanted:
+            self.found[n] = result.detach().float().cpu().numpy().copy()  # a later step may write over it
+        return result
+
+
+@dataclass(kw_only=True)
+class _Block:
+    """Nodes that become one step: what computes, the BatchNorm and the ReLU behind it."""
+
+    op: str
+    node: fx.Node
+    norm: fx.Node | None = None
+    relu: fx.Node | None = None
+
+    @property
+    def last(self) -> fx.Node:
+        return self.relu or self.norm or self.node
+
+
+class _Builder:
+    """Turns a traced model into steps."""
+
+    def __init__(self, model: nn.Module, encoded: Mapping[str, Encoded], settings: Activations) -> None:
+        self.encoded = encoded
+        self.settings = settings
+        try:
+            self.traced = fx.symbolic_trace(model)
+        except Exception as error:
+            raise ValueError(f"torch.fx cannot trace this {type(model).__name__}: {error}") from error
+        self.modules = dict(model.named_modules())
+        self.steps: list[Step] = []
+        self.grids: dict[fx.Node, _Grid] = {}
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.source: dict[fx.Node, fx.Node] = {}  # nodes that change nothing, and what they stand for
+
+    # What there is ...................................................................................................
+
+    def _module(self, node: fx.Node) -> Any:
+        return self.modules[str(node.target)] if node.op == "call_module" else None
+
+    def _op(self, node: fx.Node) -> str:
+        """The kind of step a node becomes.
+
+        Raises:
+            ValueError: none, naming the node.
+        """
+        module = self._module(node)
+        kinds: tuple[tuple[Any, str], ...] = (
+            (_CONVS, "conv"), (nn.Linear, "linear"), (_NORMS, "scale"), ((nn.ReLU, nn.ReLU6), "clamp"),
+            ((nn.MaxPool1d, nn.MaxPool2d), "max"), ((nn.AvgPool1d, nn.AvgPool2d), "average"),
+            ((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d), "average"), (nn.Flatten, "flatten"), (_SAME, "same"),
+        )  # fmt: skip
+        for types, op in kinds:
+            if module is not None and isinstance(module, types):
+                return op
+        functions: tuple[tuple[tuple[Any, ...], str], ...] = (
+            ((F.relu, torch.relu, F.relu6, "relu", "relu_"), "clamp"),
+            ((operator.add, operator.iadd, torch.add, "add", "add_"), "add"),
+            ((torch.flatten, "flatten"), "flatten"),
+            ((F.dropout, "contiguous"), "same"),
+            ((torch.mean, "mean", F.adaptive_avg_pool1d, F.adaptive_avg_pool2d), "average"),
+        )
+        for targets, op in functions:
+            if (
+                module is None
+                and node.op.startswith("call")
+                and any(node.target is t or node.target == t for t in targets)
+            ):
+                return op
+        what = type(module).__name__ if module is not None else getattr(node.target, "__name__", node.target)
+        raise ValueError(f"to_integer: {node.name!r} is a {what}, which has no integer form here")
+
+    def _blocks(self) -> list[_Block]:
+        """The model as blocks, in order; every node is in one, or stands for another."""
+        blocks: list[_Block] = []
+        taken: set[fx.Node] = set()
+        for node in self.traced.graph.nodes:
+            if node in taken or node.op == "output":
+                continue
+            if node.op == "placeholder":
+                if not blocks:
+                    blocks.append(_Block(op="input", node=node))
+                elif node.users:
+                    raise ValueError(f"to_integer: {node.name!r} is a second input; one is supported")
+                continue
+            block = _Block(op=self._op(node), node=node)
+            if block.op == "same":
+                self.source[node] = self._input(node)
+                continue
+            if block.op in ("conv", "linear"):
+                block.norm = self._next(block.last, "scale")
+            if block.op in ("conv", "linear", "scale", "add"):
+                block.relu = self._next(block.last, "clamp")
+            taken |= {n for n in (block.norm, block.relu) if n is not None}
+            blocks.append(block)
+        return blocks
+
+    def _next(self, node: fx.Node, op: str) -> fx.Node | None:
+        """The only user of a node, if it is of a kind."""
+        users = list(node.users)
+        if len(users) != 1 or users[0].op == "output":
+            return None
+        return users[0] if self._op(users[0]) == op else None
+
+    def _at(self, value: Any) -> fx.Node:
+        """The node that a value stands for.
+
+        Raises:
+            ValueError: a number or a list where an activation must be.
+        """
+        if not isinstance(value, fx.Node):
+            raise ValueError(f"to_integer: {value!r} is no activation; sums and layers take activations only")
+        return self.source.get(value, value)
+
+    def _input(self, node: fx.Node) -> fx.Node:
+        """The one activation that a layer reads."""
+        if not node.args:
+            raise ValueError(f"to_integer: {node.name!r} is called with keywords; pass its input by position")
+        return self._at(node.args[0])
+
+    # Ranges .........................................................................................................
+
+    def _measure(self, nodes: Sequence[fx.Node], calibration: Iterable[Any]) -> None:
+        def run(batch: Any) -> list[np.ndarray]:
+            x = batch[0] if isinstance(batch, (tuple, list)) else batch
+            recorder = _Recorder(self.traced, nodes)
+            with torch.no_grad():
+                recorder.run(x)
+            self.shapes = recorder.shapes
+            return [recorder.found[node] for node in nodes]
+
+        ranges = ranges_from_data(run, calibration, [node.name for node in nodes], self.settings)
+        for node in nodes:
+            scale, zero = self.settings.grid(*ranges[node.name])
+            self.grids[node] = _Grid(float(scale), zero, 2**self.settings.bits - 1)
+
+    def build(self, calibration: Iterable[Any]) -> IntegerModel:
+        """The whole."""
+        blocks = self._blocks()
+        out = next(node for node in self.traced.graph.nodes if node.op == "output").args[0]
+        last = self._at(out)
+        wide = blocks[-1] if blocks[-1].last is last and blocks[-1].op in ("conv", "linear") else None
+        if wide is not None and (wide.relu is not None or len(last.users) != 1):
+            wide = None
+        measured = ("input", "conv", "linear", "scale", "add", "average")
+        self._measure([block.last for block in blocks if block.op in measured and block is not wide], calibration)
+        for block in blocks:
+            self._emit(block, block is wide)
+        if self.steps[-1].name != last.name:
+            raise ValueError(f"to_integer: the output {last.name!r} is not what is computed last")
+        return IntegerModel(self.steps)
+
+    def _emit(self, block: _Block, wide: bool) -> None:
+        if block.op == "input":
+            grid = self.grids[block.node]
+            self._step(block, (), {"low": 0, "high": grid.most, "shape": self.shapes[block.node][1:]}, grid)
+        elif block.op in ("conv", "linear", "scale"):
+            self._layer(block, wide)
+        elif block.op == "add":
+            self._sum(block)
+        elif block.op == "average":
+            self._mean(block)
+        else:
+            self._shape(block)
+
+    def _step(self, block: _Block, inputs: Sequence[fx.Node], numbers: Mapping[str, Any], grid: _Grid) -> None:
+        name = block.last.name
+        self.grids[block.last] = grid
+        self.steps.append(
+            Step(
+                op=block.op,
+                name=name,
+                inputs=tuple(node.name for node in inputs),
+                numbers=numbers,
+                scale=grid.scale,
+                zero=grid.zero,
+            )
+        )
+
+    def _limits(self, relu: fx.Node | None, grid: _Grid) -> tuple[int, int]:
+        """What a ReLU leaves of the integers of a grid."""
+        if relu is None:
+            return 0, grid.most
+        six = isinstance(self._module(relu), nn.ReLU6) or relu.target is F.relu6
+        return grid.zero, min(grid.most, grid.zero + int(np.rint(6 / grid.scale))) if six else grid.most
+
+    # Layers .........................................................................................................
+
+    def _layer(self, block: _Block, wide: bool) -> None:
+        """Weights, bias, multiplier and shift of a convolution, a linear layer, or a BatchNorm alone."""
+        node, module = block.node, self._module(block.node)
+        source = self._input(node)
+        given = self.grids[source]
+        if block.op == "scale":
+            weight, scale = np.ones((module.num_features, 1), dtype=np.int64), np.ones(module.num_features)
+            bias, norm = np.zeros(module.num_features), module
+        else:
+            weight, scale = self._weights(str(node.target), module)
+            bias = np.zeros(len(weight)) if module.bias is None else module.bias.detach().double().numpy()
+            norm = None if block.norm is None else self._module(block.norm)
+        if norm is not None:
+            gain, shift = _affine(norm)
+            scale, bias = scale * gain, bias * gain + shift
+        unit = scale * given.scale  # what one unit of the sum is worth, by channel; negative with a negative gain
+        self._check(node.name, int(np.abs(weight).reshape(len(weight), -1).sum(axis=1).max()) * given.reach)
+        if wide:
+            # As fine as the coarsest channel, but not so fine that the bias takes all the bits.
+            grid = _Grid(max(float(np.abs(unit).max()), 2.0**-19 * float(np.abs(bias).max())) or 1.0, 0, INT32)
+            low, high = -INT32 - 1, INT32
+        else:
+            grid = self.grids[block.last]
+            low, high = self._limits(block.relu, grid)
+        numbers: dict[str, Any] = {"zero_in": given.zero, "low": low, "high": high}
+        numbers |= _fixed(unit / grid.scale, bias / grid.scale + grid.zero, node.name)
+        if block.op != "scale":
+            numbers["weight"] = weight
+        if block.op == "conv":
+            numbers |= {"stride": tuple(module.stride), "padding": _padding(module, node.name)}
+            numbers |= {"dilation": tuple(module.dilation), "groups": module.groups}
+        self._step(block, (source,), numbers, grid)
+
+    def _weights(self, name: str, module: Any) -> tuple[np.ndarray, np.ndarray]:
+        """(integers, one scale an output channel), from our codes.
+
+        Raises:
+            ValueError: the layer is in full precision, or no integers times a scale a channel.
+        """
+        key = canonical_name(f"{name}.weight")
+        found = self.encoded.get(key)
+        if found is None:
+            raise ValueError(f"to_integer: {key!r} is in full precision; give it a rule such as Uniform(bits=8)")
+        kind = getattr(found.target, "survivors", found.target)
+        fits = isinstance(granularity_of(getattr(kind, "granularity", "tensor")), (PerTensor, Channel))
+        scale = found.params.tensors.get("scale") if fits else None
+        if scale is not None:
+            ones = replace(found.params, tensors=dict(found.params.tensors) | {"scale": torch.ones_like(scale)})
+            whole = found.target.decode(found.codes, ones, torch.float32)
+            by_channel = scale.float().expand(len(whole)).reshape((-1,) + (1,) * (whole.dim() - 1))
+            same = torch.equal((whole * by_channel + 0.0).to(found.dtype), found.decode())
+            if same and torch.equal(whole, whole.round()) and float(whole.abs().max()) <= 127:
+                return whole.to(torch.int64).numpy(), scale.double().expand(len(whole)).numpy().copy()
+        raise ValueError(
+            f"to_integer: {key!r} lies on {found.target}, which is not integers of 8 bits times one scale a tensor or "
+            'channel; use Uniform(granularity="channel")'
+        )
+
+    def _check(self, name: str, bound: int) -> None:
+        if bound > INT32:
+            raise ValueError(
+                f"to_integer: the sums of {name!r} can reach {bound:,}, which does not fit in 32 bits ({INT32:,}); use "
+                "fewer bits"
+            )
+
+    # Everything else ................................................................................................
+
+    def _sum(self, block: _Block) -> None:
+        if len(block.node.args) != 2 or block.node.kwargs:
+            raise ValueError(f"to_integer: {block.node.name!r} must be the plain sum of two activations")
+        inputs = [self._at(arg) for arg in block.node.args]
+        given, grid = [self.grids[n] for n in inputs], self.grids[block.last]
+        ratios = [g.scale / grid.scale for g in given]
+        # The larger multiplier has 21 bits, so that both products of 8-bit numbers and their sum fit in 32.
+        shift = 21 - math.frexp(max(ratios))[1]
+        if not 1 <= shift <= 30:
+            raise ValueError(f"to_integer: {block.node.name!r} adds numbers of ranges too far apart ({ratios})")
+        multipliers = tuple(round(math.ldexp(r, shift)) for r in ratios)
+        bound = sum(g.reach * m for g, m in zip(given, multipliers, strict=True)) + 2 ** (shift - 1)
+        self._check(block.node.name, bound)
+        low, high = self._limits(block.relu, grid)
+        numbers = {"multipliers": multipliers, "shift": shift, "zeros_in": tuple(g.zero for g in given)}
+        self._step(block, inputs, {**numbers, "zero": grid.zero, "low": low, "high": high}, grid)
+
+    def _mean(self, block: _Block) -> None:
+        source = self._input(block.node)
+        given, grid = self.grids[source], self.grids[block.node]
+        window = self._window(block.node, source)
+        flat = len(self.shapes[block.node]) == 2
+        count = math.prod(window["kernel"])
+        self._check(block.node.name, count * given.reach)
+        numbers = _fixed(np.array([given.scale / count / grid.scale]), np.array([grid.zero]), block.node.name)
+        numbers |= {"zero_in": given.zero, "flat": flat}
+        self._step(block, (source,), {**window, **numbers, "low": 0, "high": grid.most}, grid)
+
+    def _window(self, node: fx.Node, source: fx.Node) -> dict[str, tuple[int, ...]]:
+        """Kernel, stride and padding of an average.
+
+        Raises:
+            ValueError: windows of different sizes.
+        """
+        module = self._module(node)
+        spatial = tuple(self.shapes[source][2:])
+        name = f"to_integer: {node.name!r}"
+        if isinstance(module, (nn.AvgPool1d, nn.AvgPool2d)):
+            uneven = module.ceil_mode or getattr(module, "divisor_override", None)
+            kernel, stride, padding = (
+                _pair(v, len(spatial)) for v in (module.kernel_size, module.stride, module.padding)
+            )
+            if uneven or (any(padding) and not module.count_include_pad):
+                raise ValueError(f"{name} averages windows of different sizes, which has no integer form here")
+            return {"kernel": kernel, "stride": stride, "padding": padding}
+        if node.target in (torch.mean, "mean"):
+            asked: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+            dims = [asked] if isinstance(asked, int) else list(asked or ())
+            if sorted(d % (len(spatial) + 2) for d in dims) != list(range(2, len(spatial) + 2)):
+                raise ValueError(f"{name} must be the mean over all positions")
+            sides: tuple[int, ...] = (1,) * len(spatial)
+        else:
+            asked = module.output_size if module is not None else node.args[1]
+            sides = tuple(s if o is None else int(o) for o, s in zip(_pair(asked, len(spatial)), spatial, strict=True))
+        if any(s % o for s, o in zip(spatial, sides, strict=True)):
+            raise ValueError(f"{name} averages windows of different sizes, which has no integer form here")
+        kernel = tuple(s // o for s, o in zip(spatial, sides, strict=True))
+        return {"kernel": kernel, "stride": kernel, "padding": (0,) * len(spatial)}
+
+    def _shape(self, block: _Block) -> None:
+        """Steps that leave the grid as it is: largest values, ReLU alone, flattening."""
+        node, module, source = block.node, self._module(block.node), self._input(block.node)
+        grid = self.grids[source]
+        numbers: dict[str, Any] = {}
+        if block.op == "clamp":
+            low, high = self._limits(node, grid)
+            numbers = {"low": low, "high": high}
+            read: Any = node.args[0]
+            if len(read.users) > 1 and (getattr(module, "inplace", False) or node.target == "relu_"):
+                raise ValueError(f"to_integer: {node.name!r} writes over what others read; use ReLU(inplace=False)")
+        elif block.op == "max":
+            dims = len(self.shapes[source]) - 2
+            if module.return_indices:
+                raise ValueError(f"to_integer: {node.name!r} returns indices, which has no integer form here")
+            for key, value in (("kernel", module.kernel_size), ("stride", module.stride), ("padding", module.padding)):
+                numbers[key] = _pair(value, dims)
+            numbers |= {"dilation": _pair(module.dilation, dims), "ceil": bool(module.ceil_mode)}
+        else:
+            ends = (module.start_dim, module.end_dim) if module is not None else (*node.args[1:], *node.kwargs.values())
+            if ends not in ((1,), (1, -1)):
+                raise ValueError(f"to_integer: {node.name!r} must flatten all axes but the first")
+        self._step(block, (source,), numbers, grid)
+
+
+def _pair(value: Any, dims: int) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * dims
+
+
+def _padding(module: Any, name: str) -> tuple[int, ...]:
+    """Zeros on both sides of every axis.
+
+    Raises:
+        ValueError: another kind of padding.
+    """
+    padding = module.padding
+    if padding == "valid":
+        padding = (0,) * len(module.kernel_size)
+    if padding == "same" and all(k % 2 for k in module.kernel_size):
+        padding = tuple(d * (k // 2) for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    if module.padding_mode != "zeros" or isinstance(padding, str):
+        raise ValueError(f"to_integer: {name!r} pads in a way that has no integer form here; pad with zeros, evenly")
+    return tuple(padding)
+
+
+def _affine(norm: Any) -> tuple[np.ndarray, np.ndarray]:
+    """BatchNorm in eval mode as `gain * x + shift`, in float64.
+
+    Raises:
+        ValueError: one without running statistics.
+    """
+    if norm.running_mean is None:
+        raise ValueError("to_integer: a BatchNorm without running statistics is no fixed function")
+    root = np.sqrt(norm.running_var.double().numpy() + norm.eps)
+    gain = (norm.weight.detach().double().numpy() if norm.affine else np.ones(len(root))) / root
+    shift = norm.bias.detach().double().numpy() if norm.affine else np.zeros(len(root))
+    return gain, shift - norm.running_mean.double().numpy() * gain
+
+
+def _fixed(ratio: np.ndarray, start: np.ndarray, name: str) -> dict[str, Any]:
+    """`ratio * acc + start`, rounded, as `(acc * multiplier + offset) >> shift`.
+
+    Multipliers have 31 bits, or fewer where the offset leaves no room for so large a shift; the shift is then at least
+    31, so that a sum of 31 bits is off by half a step at most (2^-10 of one for offsets below 2^20 steps).
+
+    Raises:
+        ValueError: numbers too large for that.
+    """
+    room = 61 - np.frexp(start)[1].astype(np.int64)
+    fraction, exponent = np.frexp(ratio)
+    shift = np.minimum(31 - exponent.astype(np.int64), room)
+    multiplier = np.rint(np.ldexp(fraction, exponent + shift)).astype(np.int64)
+    full = np.abs(multiplier) == 2**31
+    multiplier, shift = np.where(full, multiplier // 2, multiplier), np.where(full, shift - 1, shift)
+    if (shift < 1).any() or (room < 31).any():
+        raise ValueError(
+            f"to_integer: {name!r} multiplies by {float(np.abs(ratio).max()):.3g} and adds "
+            f"{float(np.abs(start).max()):.3g} steps of its output, which leaves no room in 64 bits"
+        )
+    half = np.ones_like(shift) << (shift - 1)
+    return {
+        "multiplier": multiplier,
+        "shift": shift,
+        "offset": np.rint(np.ldexp(start.astype(np.float64), shift)).astype(np.int64) + half,
+    }
