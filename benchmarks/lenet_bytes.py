@@ -23,6 +23,7 @@ from benchmarks import recording
 from detent.data import Batches, load_images
 from detent.demo import LeNet5
 from detent.export import fold_dead_units
+from detent.pack import sizes
 from detent.report.record import summarise
 from papers.train import evaluate
 
@@ -69,7 +70,7 @@ def store(state: dict[str, torch.Tensor], levels: int, batches: Batches, folder:
         if not same:
             raise RuntimeError(f"{coding}: what was read differs from what was written")
         found["accuracy"] = evaluate(twin, batches)["accuracy"]
-    found["sizes"] = dt.pack.sizes(folder / "entropy.detent")
+    found["sizes"] = sizes(folder / "entropy.detent")
     return found
 
 

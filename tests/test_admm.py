@@ -452,7 +452,7 @@ def test_the_fisher_metric_keeps_what_the_loss_would_miss(mechanism: dt.Mechanis
     fed = [_fed(layer.weight, seed) for seed, layer in enumerate(layers)]  # type: ignore[arg-type]
     for step in range(6):
         for layer, gradients in zip(layers, fed, strict=True):
-            layer.weight.grad = torch.from_numpy(gradients[step].copy())  # type: ignore[union-attr]
+            layer.weight.grad = torch.from_numpy(gradients[step].copy())
         optimizer.step()
     # ADMM begins with its first step and its pull is 1e-3 of a weight; both see six gradients.
     h = np.stack([np.sqrt(sum(0.01 * 0.99 ** (5 - i) * g[i] ** 2 for i in range(6))) for g in fed])

@@ -360,11 +360,12 @@ def test_batchnorm_gains_of_zero_and_almost_zero() -> None:
 
 
 def test_a_network_whose_last_layer_sees_almost_nothing() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    first, last = nn.Linear(2, 2), nn.Linear(2, 2)
+    model = nn.Sequential(first, nn.ReLU(), last)
     with torch.no_grad():
-        model[0].weight.mul_(1e-9)
-        model[0].bias.zero_()
-        model[2].bias.copy_(torch.tensor([0.7, -0.2]))
+        first.weight.mul_(1e-9)
+        first.bias.zero_()
+        last.bias.copy_(torch.tensor([0.7, -0.2]))
     run = compressed(model)
     x = torch.randn(16, 2)
     found = to_integer(run, [x])

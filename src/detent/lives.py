@@ -212,7 +212,7 @@ class Entry:
         return sharding.whole(self.param if latent is None else sharding.as_sharded(latent, self.param))
 
     def pulled_whole(self) -> Tensor:
-        """The whole tensor that the pull is fitted to: the hidden one, a mechanism's offset on top, and its weighing."""
+        """The whole tensor that the pull is fitted to: the hidden one, with a mechanism's offset and its weighing."""
         key = self.rule.mechanism.offset if self.rule.mechanism else None
         hidden = self.hidden_whole()
         if key is not None and key in self.state:
