@@ -349,6 +349,25 @@ def squeezenet(record: dict[str, Any]) -> str:
     return text + "\nBytes of each weight, its codes and its levels coded by themselves.\n\n" + markdown(head, each)
 
 
+@simple("lenet_bytes")
+def lenet_bytes(record: dict[str, Any]) -> str:
+    """Every seed's file."""
+    rows = [
+        [
+            str(row["seed"]),
+            f"{row['trained']:.2f}",
+            f"{row['accuracy']:.2f}",
+            f"{sum(row['survivors_folded'].values()):,}",
+            f"{row['bytes_bitpacked']:,}",
+            f"{row['bytes_entropy']:,}",
+            f"{4 * 430_500 / row['bytes_entropy']:.0f}x",
+        ]
+        for row in record["results"]["rows"]
+    ]
+    head = ["seed", "trained (%)", "from the file (%)", "weights", "bytes, bitpacked", "bytes, coded", "of float32"]
+    return markdown(head, rows)
+
+
 @simple("layer_bytes")
 def layer_bytes(record: dict[str, Any]) -> str:
     """One layer by whom it was written."""

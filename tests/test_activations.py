@@ -301,6 +301,16 @@ def test_products_of_matrices_run_in_integers(tmp_path: Path) -> None:
         to_onnx(run, tmp_path / "m.onnx", x, activations=Activations(), calibration=[()])
 
 
+def test_a_claimed_bias_becomes_an_int32_too(tmp_path: Path) -> None:
+    model, batches = net()
+    rules = [dt.Rule(match=r"fc\.bias$", include="bias", target=dt.Round()), *on(dt.Uniform(bits=8)).rules]
+    run = dt.compress(model, dt.Recipe(rules))
+    report = to_onnx(run, tmp_path / "m.onnx", batches[0], activations=Activations(), calibration=batches)
+    assert not FLOAT_LAYERS & report.kernels.keys()
+    rows = {row.name: row.form for row in report.tensors}
+    assert rows["fc.bias"] == "INT32" and rows["conv1.weight and BatchNorm (bias)"] == "INT32"
+
+
 def test_with_nothing_to_round_it_refuses(tmp_path: Path) -> None:
     run = dt.compress(nn.Linear(8, 8), dt.Recipe([dt.Rule(match="weight", target=dt.TopK(keep=0.5))]))
     x = torch.randn(2, 8)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import detent as dt
 from detent.export import Activations, to_onnx
-from detent.export.forms import Grid, Plain, Table, form_of, index_parts
+from detent.export.forms import Grid, Half, Plain, Table, form_of, index_parts
 from detent.export.onnx import kernels_of
 
 # Older ones cannot read INT2, which half of the tests are about.
@@ -128,6 +128,7 @@ def test_a_form_decodes_to_the_projection(name: str, layout: dt.Layout) -> None:
     form = form_of(item)
     assert torch.equal(form.decode(), target.project(w, params))
     assert isinstance(form, Plain) == (target.leaves_free and not isinstance(target, dt.SparseLevels))
+    assert isinstance(form, Half) <= isinstance(target, dt.Round)
     if isinstance(form, Grid | Table):
         factor = torch.randn(layout.channels)
         by_channel = layout.by_channel(form.times(factor).decode())
@@ -169,6 +170,8 @@ MATRIX = {
         sparse=dt.Structured(group="filter", keep=0.5), survivors=dt.LearnedLevels(k=4)
     ),
     "zero": dt.Zero(),
+    "round-half": dt.Round(),
+    "round-brain": dt.Round(dtype="bfloat16"),
     "topk": dt.TopK(keep=0.5),
 }
 
@@ -315,19 +318,21 @@ def test_biases_and_norms_can_be_claimed_and_the_rest_stays(tmp_path: Path) -> N
         dt.Rule(match=r"^gemm\.bias$", include=r"bias$", target=dt.Uniform(bits=4)),
         dt.Rule(match=r"^norm\.weight$", include=r"weight$", target=dt.Uniform(bits=8, granularity="channel")),
         dt.Rule(match=r"^grouped\.bias$", include=r"bias$", target=dt.LearnedLevels(k=3)),
+        dt.Rule(match=r"^norm\.bias$", include=r"bias$", target=dt.Round()),
         dt.Rule(match=r"^up\.bias$", include=r"bias$", target=dt.Uniform(bits=4, granularity=dt.Group(size=4))),
     ]
     run = dt.compress(model, dt.Recipe(rules))
     report = to_onnx(run, tmp_path / "m.onnx", inputs)
     rows = {row.name: row for row in report.tensors}
-    forms = {name: rows[name].form for name in ("gemm.bias", "norm.weight", "grouped.bias", "up.bias", "conv.weight")}
-    assert forms == {
+    wanted = {
         "gemm.bias": "INT4",
         "norm.weight": "INT8",
+        "norm.bias": "FLOAT16",
         "grouped.bias": "table UINT2",
         "up.bias": "INT4",
         "conv.weight": "float",
     }
+    assert {name: rows[name].form for name in wanted} == wanted
     held = initializers(tmp_path / "m.onnx")
     assert np.array_equal(onnx.numpy_helper.to_array(held["conv.weight"]), model.conv.weight.detach().numpy())
     # Only what the graph uses; exactly the parameters and statistics of the model.
@@ -366,7 +371,7 @@ def test_a_target_from_elsewhere_becomes_a_table_or_says_why_not(tmp_path: Path)
             return torch.tensor(self.step / 4)
 
     model = nn.Sequential(nn.Linear(64, 64))
-    for step, form in ((0.05, "table UINT4"), (1e-6, "float")):
+    for step, form in ((0.05, "table UINT4"), (2.0**-13, "FLOAT16"), (1e-6, "float")):
         run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=Tenths(step=step))]))
         report = to_onnx(run, tmp_path / "m.onnx", torch.randn(2, 64))
         assert report.tensors[0].form == form

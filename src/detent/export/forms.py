@@ -16,7 +16,7 @@ from detent.targets.composite import _CODES
 from detent.targets.levels import _Listed, _Scaled
 from detent.targets.sparse import Sparse
 
-__all__ = ["Codewords", "Form", "Grid", "Plain", "Table", "form_of", "index_parts"]
+__all__ = ["Codewords", "Form", "Grid", "Half", "Plain", "Table", "form_of", "index_parts"]
 
 _WIDTHS = (2, 4, 8)  # bits of the integers that a graph can hold packed
 _MOST_VALUES = 256  # distinct values up to which a tensor of an unknown target is worth a table
@@ -189,7 +189,27 @@ class Plain:
         return self.value.numel() * self.value.element_size()
 
 
-Form: TypeAlias = Grid | Table | Codewords | Plain
+@dataclass(frozen=True, kw_only=True)
+class Half:
+    """Numbers of a 16-bit float.
+
+    Args:
+        value: float16 or bfloat16, in the shape of the weight.
+    """
+
+    value: Tensor
+
+    def decode(self) -> Tensor:
+        """The weight."""
+        return self.value.float()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers."""
+        return 2 * self.value.numel()
+
+
+Form: TypeAlias = Grid | Table | Codewords | Half | Plain
 
 
 def form_of(item: Encoded) -> Form:
@@ -307,10 +327,14 @@ def _codewords(target: _Codebook, params: Params, codes: Codes) -> Codewords:
 
 
 def _listed_values(target: Target, params: Params, value: Tensor) -> Form:
-    """A tensor of a target that is not ours: a table of its distinct values if they are few."""
+    """A tensor whose target says nothing of its form: its distinct values if they are few, or 16-bit floats."""
     distinct, places = torch.unique(value, return_inverse=True)
-    if len(distinct) > _MOST_VALUES:
-        reason = f"{type(target).__name__} has {len(distinct)} distinct values here, and no form that a graph knows"
-        return Plain(value=value, reason=reason)
-    layout = replace(params.layout, shape=tuple(value.shape))
-    return Table(codes=places.to(torch.int32), levels=distinct[None], granularity=PerTensor(), layout=layout)
+    reason = f"{type(target).__name__} has {len(distinct)} distinct values here, and no form that a graph knows"
+    found: list[Form] = [Plain(value=value, reason=reason)]
+    if len(distinct) <= _MOST_VALUES:
+        layout = replace(params.layout, shape=tuple(value.shape))
+        codes = places.to(torch.int32)
+        found.append(Table(codes=codes, levels=distinct[None], granularity=PerTensor(), layout=layout))
+    stores = (torch.float16, torch.bfloat16)
+    found += [Half(value=value.to(store)) for store in stores if torch.equal(value.to(store).float(), value)]
+    return min(found, key=lambda form: form.nbytes)

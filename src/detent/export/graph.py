@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from detent.export.forms import Codewords, Form, Grid, Plain, Table
+from detent.export.forms import Codewords, Form, Grid, Half, Plain, Table
 from detent.grouping import Channel, Group, Layout
 from detent.lives import Encoded
 from detent.recipe import canonical_name, short
@@ -201,6 +201,8 @@ class Graph:
         """
         for name, value in list(self.weights.items()):
             form = self.forms.get(name)
+            if form is not None and integer and _is_bias(value):
+                form = Plain(value=form.decode(), reason="a bias beside integers, which needs more bits than its codes")
             if form is None or isinstance(form, Plain):
                 self._note_float(name, value, form)
                 continue
@@ -248,6 +250,8 @@ class Graph:
                 # A product right behind DequantizeLinear becomes MatMulNBits, which rounds activations to 8 bits. Of a
                 # Gemm that is true where its weight is not transposed, and may become true elsewhere.
                 fresh = self._reshaped(fresh, form.layout.shape, f"{kept}:as_is")
+        elif isinstance(form, Half):
+            fresh = self.node("Cast", [self.constant(f"{kept}.half", _half(form.value))], kept, to=_data_type("FLOAT"))
         elif isinstance(form, Table):
             fresh = self._table(kept, form)
         else:
@@ -454,7 +458,7 @@ class Graph:
         form = self.forms.get(name)
         if isinstance(form, Codewords) and form.scale is None:
             return False
-        if form is not None and not isinstance(form, Plain):
+        if isinstance(form, Grid | Table | Codewords):
             self.forms[name] = form.times(factor)
             return True
         layout = self._layout(name, layer, weight)
@@ -464,8 +468,9 @@ class Graph:
         self._drop(weight)
         kept, weight.name = weight.name, f"{weight.name}:before"
         fresh = self.constant(str(kept), value.numpy())
-        if isinstance(form, Plain):
-            self.forms[name] = replace(form, value=value)
+        if form is not None:
+            reason = form.reason if isinstance(form, Plain) else "16-bit floats times a factor are none any more"
+            self.forms[name] = Plain(value=value, reason=reason)
         layer.replace_input_with(1, fresh)
         self.weights[name] = fresh
         return True
@@ -548,6 +553,20 @@ def _reaches_product(value: ir.Value) -> bool:
     return bool(kinds & {"MatMul", "Gemm"}) or any(_reaches_product(other) for other in turned)
 
 
+def _half(value: Tensor) -> np.ndarray:
+    """16-bit floats as NumPy holds them."""
+    import ml_dtypes
+
+    bits = value.contiguous().view(torch.int16).numpy()
+    return bits.view(np.float16 if value.dtype == torch.float16 else ml_dtypes.bfloat16)
+
+
+def _is_bias(value: ir.Value) -> bool:
+    """Whether all that a tensor does is to be the bias of layers that have integer kernels."""
+    users = list(value.uses())
+    return bool(users) and all(use.node.op_type in ("Conv", "Gemm") and use.idx == 2 for use in users)
+
+
 def _has_blocks(form: Form) -> bool:
     """Whether an output channel has several scales."""
     return isinstance(form, Grid) and form.scale.numel() > form.layout.channels
@@ -559,6 +578,8 @@ def _word(form: Form) -> str:
         return f"INT{form.bits}"
     if isinstance(form, Plain):
         return "float"
+    if isinstance(form, Half):
+        return str(form.value.dtype).removeprefix("torch.").upper()
     parts = "+".join(f"UINT{part}" for part in form.parts)
     return f"{'table' if isinstance(form, Table) else 'codewords'} {parts}"
 
