@@ -185,6 +185,8 @@ LONG_PAIRS: list[tuple[str, str]] = [
     ("uniform-2", "admm-balanced"),
     ("uniform-4-channel-half", "admm-decoupled"),
     ("topk-most", "masked"),
+    ("topk-model", "admm-fisher"),
+    ("topk-five", "masked-fisher"),
     ("uniform-4-group", "freeze"),
     ("uniform-4", "penalty"),
     ("topk-model", "proximal"),

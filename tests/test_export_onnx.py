@@ -551,7 +551,7 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
         ({"matmul": "fast"}, r"matmul='fast'"),
         ({"tolerance": 0.0}, r"tolerance=0.0"),
         ({"bits": 4, "recipe": run.plan.recipe}, "not both"),
-        ({"matmul": "nbits", "activations": Activations(), "calibration": [x]}, "one way to round"),
+        ({"matmul": "nbits", "activations": Activations(), "calibration": [x]}, "its own way; choose one"),
     ]:
         with pytest.raises(ValueError, match=text):
             to_onnx(run, tmp_path / "m.onnx", x, **wrong)

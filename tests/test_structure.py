@@ -310,6 +310,7 @@ _DISTRIBUTION = {
     "sklearn": "scikit-learn",
     "PIL": "pillow",
     "compressed_tensors": "compressed-tensors",
+    "onnx_ir": "onnx-ir",
 }
 
 

@@ -31,8 +31,8 @@ def index_parts(values: int, count: int) -> tuple[int, ...]:
     """Widths, from the lowest bits up, of the packed integers that hold `count` indices below `values`.
 
     Example:
-        >>> index_parts(512, 100_000), index_parts(512, 10), index_parts(16, 10)
-        ((8, 2), (8, 8), (4,))
+        >>> index_parts(512, 10), index_parts(32, 100_000), index_parts(32, 10)
+        ((8, 2), (4, 2), (8,))
     """
     bits = max((values - 1).bit_length(), 1)
     parts = _PARTS[bits]

@@ -528,9 +528,15 @@ def _as_tensors(
             tensor = tensor_of(values, DTYPES[stream.kind], (values.size,))
             found.append(Stream(name=stream.name, values=tensor, width=8 * tensor.dtype.itemsize))
         else:
-            tensor = torch.from_numpy(values if values.dtype == np.uint8 else values.astype(np.int32))
+            # A view of a mapped file cannot be written to, which torch warns of.
+            narrow = values.dtype == np.uint8
+            tensor = torch.from_numpy(values if narrow and values.flags.writeable else _own(values, narrow))
             found.append(Stream(name=stream.name, values=tensor, width=stream.kind))
     return numbers, tuple(found)
+
+
+def _own(values: np.ndarray, narrow: bool) -> np.ndarray:
+    return values.astype(np.uint8 if narrow else np.int32)
 
 
 def unpack(
