@@ -159,7 +159,7 @@ JOBS: dict[str, Job] = {
     ),
     "binary": Job(question="Does one bit in all layers cost accuracy against the dense network?", recipe=binary),
     "file": Job(
-        question="Prune 200x by ADMM, then 16 shared values a layer: what a file of 2,730 bytes may hold",
+        question="How good is 200x by ADMM, then 16 shared values a layer, which a file of 2.9 kB holds?",
         recipe=small_file,
         rate=200,
         epochs=20,
