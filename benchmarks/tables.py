@@ -411,7 +411,8 @@ def fuzz(record: dict[str, Any]) -> str:
     rows = [[kind, *(f"{found.get(what, 0):,}" for what in columns)] for kind, found in outcomes.items()]
     whole, trials = killed["whole_file"].get("old or new file", 0), killed["trials"]
     slowest, grown = 1e3 * results["slowest_cpu_seconds"], results["most_grown_bytes"] / 1e6
-    text = f"{results['files']:,} mutated files; the slowest took {slowest:.0f} ms of CPU time, and memory grew by at "
+    changed = results["files"] - sum(found.get("unchanged", 0) for found in outcomes.values())
+    text = f"{changed:,} mutated files; the slowest took {slowest:.0f} ms of CPU time, and memory grew by at "
     text += f"most {grown:.0f} MB in a process of many thousand.\n\n"
     text += markdown(["damage", *columns], rows)
     text += f"\nKill -9 at random moments of {trials} saves: the name stood for the whole old or the whole new file "
