@@ -503,7 +503,7 @@ class Odd(nn.Module):
     [
         (("absent.safetensors",), "absent.safetensors"),
         (("NET", "-r", "uniform-w5"), "did you mean"),
-        (("NET", "-r", "admm-prune-10x"), "has stages"),
+        (("NET", "-r", "admm-prune-10x"), "stages follow one another"),
         (("NET", "--life", "full"), 'must be "both" or "compressed"'),
         (("NET", "--coding", "zip"), "coding='zip'"),
         (("NET", "-o", "NET"), "is the state dict itself"),

@@ -283,6 +283,19 @@ def test_a_run_with_latents_in_mid_training(tmp_path: Path) -> None:
     optimizer.step()  # saving has written no weight: the run goes on
 
 
+def test_what_was_not_trained_does_not_say_that_it_was_pulled(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    recipe = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=2), mechanism=dt.PSG())])
+    dt.save(dt.compress(model, recipe), tmp_path / "compressed")
+    run = dt.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), recipe, total_steps=10)
+    dt.save(run, tmp_path / "trained")
+    dt.save(run, tmp_path / "another", recipe=dt.Recipe.preset("psg-w4"))
+    pulls = {
+        name: pack.read_header(tmp_path / name).plan[0]["mechanism"] for name in ("compressed", "trained", "another")
+    }
+    assert pulls == {"compressed": "", "trained": "PSG()", "another": ""}
+
+
 def test_wrappers_do_not_matter(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     recipe = dt.Recipe([dt.Rule(match="^0.weight", target=dt.Uniform(bits=2))])

@@ -8,7 +8,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from detent.data import Batches, ImageSet, digits, load_images
 from detent.export import to_onnx
 from detent.export.hf import to_compressed_tensors
-from detent.lives import Encoded
+from detent.lives import Encoded, refuse_stages
 from detent.pack import Writer, load, sizes
 from detent.recipe import Plan, Recipe, short
 from detent.report import Export, History, Report, collect_file, run_of_file
@@ -135,20 +135,6 @@ def unused_mechanisms(recipe: Recipe) -> str:
     return f"No training took place: {', '.join(names)} of the recipe did nothing." if names else ""
 
 
-def untrained(recipe: Recipe) -> Recipe:
-    """The recipe without mechanisms: a file must not say that a training took place.
-
-    Raises:
-        ValueError: a recipe with stages, which only a training has.
-    """
-    if recipe.stages:
-        raise ValueError(
-            "this recipe has stages, which follow one another in a training; take the rules of one of them"
-        )
-    rules = [replace(rule, mechanism=None, fit_until=None, fit_every=None) for rule in recipe.rules]
-    return Recipe(rules)
-
-
 # --- a state dict without training --------------------------------------------------------------------------------
 
 
@@ -177,7 +163,8 @@ def compress_weights(
     if file.resolve() == source.resolve():
         raise ValueError(f"--out {file}: is the state dict itself; give another name")
     net = skeleton(source) if model is None else model_of(model)
-    plan = untrained(recipe).resolve(net)
+    refuse_stages(recipe, "compress")
+    plan = recipe.without_mechanisms().resolve(net)
     said: dict[str, Any] = {"data": "none", "epochs": 0, "calibration": "none"}
     said["made by"] = f"detent compress {source.name}"
     if model is None:

@@ -151,7 +151,8 @@ def compress(model: nn.Module, recipe: Recipe) -> Run:
         True
     """
     lives.refuse_stages(recipe, "compress")
-    run = Run(model, recipe.resolve(model), [], None, "raise")
+    # A file of this run must not say that weights were pulled.
+    run = Run(model, recipe.without_mechanisms().resolve(model), [], None, "raise")
     fit_target(run._entries)
     run._adopt()
     return run

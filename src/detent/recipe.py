@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -249,6 +249,16 @@ class Recipe:
         """The indices in `rules` that belong to each stage."""
         counts = [len(stage.rules) for stage in self.stages] or [len(self.rules)]
         return [range(sum(counts[:i]), sum(counts[: i + 1])) for i in range(len(counts))]
+
+    def without_mechanisms(self) -> Recipe:
+        """The same targets with nothing that pulls: what a model that is not trained is compressed by.
+
+        Example:
+            >>> Recipe.preset("psg-w4").without_mechanisms().rules[-1].mechanism is None
+            True
+        """
+        assert not self.stages, "stages are parts of a training"
+        return Recipe([replace(rule, mechanism=None, fit_until=None, fit_every=None) for rule in self.rules])
 
     @staticmethod
     def preset(name: str) -> Recipe:

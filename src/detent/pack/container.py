@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from detent.pack.header import (
     CODE_OF,
     DTYPES,
     NARROWER,
+    Blob,
     Code,
     CodedForm,
     Columns,
@@ -451,18 +453,26 @@ class Reader:
 
     def value(self, row: Row, life: Literal["full", "compressed"], view: bool = False) -> Tensor:
         """A tensor of the header; as a view of the file, if wished and if it stands there as it is."""
-        index = row.compressed if life == "compressed" else row.full
-        assert index is not None
-        blob = self._head.blobs[index]
+        index, blob = self._blob(row, life)
         if row.code is not None and not blob.bare:
             return self._decode(blob.owner, row, row.code)
         kind = DTYPES[str(blob.specs[0].kind)]
         if not blob.bare:
             return tensor_of(self.pieces(index)[0], kind, row.shape).to(DTYPES[row.dtype])
         data = np.frombuffer(self._opened.blob(index), dtype=np.uint8)
-        if view and kind == DTYPES[row.dtype] and data.size:
+        if view and self.is_there(row, life):
             return torch.from_numpy(np.asarray(_Unlocked(data))).view(kind).reshape(row.shape)
         return tensor_of(data, kind, row.shape).to(DTYPES[row.dtype])
+
+    def is_there(self, row: Row, life: Literal["full", "compressed"]) -> bool:
+        """Whether the file holds the tensor as it is, so that `value` can be a view of it."""
+        _, blob = self._blob(row, life)
+        return blob.bare and math.prod(row.shape) > 0 and DTYPES[str(blob.specs[0].kind)] == DTYPES[row.dtype]
+
+    def _blob(self, row: Row, life: Literal["full", "compressed"]) -> tuple[int, Blob]:
+        index = row.compressed if life == "compressed" else row.full
+        assert index is not None
+        return index, self._head.blobs[index]
 
     def pieces(self, index: int) -> list[np.ndarray]:
         """What a blob that is not bare holds.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from detent.engine import Run
 from detent.pack.atomic import destination
 from detent.pack.coding import Coding, Spec
 from detent.pack.container import Reader, Writer, check_form, unfit
-from detent.pack.header import BUFFER, DTYPES, Head, Header, Life
+from detent.pack.header import BUFFER, DTYPES, Head, Header, Life, Row
 from detent.recipe import Recipe, canonical_name, short
 
 __all__ = ["load", "read_header", "save", "sizes"]
@@ -136,7 +137,7 @@ def _tensors(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every tensor of a run as `Writer.add` wants it, one at a time; a collective under sharding."""
     encoders = run.encoders(bits=bits, recipe=recipe)
-    plan = run.standing if recipe is None else recipe.resolve(run.model)
+    plan = run.standing if recipe is None else recipe.without_mechanisms().resolve(run.model)
     second = run.statistics(bits=bits, recipe=recipe) or {}
     claims = {claim.name: claim for claim in plan.claims}
     for name, tensor in held.tensors.items():
@@ -236,7 +237,12 @@ def load(path: str | os.PathLike[str], model: nn.Module, life: Literal["full", "
         file.check_life(life)
         held = _held(model)
         sources = _match(path, held, file._head)
-        values = {name: file.value(file._head.rows[name], life, view=True) for name in dict.fromkeys(sources.values())}
+        rows = {name: file._head.rows[name] for name in dict.fromkeys(sources.values())}
+        room = _room([row for row in rows.values() if not file.is_there(row, life)])
+        values = {}
+        for name, row in rows.items():
+            value = file.value(row, life, view=True)
+            values[name] = value if file.is_there(row, life) else next(room).copy_(value)
         sharding.reshard(model)
         copies = []
         for name, tensor in held.tensors.items():
@@ -247,6 +253,19 @@ def load(path: str | os.PathLike[str], model: nn.Module, life: Literal["full", "
                 place.copy_(value)
         sharding.reshard(model)
         return file.header
+
+
+def _room(rows: Sequence[Row]) -> Iterator[Tensor]:
+    """Empty tensors for these rows, in one piece of memory.
+
+    Taken one by one they would end up between a decoder's working memory and keep that from being given back: up to
+    twice the model.
+    """
+    sizes = [DTYPES[row.dtype].itemsize * math.prod(row.shape) for row in rows]
+    starts = [0, *itertools.accumulate(-(-size // 64) * 64 for size in sizes)]
+    whole = torch.empty(starts[-1], dtype=torch.uint8)
+    for row, start, size in zip(rows, starts, sizes, strict=False):
+        yield whole[start : start + size].view(DTYPES[row.dtype]).reshape(row.shape)
 
 
 def _match(path: str | os.PathLike[str], held: _Held, head: Head) -> dict[str, str]:

@@ -193,7 +193,7 @@ class SparseLevels(Target):
 
     def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
         mask = self.sparse.unpattern(codes, params).reshape(-1)
-        count = int(mask.sum())
+        count = int(torch.count_nonzero(mask))
         whole = []
         for stream in codes.streams:
             if not stream.name.startswith(_CODES):
@@ -202,7 +202,7 @@ class SparseLevels(Target):
             values[mask] = stream.values[:count]
             whole.append(Stream(name=stream.name.removeprefix(_CODES), values=values, width=stream.width))
         q = self.survivors.decode(Codes(streams=tuple(whole)), params, dtype)
-        return torch.where(mask.reshape(q.shape), q, torch.zeros_like(q))
+        return torch.where(mask.reshape(q.shape), q, 0.0)
 
     def bits_on_disk(self, params: Params) -> int:
         pattern, levels = _pattern_of(params), _levels_of(params)

@@ -58,7 +58,7 @@ class Sparse(Target):
     def _numbers(self, w: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Bits of a weight, and the typical distance of those that must go: any positive number if none must."""
         size = w.detach().abs().to(compute_dtype(w.dtype))
-        losers = size.numel() - int(mask.sum())
+        losers = size.numel() - int(torch.count_nonzero(mask))
         total = size.sum(dtype=torch.float64) - size[mask].sum(dtype=torch.float64)
         mean = (total / max(losers, 1)).float()
         return {
@@ -83,7 +83,7 @@ class Sparse(Target):
         values = codes["values"]
         mask = self.unpattern(codes, params).reshape(-1)
         whole = torch.zeros(params.layout.numel, dtype=dtype, device=values.device)
-        whole[mask] = values[: int(mask.sum())].to(dtype)
+        whole[mask] = values[: int(torch.count_nonzero(mask))].to(dtype)
         return whole.reshape(params.layout.shape)
 
     def bits_on_disk(self, params: Params) -> int:
@@ -487,7 +487,7 @@ def _largest(gain: Tensor, count: int) -> Tensor:
     threshold = flat.kthvalue(flat.numel() - count + 1).values
     mask = flat > threshold
     ties = (flat == threshold).nonzero().reshape(-1)
-    mask[ties[: count - int(mask.sum())]] = True
+    mask[ties[: count - int(torch.count_nonzero(mask))]] = True
     return mask.reshape(gain.shape)
 
 
