@@ -67,6 +67,7 @@ class DataConfig(Strict):
     crop: int = Field(default=0, ge=0, description="pixels of padding before a random crop")
     padding: Literal["reflect", "zero"] = "reflect"
     flip: bool = False
+    warp: tuple[float, float, float] | None = Field(default=None, description="degrees, scale, pixels; see Batches")
     mean: list[float] | None = None
     std: list[float] | None = None
     cache: str | None = Field(default=None, description="folder for decoded splits")
@@ -79,7 +80,7 @@ class DataConfig(Strict):
     def _streams_alone(self) -> DataConfig:
         if self.stream is not None:
             mine = {"name": "digits"} if self.name == "digits" else {}
-            mine |= {k: v for k in ("holdout", "crop", "flip", "grey", "cache") if (v := getattr(self, k))}
+            mine |= {k: v for k in ("holdout", "crop", "flip", "warp", "grey", "cache") if (v := getattr(self, k))}
             if mine:
                 raise ValueError(f"data.stream={self.stream}: goes with images in Parquet files and without {mine}")
         return self
@@ -440,6 +441,7 @@ class Trainer:
             crop=data.crop,
             padding=data.padding,
             flip=data.flip,
+            warp=data.warp,
             seed=self.seed,
             drop_last=True,
             channels_last=experiment.channels_last,

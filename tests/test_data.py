@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scipy.ndimage
 import torch
 from PIL import Image
 
 from detent import data
-from detent.data import Batches, ImageSet, count_images, digits, load_images, split_holdout, stream_images
+from detent.data import Batches, ImageSet, _warped, count_images, digits, load_images, split_holdout, stream_images
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -278,6 +279,41 @@ def test_skip_continues_the_epoch_exactly() -> None:
         batches.set_epoch(0, skip=8)
 
 
+def test_warped_images_are_affine_maps_of_their_own() -> None:
+    images, degrees, scale, pixels = torch.from_numpy(np.stack(noise(5, (2, 9, 14)))).float(), 25.0, 0.2, 3.0
+    out = _warped(images, (degrees, scale, pixels), torch.Generator().manual_seed(4))
+    drawn = torch.rand(6, 5, generator=torch.Generator().manual_seed(4)).double().numpy() * 2 - 1
+    centre = np.array([4.0, 6.5])
+    for i, image in enumerate(images.double().numpy()):
+        turn, shear = np.radians(degrees) * drawn[:2, i]
+        tall, wide = 1 + scale * drawn[2:4, i]
+        # Rows first, as scipy counts: where in the input an output's place comes from.
+        matrix = np.array([[tall * np.cos(turn + shear), np.sin(turn)], [-np.sin(turn + shear), wide * np.cos(turn)]])
+        offset = centre - matrix @ centre + pixels * drawn[4:, i]
+        for channel in range(2):
+            expected = scipy.ndimage.affine_transform(
+                image[channel],
+                matrix,
+                offset,  # pyright: ignore[reportArgumentType]
+                order=1,
+                mode="grid-constant",
+            )
+            assert np.abs(out[i, channel].numpy() - expected).max() < 0.02  # of 255
+
+
+def test_a_warp_is_drawn_by_seed_epoch_and_batch_and_may_be_nothing() -> None:
+    images, rows = counted(40)
+    plain = torch.cat([x for x, _ in Batches(images, rows, 6, True, seed=3)])
+    still = torch.cat([x for x, _ in Batches(images, rows, 6, True, seed=3, warp=(0, 0, 0))])
+    assert torch.allclose(plain, still, atol=1e-4)
+    batches = Batches(images, rows, 6, True, seed=3, warp=(10, 0.1, 1))
+    first, again = list(batches), list(batches)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, again, strict=True))
+    assert not torch.allclose(torch.cat([x for x, _ in first]), plain, atol=1e-2)
+    batches.set_epoch(0, skip=4)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(batches, first[4:], strict=True))
+
+
 def test_normalisation_and_memory_format() -> None:
     images, rows = counted(4)
     mean, std = [0.1, 0.5, 0.9], [0.2, 0.3, 0.4]
@@ -297,6 +333,8 @@ def test_normalisation_and_memory_format() -> None:
         ({"mean": [0.1, 0.2]}, "mean"),
         ({"std": [0.0]}, "std"),
         ({"padding": "edge"}, "padding"),
+        ({"warp": (0, 1.0, 0)}, "warp"),
+        ({"warp": (181, 0.5, 0)}, "warp"),
         ({"batch_size": 9, "drop_last": True}, "drop_last"),
     ],
 )

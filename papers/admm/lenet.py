@@ -36,6 +36,9 @@ PUBLISHED = {"conv1": 100, "conv2": 2_000, "fc1": 3_600, "fc2": 350}  # 80 / 92 
 UNTIL = 0.5  # the part of a stage that ADMM takes; masked retraining has the rest
 PERIODS = 5  # updates of z and u in that part
 RETRAIN = 2.0  # times the rate of ADMM: the few weights that are left want larger steps
+# Degrees, scale and pixels. Without it the few weights that are left overfit: 99.7 % of the training images in 15 epochs
+# against 98.9 % of 5,000 held-out ones at 246x; with it 99.0 and 99.0 in 30 epochs (10,000 held out, one seed).
+WARP = (8.0, 0.08, 1.0)
 FOLDER = Path(__file__).resolve().parent
 
 
@@ -52,7 +55,7 @@ class Job:
 
     question: str
     recipe: Callable[[], dt.Recipe] | None
-    epochs: int = 30
+    epochs: int = 40
     rate: float | None = None
 
 
@@ -94,7 +97,7 @@ def pruning(rates: Sequence[float], mechanism: dt.Mechanism, share: float = 1.0)
     return stages
 
 
-def small_file(rate: float = 200, levels: int = 16) -> dt.Recipe:
+def small_file(rate: float = 200, levels: int = 8) -> dt.Recipe:
     """Progressive ADMM to a rate, then the survivors share a few values, which learn: for benchmarks/lenet_bytes.py.
 
     An evenly spaced grid of 3 bits under straight-through cost 0.9 points of training accuracy here.
@@ -151,7 +154,7 @@ def progressive_yaml() -> dt.Recipe:
 
 
 JOBS: dict[str, Job] = {
-    "dense": Job(question="How good is the dense network that everything starts from?", recipe=None, epochs=12),
+    "dense": Job(question="How good is the dense network that everything starts from?", recipe=None, epochs=20),
     "published71": Job(
         question="Does progressive ADMM hold 99.2 % at the published per-layer ratios (71.2x)?",
         recipe=lambda: prune_published(admm()),
@@ -159,10 +162,10 @@ JOBS: dict[str, Job] = {
     ),
     "binary": Job(question="Does one bit in all layers cost accuracy against the dense network?", recipe=binary),
     "file": Job(
-        question="How good is 200x by ADMM, then 16 shared values a layer, which a file of 2.9 kB holds?",
+        question="How good is 200x by ADMM, then 8 shared values a layer, which a file of 2.7 kB holds?",
         recipe=small_file,
         rate=200,
-        epochs=20,
+        epochs=60,
     ),
     "prune246-w3": Job(
         question="Prune 71x, then 246x, then 3 bits on the survivors, ends last: one YAML file",
@@ -273,6 +276,7 @@ def experiment(name: str, job: Job, seed: int, options: Options) -> Experiment:
                 "name": "data/mnist",
                 "holdout": options.holdout,
                 "holdout_seed": seed,
+                "warp": options.warp,
                 "mean": [0.1307],
                 "std": [0.3081],
                 "cache": str(options.out / "cache"),
@@ -283,6 +287,7 @@ def experiment(name: str, job: Job, seed: int, options: Options) -> Experiment:
             "batch_size": options.batch,
             "epochs": options.epochs or job.epochs,
             "device": "cpu",
+            "channels_last": True,
             "threads": options.threads,
             "seeds": [seed],
             "evaluate": {"bits": [], "calibrate": 0, "every": 1 if options.holdout else 0},
@@ -302,6 +307,7 @@ class Options:
     lr: float = 2e-3
     decay: float = 0.0
     batch: int = 128
+    warp: tuple[float, float, float] | None = WARP
     threads: int = 1
     subset: int | None = None
     max_steps: int | None = None
@@ -417,6 +423,7 @@ def main(
     holdout: Annotated[int, typer.Option(min=0, help="train images that are measured on instead")] = 0,
     lr: Annotated[float, typer.Option(help="base learning rate of Adam")] = 2e-3,
     batch: Annotated[int, typer.Option(min=1)] = 128,
+    warp: Annotated[tuple[float, float, float], typer.Option(help="degrees, scale and pixels; see Batches")] = WARP,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     subset: Annotated[int | None, typer.Option(min=64, help="train on this many images only")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="stop early, for trying things out")] = None,
@@ -440,6 +447,7 @@ def main(
         epochs=epochs,
         lr=lr,
         batch=batch,
+        warp=warp,
         threads=threads,
         subset=subset,
         max_steps=max_steps,

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -225,6 +227,10 @@ class Batches:
         crop: pixels of padding on each side before the random crop, 0 for no crop.
         padding: what the padding holds: mirrored pixels or raw 0 (black).
         flip: mirror each image left-right with probability 1/2.
+        warp: (degrees, scale, pixels): each image is turned by up to so many degrees (0 to 180), its axes sheared by up
+            to as many again, its height and width multiplied by 1 - scale to 1 + scale (scale in [0, 1)) and moved by
+            up to so many pixels, bilinearly and with black beyond its edges; all uniform and independent. After crop
+            and flip. None for no warp.
         seed: of order and augmentation.
         drop_last: leave out a last batch that is not full.
         dtype: floating dtype of the batches.
@@ -252,6 +258,7 @@ class Batches:
         crop: int = 0,
         padding: Literal["reflect", "zero"] = "reflect",
         flip: bool = False,
+        warp: tuple[float, float, float] | None = None,
         seed: int = 0,
         drop_last: bool = False,
         dtype: torch.dtype = torch.float32,
@@ -269,6 +276,13 @@ class Batches:
             raise ValueError(f"Batches(padding={padding!r}): need 'reflect' or 'zero'")
         if not 0 <= crop < min(height, width):
             raise ValueError(f"Batches(crop={crop}): need 0 <= crop < {min(height, width)}, the smaller image side")
+        degrees, scale, pixels = warp or (0.0, 0.0, 0.0)
+        if not (0 <= degrees <= 180 and 0 <= scale < 1 and 0 <= pixels < min(height, width)):
+            raise ValueError(
+                f"Batches(warp={warp}): need 0 to 180 degrees, a scale in [0, 1) and pixels in [0, "
+                f"{min(height, width)}), the smaller image side"
+            )
+        self.warp = warp
         self.images, self.labels, self.batch_size, self.shuffle = images, labels, batch_size, shuffle
         self.crop, self.padding, self.flip, self.seed, self.drop_last = crop, padding, flip, seed, drop_last
         self.dtype, self.channels_last = dtype, channels_last
@@ -303,7 +317,10 @@ class Batches:
         for batch in range(self._skip, len(self)):
             index = order[batch * self.batch_size : (batch + 1) * self.batch_size].to(device)
             x = self._augmented(index, epoch, batch) if self.crop or self.flip else self.images[index]
-            x = x.to(torch.float32).sub_(self._mean).div_(self._std).to(self.dtype)
+            x = x.to(torch.float32)
+            if self.warp is not None:
+                x = _warped(x, self.warp, _generator("warp", self.seed, epoch, batch))
+            x = x.sub_(self._mean).div_(self._std).to(self.dtype)
             if self.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
             yield x, self.labels[index]
@@ -328,6 +345,21 @@ class Batches:
             inside = (at_row == rows)[:, :, None] & (at_column == columns)[:, None, :]
             out = out * inside.to(device)[:, None]
         return out
+
+
+def _warped(x: Tensor, warp: tuple[float, float, float], generator: torch.Generator) -> Tensor:
+    """Each image (of raw pixels, so that 0 is black) through an affine map of its own."""
+    num, _, height, width = x.shape
+    degrees, scale, pixels = warp
+    turn, shear, tall, wide, down, right = torch.rand(6, num, generator=generator).mul_(2).sub_(1)
+    turn, shear = turn * math.radians(degrees), shear * math.radians(degrees)
+    tall, wide = 1 + scale * tall, 1 + scale * wide
+    # From places in the output to places in the input, in halves of its sides.
+    ratio = height / width
+    first = torch.stack([wide * turn.cos(), -(turn + shear).sin() * ratio, right * 2 * pixels / width], 1)
+    second = torch.stack([turn.sin() / ratio, tall * (turn + shear).cos(), down * 2 * pixels / height], 1)
+    grid = F.affine_grid(torch.stack([first, second], 1).to(x.device), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)
 
 
 def stream_images(
