@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
 import detent as dt
 from benchmarks import recording
-from detent.data import Batches, ImageSet, digits, load_images
+from benchmarks.training import digit_sets, fit
+from detent.data import Batches, ImageSet, load_images
 from detent.export import Activations, to_integer
 from detent.report.record import summarise
 from papers.models import SmallConvNet, load_checkpoint, resnet32
@@ -73,21 +73,11 @@ def recipe(bits: int) -> dt.Recipe:
 def on_digits(seed: int) -> list[dict[str, Any]]:
     """A small network trained here, every width and method."""
     torch.manual_seed(seed)
-    sets = digits("train"), digits("test")
-    pixels = sets[0].images.float() / 255
-    look: dict[str, Any] = {"mean": [float(pixels.mean())], "std": [float(pixels.std())]}
+    train, held, look = digit_sets()
     model = SmallConvNet()
-    batches = loader(sets[0], None, look, shuffle=True, seed=seed, drop_last=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * len(batches))
-    for epoch in range(EPOCHS):
-        batches.set_epoch(epoch)
-        for x, y in batches:
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-            schedule.step()
-    calibration, test = loader(sets[0], 512, look), loader(sets[1], None, look)
+    batches = loader(train, None, look, shuffle=True, seed=seed, drop_last=True)
+    fit(model, torch.optim.AdamW(model.parameters(), lr=RATE), batches, EPOCHS)
+    calibration, test = loader(train, 512, look), loader(held, None, look)
     full = right([(model.eval()(x), y) for x, y in test])
     rows = []
     for bits, inputs in WIDTHS:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
 import detent as dt
 from benchmarks import recording
-from detent.data import Batches, digits
+from benchmarks.training import digit_sets, fit
+from detent.data import Batches
 from detent.export import slim
 from detent.report.record import summarise
 from papers.models import SmallConvNet
@@ -64,28 +64,15 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
 
 def loaders(seed: int) -> tuple[Batches, Batches]:
     """Train and test batches of one seed."""
-    sets = digits("train"), digits("test")
-    pixels = sets[0].images.float() / 255
-    look: dict[str, Any] = {"mean": [float(pixels.mean())], "std": [float(pixels.std())]}
-    train = Batches(sets[0].images, sets[0].labels, BATCH, shuffle=True, seed=seed, drop_last=True, **look)
-    return train, Batches(sets[1].images, sets[1].labels, 360, **look)
+    train, test, look = digit_sets()
+    batches = Batches(train.images, train.labels, BATCH, shuffle=True, seed=seed, drop_last=True, **look)
+    return batches, Batches(test.images, test.labels, 360, **look)
 
 
 def train(model: nn.Module, recipe: dt.Recipe | None, batches: Batches) -> dt.Run | None:
-    """SGD with a cosine; the recipe, if any, rides along."""
-    total = EPOCHS * len(batches)
+    """The same for all networks."""
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-    run = None if recipe is None else dt.attach(model, optimizer, recipe, total_steps=total)
-    for epoch in range(EPOCHS):
-        model.train()
-        batches.set_epoch(epoch)
-        for x, y in batches:
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-            schedule.step()
-    return run
+    return fit(model, optimizer, batches, EPOCHS, recipe)
 
 
 @torch.no_grad()
