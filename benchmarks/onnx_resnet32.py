@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +22,8 @@ import detent as dt
 from benchmarks import ROOT, recording
 from detent.data import load_images
 from detent.export import Activations, OnnxReport, to_onnx
+from detent.export.latency import alternating
+from detent.export.onnx import session
 from papers.models import load_checkpoint, resnet32
 
 CHECKPOINT = "checkpoints/cifar100_resnet32_sgd150.safetensors"
@@ -81,21 +83,9 @@ def by_torch(model: nn.Module, images: Images) -> np.ndarray:
         return torch.cat([model(normalised(piece)) for piece in images.pieces()]).numpy()
 
 
-def session(path: Path, *, optimize: bool = True, fold: bool = False) -> ort.InferenceSession:
-    """One thread; `fold` lets ONNX Runtime dequantize weights once, at the start."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    level = ort.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
-    if fold:
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
 def by_ort(path: Path, images: Images, *, optimize: bool) -> np.ndarray:
     """Logits of a file."""
-    running = session(path, optimize=optimize)
+    running = session(str(path), optimize=optimize)
     name = running.get_inputs()[0].name
     parts = [np.asarray(running.run(None, {name: normalised(piece).numpy()})[0]) for piece in images.pieces()]
     return np.concatenate(parts)
@@ -147,21 +137,17 @@ def rounded(name: str, run: dt.Run, settings: Activations, images: Images, folde
 def latency(folder: Path, names: list[str]) -> list[dict[str, Any]]:
     """Medians of interleaved runs, one thread, in milliseconds, and their ratio to the float network."""
     rows = []
-    found: dict[tuple[str, bool], ort.InferenceSession] = {}
+    found: dict[tuple[str, bool], Any] = {}
     for name in names:
         for fold in (False, True):
             if fold and ("-a" in name or name == "fp32"):
                 continue  # without quantized operators at all, integers would be simulated
-            found[name, fold] = session(folder / f"{name}.onnx", fold=fold)
+            found[name, fold] = session(str(folder / f"{name}.onnx"), optimize=True, dequantize_at_load=fold)
     for batch, rounds in ROUNDS.items():
         x = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).numpy()
-        times: dict[tuple[str, bool], list[float]] = {key: [] for key in found}
-        for turn in range(rounds + 2):
-            for key, running in found.items():
-                start = time.perf_counter()
-                running.run(None, {running.get_inputs()[0].name: x})
-                if turn >= 2:
-                    times[key].append(1000 * (time.perf_counter() - start))
+        feeds = {key: {running.get_inputs()[0].name: x} for key, running in found.items()}
+        calls = {key: partial(running.run, None, feeds[key]) for key, running in found.items()}
+        times = alternating(calls, rounds)
         base = statistics.median(times["fp32", False])
         for (name, fold), taken in times.items():
             middle = statistics.median(taken)

@@ -382,6 +382,25 @@ def layer_bytes(record: dict[str, Any]) -> str:
     return markdown(["file of one 1024 x 1024 layer at 2 bits", "bytes"], rows)
 
 
+@simple("mask_models")
+def mask_models(record: dict[str, Any]) -> str:
+    """By how much masks exceed the best ideal gap model, with and without the models of distance."""
+    cells: dict[tuple[str, int], dict[float, str]] = {}
+    for row in record["results"]["rows"]:
+        best = min(row["rivals"].values())
+        now, before = (100 * (row[key] / best - 1) for key in ("bytes", "before"))
+        many = isinstance(record["config"]["checkpoint"], str) and row["kind"] == record["config"]["checkpoint"]
+        key = (row["kind"], 0 if many else row["places"])
+        cells.setdefault(key, {})[row["density"]] = f"{row['bytes']:,.0f}: {now:+.1f} ({before:+.1f})"
+    densities = record["config"]["densities"]
+    rows = [
+        [kind, f"{places:,}" if places else "", *(mine.get(density, "") for density in densities)]
+        for (kind, places), mine in cells.items()
+    ]
+    text = "Bytes of a mask: % above the best of six ideal gap models (the same without the models of distance).\n\n"
+    return text + markdown(["ones fall", "places", *(f"{100 * density:g} %" for density in densities)], rows)
+
+
 @simple("coding_speed")
 def coding_speed(record: dict[str, Any]) -> str:
     """Megabytes of float32 a second."""

@@ -127,6 +127,8 @@ def whole(reader: Reader, count: int, size: int, grid: Grid) -> list[int]:
         return adaptive(reader, count, [PRIORS[reader.number(4)]] * size)
     if model == 2:
         return classes(reader, count, size, grid)
+    if model == 3 and size == 2:
+        return distances(reader, count, grid)
     if model == 3:
         pivot = reader.number(size)
         mask = whole(reader, count, 2, grid)
@@ -135,6 +137,62 @@ def whole(reader: Reader, count: int, size: int, grid: Grid) -> list[int]:
     fold = FOLDS[reader.number(8)]
     inputs, inner = (grid.inputs, grid.inner) if fold == 1 else (grid.inputs // fold, fold)
     return sparse_mask(reader, grid.rows, inputs, inner)
+
+
+def below(reader: Reader, lengths: list[int]) -> list[int]:
+    """Numbers of these bit lengths."""
+    out = [min(1, n) for n in lengths]
+    for length in sorted(set(lengths)):
+        left = length - 1
+        while left > 0:
+            digit = min(16, left)
+            left -= digit
+            here = [i for i, n in enumerate(lengths) if n == length]
+            for i, low in zip(here, reader.symbols([1] * 2**digit, len(here)), strict=True):
+                out[i] = out[i] << digit | low
+    return out
+
+
+def distances(reader: Reader, count: int, grid: Grid) -> list[int]:
+    way = reader.number(4)
+    if way == 2:
+        return lines(reader, grid.rows, grid.columns)
+    if way == 3:
+        turned = lines(reader, grid.columns, grid.rows)
+        return [turned[c * grid.rows + r] for r in range(grid.rows) for c in range(grid.columns)]
+    ones = below(reader, [reader.number(count.bit_length() + 1)])[0]
+    size = count.bit_length() + 1
+    lengths = [0] * ones
+    many = ones if way == 0 else (ones + 1) // 2
+    first = whole(reader, many, size, Grid(1, many, 1))
+    lengths[:: 1 if way == 0 else 2] = first
+    if way == 1:
+        sums: dict[int, list[int]] = {}
+        for i in range(1, ones, 2):
+            sums.setdefault(lengths[i - 1] + lengths[i + 1 if i + 1 < ones else i - 1], []).append(i)
+        total = [16 * first.count(v) for v in range(size)]
+        for here in (sums[key] for key in sorted(sums)):
+            start = [1 + 1024 * t // max(1, sum(total)) for t in total]
+            weights = list(start)
+            for i, value in zip(here, adaptive(reader, len(here), weights), strict=True):
+                lengths[i] = value
+            total = [t + w - s for t, w, s in zip(total, weights, start, strict=True)]
+    out, place = [0] * count, -1
+    for step in below(reader, lengths):
+        place += step
+        out[place] = 1
+    return out
+
+
+def lines(reader: Reader, many: int, length: int) -> list[int]:
+    left = below(reader, whole(reader, many, length.bit_length() + 1, Grid(1, many, 1)))
+    out = [[0] * length for _ in range(many)]
+    for j in range(length):
+        for i, ones in enumerate(left):
+            n = length - j
+            out[i][j] = reader.decision((ones << 24) // n) if 0 < ones < n else int(ones == n)
+            left[i] -= out[i][j]
+    return [bit for line in out for bit in line]
 
 
 def within(grid: Grid, mask: list[int]) -> Grid:
@@ -254,18 +312,8 @@ def planes(reader: Reader, count: int, width: int, real: bool, grid: Grid) -> li
 
 
 def ascending(reader: Reader, count: int, width: int) -> list[int]:
-    lengths = whole(reader, count, width + 1, Grid(1, count, 1))
-    steps = [min(1, n) for n in lengths]
-    for length in sorted(set(lengths)):
-        left = length - 1
-        while left > 0:
-            digit = min(16, left)
-            left -= digit
-            here = [i for i, n in enumerate(lengths) if n == length]
-            for i, low in zip(here, reader.symbols([1] * 2**digit, len(here)), strict=True):
-                steps[i] = steps[i] << digit | low
     keys, last = [], 0
-    for step in steps:
+    for step in below(reader, whole(reader, count, width + 1, Grid(1, count, 1))):
         last += step
         keys.append(last)
     return keys

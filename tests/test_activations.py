@@ -134,6 +134,12 @@ def test_ranges_say_what_is_wrong() -> None:
         ranges_from_data(arrays, [], ["x"], Activations())
     with pytest.raises(ValueError, match="'x' is not finite"):
         ranges_from_data(arrays, [[1.0, np.inf]], ["x"], Activations())
+    # NaN is lost in comparisons, so that it must be seen in every batch, whatever comes before and after.
+    for batches in ([[1.0], [np.nan]], [[np.nan], [1.0]], [[1.0], [np.nan, 2.0], [3.0]], [[1.0], [-np.inf], [3.0]]):
+        with pytest.raises(ValueError, match="'x' is not finite on batch"):
+            ranges_from_data(arrays, batches, ["x"], Activations())
+    with pytest.raises(ValueError, match=r"batch 1 is empty \('x' has shape \(0,\)\)"):
+        ranges_from_data(arrays, [[1.0], []], ["x"], Activations())
     constant = ranges_from_data(arrays, [[2.0, 2.0]], ["x"], Activations(method="mse"))["x"]
     assert constant == (2.0, 2.0)
 
@@ -156,6 +162,45 @@ def test_ranges_from_batchnorm_are_beta_and_gamma(tmp_path: Path) -> None:
     nodes = [n for n in onnx.load(tmp_path / "m.onnx").graph.node if n.op_type == "QuantizeLinear"]
     found = [float(value(tmp_path / "m.onnx", n.input[1])) for n in nodes]
     assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def test_ranges_from_batchnorm_go_through_activations(tmp_path: Path) -> None:
+    acts: list[nn.Module] = [nn.ReLU6(), nn.Hardtanh(-0.5, 1.5), nn.LeakyReLU(0.2), nn.LeakyReLU(-0.5), nn.Hardswish()]
+    acts += [nn.SiLU(), nn.GELU(), nn.Mish(), nn.Hardsigmoid(), nn.Tanh(), nn.ELU(0.7)]
+    norms = [nn.BatchNorm2d(3) for _ in range(len(acts) + 1)]
+    parts = [[nn.Conv2d(3, 3, 1), norm, act] for norm, act in zip(norms, [*acts, nn.Identity()], strict=True)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.uniform_(0.5, 1.0)
+            norm.bias.uniform_(-0.5, 0.5)
+    model = nn.Sequential(*(layer for part in parts for layer in part))
+    run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=8))]))
+    settings = Activations(method="batchnorm", sigmas=4.0, input_range=(-3.0, 3.0))
+    to_onnx(run, tmp_path / "m.onnx", torch.randn(2, 3, 4, 4), activations=settings, check=False)
+    convs = [n for n in onnx.load(tmp_path / "m.onnx").graph.node if n.op_type == "Conv"]
+    for act, norm, reader in zip(acts, norms, convs[1:], strict=False):
+        beta, spread = norm.bias.detach().double(), 4 * norm.weight.detach().double()
+        with torch.no_grad():  # what the activation makes of everything that may reach it, by brute force
+            every = act(torch.linspace(float((beta - spread).min()), float((beta + spread).max()), 1_000_001).double())
+        low, high = min(float(every.min()), 0.0), max(float(every.max()), 0.0)
+        scale = float(value(tmp_path / "m.onnx", reader.input[0].removesuffix(".back") + ".rounded.scale"))
+        assert scale == pytest.approx((high - low) / 255, rel=1e-5), act
+
+
+@pytest.mark.parametrize(
+    ("between", "why"),
+    [
+        (nn.PReLU(), "passes through PRelu, which is not followed"),
+        (nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()), "comes from no BatchNorm"),
+    ],
+    ids=["activation", "layer"],
+)
+def test_where_the_range_is_lost_is_said(between: nn.Module, why: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), between, nn.Conv2d(4, 4, 3))
+    run = dt.compress(model, dt.Recipe([dt.Rule(match=r"^[03]\.weight", target=dt.Uniform(bits=8))]))
+    settings = Activations(method="batchnorm", input_range=(-3.0, 3.0))
+    with pytest.raises(ValueError, match=why):
+        to_onnx(run, tmp_path / "m.onnx", torch.randn(2, 3, 8, 8), activations=settings, check=False)
 
 
 def test_without_batchnorm_there_is_no_such_range(tmp_path: Path) -> None:
@@ -223,7 +268,8 @@ def test_integer_kernels_run_and_weights_stay(name: str, bits: int, tmp_path: Pa
     report = to_onnx(run, tmp_path / "m.onnx", batches[0], activations=settings, calibration=[(b, 0) for b in batches])
     onnx.checker.check_model(onnx.load(tmp_path / "m.onnx"), full_check=True)
     assert report.kernels["QLinearConv"] == 2 and report.kernels["QGemm"] == 1 and report.kernels["QLinearAdd"] == 1
-    assert not FLOAT_LAYERS & report.kernels.keys() and report.notes == () and report.bound is None
+    assert not FLOAT_LAYERS & report.kernels.keys() and report.bound is None
+    assert [note.split(" are ")[0] for note in report.notes] == ["simulated: activations of 4 bits"] * (bits == 4)
 
     # Codes are those of the weight-only file; a negative BatchNorm factor turns the sign of a channel.
     held = initializers(tmp_path / "m.onnx")

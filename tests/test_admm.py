@@ -14,6 +14,7 @@ from torch import nn
 
 import detent as dt
 from detent.mechanisms import Clock
+from detent.mechanisms.base import never_zero
 from detent.recipe import from_spec, to_spec
 
 STEPS = 40
@@ -465,6 +466,46 @@ def test_the_fisher_metric_keeps_what_the_loss_would_miss(mechanism: dt.Mechanis
     largest[np.argsort(-np.abs(before).reshape(-1))[:9]] = True
     assert not np.array_equal(kept, largest), "the sample does not tell the metrics apart"
     np.testing.assert_allclose(now.reshape(-1)[kept], before.reshape(-1)[kept], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        dt.Masked(start=6, metric="fisher"),
+        dt.ADMM(every=3, until=6, metric="fisher"),
+        dt.ADMM(every=3, until=6, metric="fisher", finish=None),
+    ],
+)
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_the_fisher_metric_keeps_the_count_where_units_are_dead(mechanism: dt.Mechanism, scope: Any) -> None:
+    """Two of six rows never get a gradient: among them the largest survive, after every weight that gets one."""
+    starts = [_start(seed)[0] for seed in (3, 4)]
+    layers = nn.ModuleList([_layer(start) for start in starts])
+    optimizer = torch.optim.SGD(layers.parameters(), lr=1e-9)
+    target = dt.TopK(keep=50 if scope == "model" else 25, scope=scope)
+    dt.attach(layers, optimizer, dt.Recipe([dt.Rule(match="weight$", target=target, mechanism=mechanism)]))
+    for step in range(6):
+        for seed, layer in enumerate(layers):
+            gradient = _fed(layer.weight, seed)[step]  # type: ignore[arg-type]
+            gradient[[1, 4]] = 0.0
+            layer.weight.grad = torch.from_numpy(gradient)
+        optimizer.step()
+    kept = np.stack([layer.weight.detach().numpy() != 0 for layer in layers])  # type: ignore[union-attr,operator]
+    assert int(kept.sum()) == 50
+    assert kept[:, [0, 2, 3, 5]].all(), "what the loss would miss goes first"
+    left = np.abs(np.stack(starts))[:, [1, 4]]
+    for size, mine in zip(left, kept[:, [1, 4]], strict=True):
+        count = int(mine.sum())
+        assert scope == "model" or count == 5
+        assert np.array_equal(mine.reshape(-1), size.reshape(-1) >= np.sort(size.reshape(-1))[size.size - count])
+
+
+def test_a_weighing_without_zeros_is_left_as_it_is() -> None:
+    h = torch.from_numpy(np.random.default_rng(0).lognormal(sigma=3.0, size=1000))
+    for dtype in (torch.float64, torch.float32):
+        assert torch.equal(never_zero(h.to(dtype)), h.to(dtype))
+        nothing = never_zero(torch.zeros(3, dtype=dtype))
+        assert bool((nothing > 0).all()) and bool((nothing.square() > 0).all())
 
 
 @pytest.mark.parametrize("step", [4, 14, 26, 33])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import importlib
 import io
@@ -19,17 +21,19 @@ import torch
 import typer
 import typer.main
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 from typer.testing import CliRunner, Result
 
 import detent as dt
-from detent import cli
+from detent import cli, cli_work
 from detent import demo as demo_module
 from detent.cli import app
 from detent.data import digits
 from detent.demo import Outcome, Settings, demonstrate
-from detent.pack import inspect, load, read_header, save
+from detent.export import Latency
+from detent.pack import Reader, inspect, load, read_header, save
 from detent.recipe import Recipe
 from detent.report import History, Report, card_of_file, collect_file
 
@@ -70,7 +74,7 @@ SURFACE = {
         "--recipe -r": "uniform-w4",
         "--out -o": None,
         "--life": "compressed",
-        "--coding": "entropy",
+        "--coding": None,
         "--model": None,
         "--json": False,
     },
@@ -93,6 +97,14 @@ SURFACE = {
         "--to": "onnx",
         "--out -o": None,
         "--input": None,
+        "--batchnorm": None,
+        "--activations": None,
+        "--method": None,
+        "--data": None,
+        "--calibrate": None,
+        "--input-range": None,
+        "--latency": False,
+        "--threads": None,
         "--json": False,
     },
     "card": {"file": "required", "--markdown": False, "--json": False},
@@ -134,6 +146,54 @@ def test_help_and_no_arguments_list_the_commands() -> None:
         assert all(name in result.output for name in SURFACE)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("inspect",), "Missing argument"),
+        (("compress", "x.safetensors", "--nope"), "--nope"),
+        (("nothing",), "nothing"),
+        (("demo", "--seed", "many"), "--seed"),
+        (("export", "x.detent"), "--model"),
+    ],
+)
+def test_what_the_parser_refuses_is_json_too(arguments: tuple[str, ...], words: str) -> None:
+    plain, told = call(*arguments), call(*arguments, "--json")
+    assert plain.exit_code == told.exit_code == 2
+    assert words in plain.stderr and plain.stdout == ""
+    assert words in json.loads(told.stdout)["error"] and words in told.stderr
+    said = call(arguments[0], "--json", *arguments[1:])
+    assert said.exit_code == 2 and set(json.loads(said.stdout)) == {"error"}, "wherever the flag stands"
+
+
+def test_a_file_called_json_asks_for_none() -> None:
+    result = call("inspect", "--", "--json", "--more")
+    assert result.exit_code == 2 and result.stdout == ""
+
+
+def test_the_version_is_the_package_s() -> None:
+    result = call("--version")
+    assert (result.exit_code, result.stdout) == (0, f"detent {dt.__version__}\n")
+
+
+def test_the_work_s_public_names_are_those_the_commands_use() -> None:
+    tree = ast.parse(Path(cli.__file__).read_text(encoding="utf-8"))
+    taken = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "detent.cli_work"]
+    assert [alias.name for node in taken for alias in node.names] == cli_work.__all__
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """Steps done and to do of every bar that a command shows."""
+    bars: dict[str, list[int]] = {}
+
+    def watch(label: str, total: int) -> Any:
+        bars[label] = [0, total]
+        return lambda: bars[label].__setitem__(0, bars[label][0] + 1)
+
+    monkeypatch.setattr(cli, "_watched", lambda: contextlib.nullcontext(watch))
+    return bars
+
+
 # ---------------------------------------------------------------------------------------------------------- the demo
 
 
@@ -151,7 +211,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         return advance
 
     found = demonstrate(Settings(out=tmp_path_factory.mktemp("demo") / "deeper", epochs=2), watch)
-    assert list(watched)[4:] == ["sensitivity", "widths"] and len(watched) == 6
+    assert sorted(list(watched)[4:]) == ["sensitivity", "widths"]
     assert all(done == total > 0 for done, total in watched.values()), watched
     return found
 
@@ -373,18 +433,47 @@ def test_a_recipe_may_be_a_file(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         ((f"{HERE}:Net", "-r", "psg-w5"), "did you mean"),
-        ((f"{HERE}:Net", "-r", "no-such.yaml"), "no-such.yaml"),
+        ((f"{HERE}:Net", "-r", "no-such.yaml"), "detent: cannot open no-such.yaml: No such file or directory"),
         (("just-a-word",), "package.module:function"),
         (("no.such.module:make",), "no.such.module"),
         ((f"{HERE}:absent",), "absent"),
         ((f"{HERE}:make_nothing",), "not str"),
         ((f"{HERE}:make_trouble",), "the factory raised TypeError"),
-        (("no-such.safetensors",), "no-such.safetensors"),
+        (("no-such.safetensors",), "detent: cannot open no-such.safetensors: No such file or directory"),
     ],
 )
 def test_a_wrong_plan_is_refused_in_one_sentence(arguments: tuple[str, ...], words: str) -> None:
     assert words in refused(call("plan", *arguments), 2)
-    assert words in json.loads(call("plan", *arguments, "--json").stdout)["error"]
+    assert words.removeprefix("detent: ") in json.loads(call("plan", *arguments, "--json").stdout)["error"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ("match: a, target: {kind: Unifrom, bits: 5}", "rules[0].target: unknown kind 'Unifrom'; did you mean"),
+        ("match: a, keeep: true", "did you mean 'keep'?"),
+        ("match: a, target: {kind: Uniform, bits: 99}", "bits=99"),
+    ],
+)
+def test_what_is_wrong_in_a_recipe_file_names_the_file(tmp_path: Path, rule: str, words: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"rules:\n- {{{rule}}}\n")
+    sentence = refused(call("plan", f"{HERE}:Net", "-r", file), 2)
+    assert sentence.startswith(f"detent: {file}: ") and words in sentence
+
+
+def test_only_what_fits_is_offered_for_an_unknown_kind(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+
+    def known(rule: str) -> set[str]:
+        file.write_text(f"rules:\n- {{match: a, {rule}}}\n")
+        return set(refused(call("plan", f"{HERE}:Net", "-r", file), 2).split("known: ")[1].split(", "))
+
+    targets, pulls = known("target: {kind: Q}"), known("target: {kind: Binary}, mechanism: {kind: Q}")
+    paces = known("target: {kind: Binary}, mechanism: {kind: PSG, strength: {kind: Q}}")
+    assert {"Uniform", "TopK", "KernelCodebook"} <= targets and {"PSG", "ADMM"} <= pulls and "Cosine" in paces
+    assert not targets & pulls and not targets & paces and not pulls & paces
+    assert not [name for name in targets | pulls | paces if name.startswith("_")]
 
 
 def test_what_is_no_state_dict_is_refused(tmp_path: Path) -> None:
@@ -392,6 +481,27 @@ def test_what_is_no_state_dict_is_refused(tmp_path: Path) -> None:
     assert "not a safetensors state dict" in refused(call("plan", tmp_path / "bad.safetensors"), 2)
     save_file({"a": torch.zeros(2, 2), "a.b": torch.zeros(2, 2)}, tmp_path / "odd.safetensors")
     assert "not a safetensors state dict" in refused(call("plan", tmp_path / "odd.safetensors"), 2)
+
+
+def test_the_plan_of_a_state_dict_reads_no_tensor(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = call("plan", weights).stdout
+
+    class Shapes:
+        def __init__(self, file: Any) -> None:
+            self.keys, self.metadata, self.get_slice = file.keys, file.metadata, file.get_slice
+
+    @contextlib.contextmanager
+    def opened(path: Path, framework: str) -> Any:
+        with safe_open(path, framework) as file:
+            yield Shapes(file)
+
+    monkeypatch.setattr(cli_work, "safe_open", opened)
+    assert call("plan", weights).stdout == expected != ""
+
+
+def test_a_state_dict_of_numbers_that_no_file_holds_is_refused(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(2, 2), "n": torch.zeros(3, dtype=torch.uint16)}, tmp_path / "odd.safetensors")
+    assert "'n' is U16" in refused(call("plan", tmp_path / "odd.safetensors"), 2)
 
 
 def test_a_plan_leaves_sys_path_with_the_current_folder_at_most(
@@ -498,14 +608,96 @@ class Odd(nn.Module):
         self.two.weight = self.one.weight
 
 
+class Tied(nn.Module):
+    """Embedding and head are one tensor, and so are two norms' statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.lm_head = nn.Embedding(12, 8), nn.Linear(8, 12, bias=False)
+        self.lm_head.weight = self.wte.weight
+        self.one, self.two = nn.BatchNorm1d(8), nn.BatchNorm1d(8)
+        self.two.running_mean = self.one.running_mean
+
+
+@pytest.mark.parametrize("kept", [("wte.weight",), ("lm_head.weight",), ("wte.weight", "lm_head.weight")])
+def test_a_tied_tensor_may_stand_under_any_of_its_names(tmp_path: Path, kept: tuple[str, ...]) -> None:
+    torch.manual_seed(3)
+    model = Tied()
+    model.one.running_mean.normal_()  # type: ignore[union-attr]
+    state = {n: t.clone() for n, t in model.state_dict().items() if not n.endswith("weight") or "." in n}
+    for name in {"wte.weight", "lm_head.weight"} - set(kept):
+        del state[name]
+    del state["one.running_mean"]
+    save_file(state, tmp_path / "gpt.safetensors")
+    assert call("compress", tmp_path / "gpt.safetensors", "--model", f"{HERE}:Tied").exit_code == 0
+    twin = Tied()
+    load(tmp_path / "gpt.detent", twin, "compressed")
+    with dt.compress(model, Recipe.preset("uniform-w4")).compressed():
+        assert all(torch.equal(value, twin.state_dict()[name]) for name, value in model.state_dict().items())
+    assert twin.wte.weight.unique().numel() < 12 * 8, "compressed"
+
+
+def test_a_state_dict_that_contradicts_its_model_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "gpt.safetensors"
+
+    def refusal(**changed: torch.Tensor) -> str:
+        state = {n: t.clone() for n, t in Tied().state_dict().items()}
+        save_file(state | {name.replace("__", "."): t for name, t in changed.items()}, file)
+        return refused(call("compress", file, "--model", f"{HERE}:Tied"), 2)
+
+    sentence = refusal(lm_head__weight=torch.zeros(12, 8))
+    assert "'wte.weight' and 'lm_head.weight' are one tied tensor in the model and differ" in sentence
+    assert "'one.running_var' has shape (9,) in the state dict and (8,)" in refusal(one__running_var=torch.ones(9))
+    assert "'wte.weight' has shape (8, 8) in the state dict" in refusal(wte__weight=torch.ones(8, 8))
+    assert "it has 'more'" in refusal(more=torch.ones(8))
+    assert not file.with_suffix(".detent").exists()
+
+
+def test_names_that_a_wrapper_left_are_those_of_the_network(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = Net()
+    state = {f"module.{name}": t for name, t in model.state_dict().items()}
+    save_file(state, tmp_path / "ddp.safetensors")
+    for more in ((), ("--model", f"{HERE}:Net")):
+        said = json.loads(call("compress", tmp_path / "ddp.safetensors", *more, "--json").stdout)
+        assert said["compressed_weights"] == 4 * 27 + 24 + 12
+        load(tmp_path / "ddp.detent", Net(), "compressed")
+    save_file(state | {"conv.bias": torch.zeros(4)}, tmp_path / "ddp.safetensors")
+    sentence = refused(call("compress", tmp_path / "ddp.safetensors", "--model", f"{HERE}:Net"), 2)
+    assert "are one name once wrapper names are removed" in sentence
+
+
+def test_the_coding_is_that_of_the_form_unless_asked_for(tmp_path: Path) -> None:
+    """docs/format.md, section 7: the safetensors form is bit-packed unless another coding is asked for."""
+    save_file({"weight": torch.randn(64, 64)}, tmp_path / "net.safetensors")
+    for name, given, coding in (("a.safetensors", None, "bitpacked"), ("b.detent", None, "entropy"),
+                                ("c.safetensors", "entropy", "entropy"), ("d.detent", "none", "none")):  # fmt: skip
+        flags = () if given is None else ("--coding", given)
+        assert call("compress", tmp_path / "net.safetensors", "-o", tmp_path / name, *flags).exit_code == 0
+        with Reader(tmp_path / name) as file:
+            first = bytes(file._opened.blob(file._head.rows["weight"].compressed))[0]
+        assert ("none", "bitpacked", "entropy")[min(first, 2)] == coding, name
+
+
+def test_a_file_that_grew_is_not_called_smaller(tmp_path: Path, weights: Path) -> None:
+    assert re.search(r"bytes, \d\.\d times smaller; ", call("compress", weights).stdout)
+    tiny = tmp_path / "tiny.safetensors"
+    save_file({"weight": torch.randn(2, 2)}, tiny)
+    said = call("compress", tiny).stdout
+    size = (tmp_path / "tiny.detent").stat().st_size
+    assert f"larger than before: {size / 16:.2f} times as many bytes; " in said and "smaller" not in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("absent.safetensors",), "absent.safetensors"),
+        (("absent.safetensors",), "cannot open absent.safetensors: No such file"),
+        (("DETENT",), "is a Detent file, not a state dict; detent unpack makes a state dict of it"),
+        (("FORM",), "is a Detent file, not a state dict"),
         (("NET", "-r", "uniform-w5"), "did you mean"),
         (("NET", "-r", "admm-prune-10x"), "stages follow one another"),
-        (("NET", "--life", "full"), 'must be "both" or "compressed"'),
-        (("NET", "--coding", "zip"), "coding='zip'"),
+        (("NET", "--life", "full"), "--life full: must be compressed or both"),
+        (("NET", "--coding", "zip"), "--coding zip: must be one of entropy, bitpacked, none"),
         (("NET", "-o", "NET"), "is the state dict itself"),
         (("NET", "--model", f"{HERE}:Odd"), "does not fit the model"),
         (("BAD",), "not a safetensors state dict"),
@@ -520,6 +712,9 @@ def test_a_wrong_compress_is_refused_in_one_sentence(
     state["out.weight"][0, 0] = torch.nan
     save_file(state, tmp_path / "nan.safetensors")
     places = {"NET": weights, "BAD": tmp_path / "bad.safetensors", "NAN": tmp_path / "nan.safetensors"}
+    for name, ours in (("DETENT", "ours.detent"), ("FORM", "ours.safetensors")):
+        places[name] = tmp_path / ours
+        save(dt.compress(Net(), Recipe.preset("uniform-w4")), tmp_path / ours)
     given = [places.get(argument, argument) for argument in arguments]
     assert words in refused(call("compress", *given), 2)
     assert not (tmp_path / "net.detent").exists() and not (tmp_path / "nan.detent").exists()
@@ -577,6 +772,22 @@ def test_a_damaged_or_absent_file_is_refused_in_one_sentence(file: Path) -> None
     assert sorted(p.suffix for p in file.parent.iterdir()) == [".detent"], "a refused call leaves nothing behind"
 
 
+def test_what_is_no_file_of_ours_is_called_so(tmp_path: Path) -> None:
+    code = tmp_path / "mynet.py"
+    code.write_text("import torch\n\n\ndef make():\n    return torch.nn.Linear(2, 2)\n")
+    for command in ("inspect", "unpack", "card", "report"):
+        sentence = refused(call(command, code), 2)
+        assert sentence == f"detent: {code}: is damaged or neither a Detent nor a safetensors file"
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    assert "is a safetensors file without a Detent header" in refused(call("inspect", tmp_path / "a.safetensors"), 2)
+
+
+def test_reading_a_whole_file_shows_how_far_it_is(file: Path, watched: dict[str, list[int]]) -> None:
+    tensors = len(Net().state_dict())
+    assert call("inspect", file).exit_code == call("unpack", file).exit_code == 0
+    assert watched == {"measuring": [tensors, tensors], "unpacking": [tensors, tensors]}
+
+
 # ------------------------------------------------------------------------------------------- unpack, card, report
 
 
@@ -594,7 +805,10 @@ def test_unpack_gives_a_life_to_every_other_tool(file: Path, life: str) -> None:
 
 
 def test_a_wrong_unpack_is_refused(file: Path) -> None:
-    assert 'must be "full" or "compressed"' in refused(call("unpack", file, "--life", "both"), 2)
+    assert "--life both: must be full or compressed" in refused(call("unpack", file, "--life", "both"), 2)
+    plain = file.with_suffix(".safetensors")
+    save_file({"a": torch.ones(2)}, plain)
+    assert "is a safetensors file without a Detent header" in refused(call("unpack", plain), 2)
     assert "is the file itself" in refused(call("unpack", file, "-o", file), 2)
     alone = file.with_name("alone.detent")
     save(dt.compress(Net(), Recipe.preset("psg-w4")), alone, "compressed")
@@ -670,7 +884,8 @@ def test_a_report_with_model_and_data_has_scores(tmp_path: Path) -> None:
         (("--bits", "9"), "widths must be 2 to 8"),
         (("--history", "FILE"), "is not a line of History"),
         (("--exported", "FILE"), "is not what detent export --json says"),
-        (("--exported", "absent.json"), "absent.json"),
+        (("--exported", "absent.json"), "detent: cannot open absent.json: No such file or directory"),
+        (("--history", "absent.jsonl"), "detent: cannot open absent.jsonl: No such file or directory"),
         (("-o", "no/such/folder/x.html"), "no/such/folder"),
     ],
 )
@@ -706,20 +921,205 @@ def test_export_to_onnx_runs_and_says_how_near_it_is(tmp_path: Path) -> None:
     assert torch.allclose(torch.from_numpy(found), expected, atol=1e-5), "the batch is free"
 
 
+DIGITS = ("--model", f"{HERE}:make_digits_net", "--input", "1,1,8,8")
+
+
+@pytest.fixture
+def digits_file(tmp_path: Path) -> Path:
+    path = tmp_path / "d.detent"
+    save(dt.compress(make_digits_net(), Recipe.preset("uniform-w4")), path, "compressed")
+    return path
+
+
+def constants(path: str) -> dict[str, np.ndarray]:
+    """Every tensor that an ONNX file holds."""
+    onnx = pytest.importorskip("onnx")
+    return {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+
+
+def test_export_rounds_activations_over_training_images(digits_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    asked: list[str] = []
+    monkeypatch.setattr(cli_work, "digits", lambda split: asked.append(split) or digits(split))
+    train = digits("train")
+    found = {}
+    for bits, method in ((8, "minmax"), (4, "mse")):
+        flags = ("--activations", bits, "--method", method, "--data", "digits", "--calibrate", len(train))
+        result = call("export", digits_file, *DIGITS, *flags, "--json")
+        assert result.exit_code == 0, (result.output, result.exception)
+        said = found[bits] = json.loads(result.stdout)
+        assert f"activations in {bits} bits" in said["format"]
+        assert f"{method} over {len(train):,} training images of digits" in said["notes"][0]
+        assert "QLinearConv" in said["kernels"], "integer kernels"
+        if bits == 8:  # the range of the input, worked out again
+            pixels = train.images.float() / 255
+            x = (pixels - pixels.mean()) / pixels.std()
+            scale = next(v for name, v in constants(said["path"]).items() if name.endswith("input.rounded.scale"))
+            assert float(scale) == pytest.approx(float(x.max() - x.min()) / 255)
+    assert asked == ["train", "train"], "no test image is looked at"
+    assert not any("simulated" in note for note in found[8]["notes"])
+    assert any(note.startswith("simulated: activations of 4 bits") for note in found[4]["notes"])
+    assert 0 < 4 * found[8]["difference"] < found[4]["difference"], "16 times the step"
+
+
+def test_export_rounds_activations_without_data(digits_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.delattr(cli_work, "digits")
+    flags = ("--activations", 8, "--method", "batchnorm", "--input-range", "-2,3.1")
+    result = call("export", digits_file, *DIGITS, *flags)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert (
+        "from BatchNorm, without data; the difference is that on uniform random inputs from -2 to 3.1" in result.stdout
+    )
+    numbers = constants(str(digits_file.with_suffix(".onnx")))
+    scale = next(v for name, v in numbers.items() if name.endswith("input.rounded.scale"))
+    assert float(scale) == pytest.approx(5.1 / 255)
+
+
+def test_export_folds_batchnorm_and_times_the_file_for_a_report(
+    digits_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Timed by numbers of our own here: what is compared with what, what is said of it, and that a report shows it."""
+    ort = pytest.importorskip("onnxruntime")
+    x = torch.randn(3, 1, 8, 8)
+    model = make_digits_net().eval()
+    with dt.compress(model, Recipe.preset("uniform-w4")).compressed(), torch.no_grad():
+        expected = model(x)
+
+    def timed(path: Path, plain: Path, shape: list[int], **how: Any) -> list[Latency]:
+        for file, integers in ((path, True), (plain, False)):
+            running = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+            (out,) = running.run(None, {running.get_inputs()[0].name: x.numpy()})
+            assert torch.allclose(torch.from_numpy(out), expected, atol=1e-5)
+            assert any(str(v.dtype) == "int4" for v in constants(str(file)).values()) == integers
+            assert not any("running_mean" in name for name in constants(str(file))), "BatchNorm is folded in both"
+        assert shape == [1, 8, 8] and how["batches"] == (1, 64) and how["threads"] == 2 and how["at_load"]
+        slow = Latency(batch=1, ms=0.3, reference_ms=0.2, ratio=1.4, quartiles=(1.3, 1.6), at_load_ms=0.21)
+        return [slow, dataclasses.replace(slow, batch=64, ms=8.0, reference_ms=9.0, ratio=0.8, quartiles=(0.7, 0.9))]
+
+    monkeypatch.setattr(cli_work, "onnx_latency", timed)
+    result = call("export", digits_file, *DIGITS, "--batchnorm", "fold", "--latency", "--threads", 2, "--json")
+    assert result.exit_code == 0, (result.output, result.exception)
+    said = json.loads(result.stdout)
+    assert said["latency_ms"] == {"1": 0.3, "64": 8.0} and said["reference_ms"] == {"1": 0.2, "64": 9.0}
+    assert [row["ratio"] for row in said["latency"]] == [1.4, 0.8] and said["threads"] == 2
+    notes = " ".join(said["notes"])
+    for words in ("2 threads", "1.40 times as long: slower", "0.80 times as long: faster", "at load: batch 1 0.210 ms"):
+        assert words in notes, notes
+    twin = digits_file.with_suffix(".said.json")
+    twin.write_text(result.stdout)
+    page = digits_file.with_suffix(".html")
+    assert call("report", digits_file, "--exported", twin, "-o", page).exit_code == 0
+    (export,) = Report.from_json(page.with_suffix(".json").read_text()).exports
+    assert export.latency_ms == said["latency_ms"] and export.reference_ms == said["reference_ms"]
+    text = page.read_text()
+    assert "latency, batch 64" in text and "9.00 ms" in text and "0.80 times as long" in text
+
+
+def make_llama() -> Any:
+    transformers = importlib.import_module("transformers")
+    torch.manual_seed(4)
+    config = transformers.LlamaConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_export_for_transformers_loads_with_our_logits(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    model = make_llama()
+    grid = dt.Uniform(bits=4, granularity="channel")
+    run = dt.compress(model, Recipe([dt.Rule(match=r"_proj\.weight$", target=grid)]))
+    save(run, tmp_path / "llama.detent", "compressed")
+    result = call(
+        "export", tmp_path / "llama.detent", "--model", f"{HERE}:make_llama", "--to", "compressed-tensors", "--json"
+    )
+    assert result.exit_code == 0, (result.output, result.exception)
+    said = json.loads(result.stdout)
+    folder = tmp_path / "llama"
+    assert said["path"] == str(folder) and len(said["packed"]) == 7
+    assert said["bytes"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    assert said["notes"] == ["Left as they are: lm_head."]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        full = model(ids).logits
+        with run.compressed():
+            ours = model(ids).logits
+        assert torch.equal(loaded(ids).logits, ours) and not torch.equal(full, ours)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ((), "--input 1,3,32,32"),
+        (("--batchnorm", "drop"), "must be keep or fold"),
+        (("--data", "digits"), "--data: go with --activations 8"),
+        (("--method", "mse", "--calibrate", "9"), "--method, --calibrate: go with --activations 8"),
+        (("--input-range", "0,1"), "--input-range: go with --activations 8"),
+        (("--activations", "8"), "--method minmax: needs --data"),
+        (
+            ("--activations", "8", "--method", "best", "--data", "digits"),
+            "must be minmax, percentile, mse or batchnorm",
+        ),
+        (("--activations", "9", "--data", "digits"), "--activations 9: must be 2 to 8"),
+        (("--activations", "8", "--data", "digits", "--batchnorm", "keep"), "--batchnorm keep: rounded activations"),
+        (("--activations", "8", "--data", "digits", "--input-range", "0,1"), "goes with --method batchnorm only"),
+        (("--activations", "8", "--data", "digits", "--calibrate", "0"), "--calibrate 0: must be 1 to "),
+        (("--activations", "8", "--data", "digits", "--calibrate", "99999"), "--calibrate 99999: must be 1 to "),
+        (("--activations", "8", "--data", "digits"), "the images of digits are 1x8x8"),
+        (("--activations", "8", "--data", "nowhere"), "'digits', or a folder"),
+        (("--activations", "8", "--method", "batchnorm"), "needs --input-range"),
+        (("--activations", "8", "--method", "batchnorm", "--data", "digits"), "takes no images"),
+        (("--activations", "8", "--method", "batchnorm", "--input-range", "2,-2"), "--input-range 2,-2: must be"),
+        (("--activations", "8", "--method", "batchnorm", "--input-range", "1"), "--input-range 1: must be"),
+        (("--threads", "2"), "--threads 2: must be 1 or more, and goes with --latency"),
+        (("--latency", "--threads", "0"), "--threads 0: must be 1 or more"),
+    ],
+)
+def test_wrong_flags_of_an_onnx_export_are_refused_in_one_sentence(
+    file: Path, flags: tuple[str, ...], words: str
+) -> None:
+    assert words in refused(call("export", file, "--model", f"{HERE}:Net", "--input", "1,3,9,9", *flags), 2)
+    assert not file.with_suffix(".onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ((), "--input is missing: onnx needs the shape of one input, e.g. --input 1,3,32,32"),
+        (("--input", "1,3"), "--input 1,3: the model does not take one input of floating-point numbers"),
         (("--input", "1,x"), "--input 1,x"),
         (("--input", "0,3"), "--input 0,3"),
         (("--to", "tflite"), "must be onnx or compressed-tensors"),
-        (("--to", "compressed-tensors", "--input", "1,3"), "for nothing else"),
+        (("--to", "compressed-tensors", "--input", "1,3"), "--input goes with onnx only"),
         (("--to", "compressed-tensors"), "is no transformers model"),
+        (("--to", "compressed-tensors", "--latency", "--activations", "8"), "--activations, --latency go with onnx"),
     ],
 )
 def test_a_wrong_export_is_refused_in_one_sentence(file: Path, flags: tuple[str, ...], words: str) -> None:
     pytest.importorskip("transformers")
     assert words in refused(call("export", file, "--model", f"{HERE}:Net", *flags), 2)
+
+
+def test_a_model_of_tokens_is_sent_to_the_library(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    run = dt.compress(make_tokens(), Recipe.preset("uniform-w4"))
+    save(run, tmp_path / "t.detent", "compressed")
+    flags = ("--model", f"{HERE}:make_tokens", "--input", "1,5")
+    sentence = refused(call("export", tmp_path / "t.detent", *flags), 2)
+    assert "--input 1,5: " in sentence and "for tokens (whole numbers)" in sentence and "to_onnx" in sentence
+    # What the sentence says to do instead works.
+    model = make_tokens()
+    load(tmp_path / "t.detent", model, "compressed")
+    inputs = torch.zeros(1, 5, dtype=torch.long)
+    assert dt.export.to_onnx(model, tmp_path / "t.onnx", inputs, codes=tmp_path / "t.detent").nbytes > 0
+
+
+def make_tokens() -> nn.Module:
+    torch.manual_seed(6)
+    return nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 3)).eval()
 
 
 # ------------------------------------------------------------------------------------------------------------- docs

@@ -11,6 +11,7 @@ import reference_pack as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.mask_models import by_row, memoryless
 from detent.pack import mixing, models
 from detent.pack.coder import Meter, Reader, Writer
 from detent.pack.coding import CODINGS, Coding, Piece, Spec, decode_tensor, encode_tensor
@@ -143,14 +144,16 @@ PLANS = {
     ),
     "split": models._Plan(model=3, pivot=1, parts=(models._Plan(model=4, fold=1), models._Plan(model=1, prior=0))),
     **{f"mixed{fold}": models._Plan(model=4, fold=i) for i, fold in enumerate(mixing.FOLDS) if 64 % fold == 0},
+    **{f"distance{way}": models._Plan(model=3, way=way) for way in range(4)},
 }
+MASKS = [name for name in PLANS if name.startswith(("mixed", "distance"))]
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_every_model_by_itself(name: str) -> None:
     """Not only those that win: what a model writes the slow reader reads, and the meter says how much it is."""
     rng = np.random.default_rng(3)
-    size = 2 if PLANS[name].model == 4 else 5
+    size = 2 if name in MASKS else 5
     values = (rng.integers(0, size, 20 * 64) * uneven_mask(rng, (20, 64), 0.2)).astype(np.uint8)
     grid = Grid(20, 64, 1)
     writer, meter = Writer(), Meter()
@@ -163,6 +166,53 @@ def test_every_model_by_itself(name: str) -> None:
     slow = reference.Reader(raw, coded)
     assert reference.whole(slow, values.size, size, reference.Grid(20, 64, 1)) == values.tolist()
     assert 0 <= len(raw) + len(coded) - meter.bits / 8 <= 4  # the coder's end
+
+
+@pytest.mark.parametrize("way", range(4))
+@pytest.mark.parametrize("shape", [(20, 64), (3, 1000), (200, 3)])
+def test_masks_by_distance_at_their_ends(way: int, shape: tuple[int, int]) -> None:
+    """No ones, all ones, one at either end, whole lines of ones; and what lies beyond."""
+    grid, places = Grid(*shape, 1), shape[0] * shape[1]
+    plan = models._Plan(model=3, way=way)
+    rng = np.random.default_rng(way)
+    masks = [np.zeros(places, np.uint8), np.ones(places, np.uint8), np.repeat(rng.integers(0, 2, shape[0]), shape[1])]
+    masks += [(np.arange(places) == i).astype(np.uint8) for i in (0, 1, places - 1)]
+    masks += [(rng.random(places) < share).astype(np.uint8) for share in (0.003, 0.02, 0.5, 0.98)]
+    for mask in masks:
+        mask = mask.astype(np.uint8)
+        writer = Writer()
+        models.whole_numbers(writer, mask, places, 2, grid, plan)
+        raw, coded = writer.finish()
+        reader = Reader(memoryview(raw), memoryview(coded))
+        assert models.whole_numbers(reader, None, places, 2, grid).tolist() == mask.tolist()
+        reader.finish()
+        slow = reference.Reader(raw, coded)
+        assert reference.whole(slow, places, 2, reference.Grid(*shape, 1)) == mask.tolist()
+        assert slow.state == 0 and not slow.words
+
+
+@pytest.mark.parametrize(
+    ("kind", "ways"),
+    [("rows", [models._BY_ROW]), ("columns", [models._BY_COLUMN]), ("bursts", [models._PLAIN, models._BETWEEN])],
+)
+def test_masks_take_what_a_perfect_coder_of_their_kind_would(kind: str, ways: list[int]) -> None:
+    """Ones whose density differs by row or by column, or that come in bursts: bits by an independent formula."""
+    rng = np.random.default_rng(9)
+    chance = np.full((256, 1536), 0.02)
+    if kind == "bursts":
+        on = np.repeat(rng.random((256, 48)) < 0.2, 32, axis=1)
+        chance = np.where(on, 0.12, 0.0005)
+    else:
+        chance = chance * rng.lognormal(sigma=1.0, size=(256, 1) if kind == "rows" else (1, 1536)).clip(0, 20)
+    mask = (rng.random(chance.shape) < chance).astype(np.uint8)
+    plan = models._best(mask.reshape(-1), 2, Grid(256, 1536, 1))
+    assert plan.model == 3 and plan.way in ways
+    found = len(encode_tensor([Piece("mask", 1, mask.reshape(-1))], shape=mask.shape))
+    if kind == "bursts":
+        limit = 0.98 * memoryless(mask) / 8
+    else:
+        limit = 1.01 * by_row(mask if kind == "rows" else mask.T) / 8
+    assert found < limit
 
 
 def test_contexts_are_halved_before_they_overflow() -> None:
@@ -336,6 +386,19 @@ def test_models_where_they_may_not_stand_are_refused() -> None:
         decode_tensor(mixed, [Spec("p", 1, 2**24)], shape=(2**12, 2**12))
     with pytest.raises(ValueError, match="do not fold into runs of 4"):
         decode_tensor(_first_symbols([5, 8], [4, 1]), [Spec("p", 1, 18)], shape=(3, 6))
+    with pytest.raises(ValueError, match="cannot be counted by its lines"):
+        decode_tensor(_first_symbols([5, 4], [3, 2]), [Spec("p", 1, 2**16)], shape=(2**16,))
+    with pytest.raises(ValueError, match="cannot be counted by its lines"):
+        decode_tensor(_first_symbols([5, 4], [3, 3]), [Spec("p", 1, 2**17)], shape=(2**15, 4))
+    with pytest.raises(ValueError, match="31 ones in 24 places"):
+        decode_tensor(_first_symbols([5, 4, 6, 16], [3, 0, 5, 15]), [Spec("p", 1, 24)], shape=(24,))
+    with pytest.raises(ValueError, match="beyond the 24 places"):  # one one, 31 places from the beginning
+        decode_tensor(_first_symbols([5, 4, 6, 5, 6, 16], [3, 0, 1, 0, 5, 15]), [Spec("p", 1, 24)], shape=(24,))
+    with pytest.raises(ValueError, match="a line of 12 places has 15 ones"):
+        counted = _first_symbols([5, 4, 5, 5, 5, 8, 8], [3, 2, 0, 4, 4, 7, 7])
+        decode_tensor(counted, [Spec("p", 1, 24)], shape=(2, 12))
+    with pytest.raises(ValueError, match="cannot be of model 3"):
+        decode_tensor(_first_symbols([5], [3]), [Spec("p", 1, 15)], shape=(15,))
     # A split within a split within a split: no recursion without end.
     nested = _first_symbols([5, 4, 5], [3, 1, 3])
     with pytest.raises(ValueError, match="cannot be of model 3"):

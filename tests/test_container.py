@@ -340,6 +340,32 @@ def test_biases_and_norms_in_16_bits_are_part_of_the_compressed_life(tmp_path: P
     }
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_statistics_in_8_bits(tmp_path: Path, dtype: str) -> None:
+    model: Any = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
+    model[1].running_mean.copy_(torch.tensor([0.1, -0.33, 7.7, 100.0, 0.0]))
+    model[1].running_var.copy_(torch.tensor([0.1, 0.33, 7.7, 100.0, 0.004]))
+    run = dt.compress(model, dt.Recipe([dt.Rule(match="0.weight", target=dt.Uniform(bits=4))]))
+    run.round_statistics(dtype)
+    dt.save(run, tmp_path / "f", "compressed", coding="bitpacked")
+    twin: Any = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
+    header = dt.load(tmp_path / "f", twin, "compressed")
+    assert header.card["batchnorm"] == f"own, rounded to {dtype}"
+    for name in ("running_mean", "running_var"):
+        own, short = getattr(model[1], name), getattr(twin[1], name)
+        assert header.tensors[f"1.{name}"]["bytes"] == 1 + 5
+        assert torch.equal(short, own.to(getattr(torch, dtype)).float()) and not torch.equal(short, own)
+        torch.testing.assert_close(short, own, rtol=1 / 16 if dtype == "float8_e4m3fn" else 1 / 8, atol=0)
+    # What 8 bits would destroy is refused, not clamped.
+    model[1].running_var[0] = 1e-9
+    run = dt.compress(model, run.plan.recipe)
+    with pytest.raises(ValueError, match="'1.running_var' holds a variance of 1e-09, which would become 0"):
+        run.round_statistics(dtype)
+    model[1].running_mean[0] = 1e5
+    with pytest.raises(ValueError, match="'1.running_mean' holds 1e\\+05, and the largest number"):
+        run.round_statistics(dtype)
+
+
 def test_statistics_that_were_estimated_anew_can_be_rounded_too(tmp_path: Path) -> None:
     run = small_run()
     run.round_statistics("bfloat16")

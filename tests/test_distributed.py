@@ -54,6 +54,16 @@ RULES: dict[str, dt.Recipe] = {
             )
         ]
     ),
+    # How much each weight matters is gathered in pieces, and its least value is a share of that of the whole.
+    "fisher": dt.Recipe(
+        [
+            dt.Rule(
+                match="weight",
+                target=dt.TopK(keep=0.3, scope="model"),
+                mechanism=dt.Masked(start=7, metric="fisher"),
+            )
+        ]
+    ),
     "freeze": dt.Recipe(
         [dt.Rule(match="weight", target=dt.Binary(granularity="channel"), mechanism=dt.ADMM(rho=0.1, every=2, until=4))]
     ),
@@ -199,15 +209,16 @@ CASES: dict[str, tuple[str, Callable[[nn.Module], torch.optim.Optimizer]]] = {
     "prune-sgd": ("prune", sgd),
     "psg-prune-sgd": ("psg-prune", sgd),
     "admm-prune-adamw": ("admm-prune", adamw),
+    "fisher-sgd": ("fisher", sgd),
     "freeze-sgd": ("freeze", sgd),
     "mirror-adamw": ("mirror", adamw),
     "stages-adamw": ("stages", adamw),
 }
 
 
-RESUMED = ("psg-adamw", "ste-adamw", "prune-sgd", "admm-prune-adamw", "freeze-sgd", "mirror-adamw")
+RESUMED = ("psg-adamw", "ste-adamw", "prune-sgd", "admm-prune-adamw", "fisher-sgd", "freeze-sgd", "mirror-adamw")
 # Their two lives are one by the end.
-ONE_LIFE = ("ste", "prune", "admm-prune", "freeze", "mirror", "stages")
+ONE_LIFE = ("ste", "prune", "admm-prune", "fisher", "freeze", "mirror", "stages")
 
 
 def ddp_job(rank: int, world: int, folder: Path) -> dict[str, Any]:

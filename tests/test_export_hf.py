@@ -167,6 +167,24 @@ def test_a_tied_head_that_is_not_claimed_is_kept(tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path)), ours)
 
 
+def test_a_wrapped_layer_is_written_once_and_packed(tmp_path: Path) -> None:
+    """torch.compile puts `_orig_mod` into names, which once let plain weights through beside the packed ones."""
+    model, twin = llama(), llama()
+    twin.load_state_dict(model.state_dict())
+    to_compressed_tensors(dt.compress(model, grid(4, "channel")), tmp_path / "plain")
+    # Not called, so nothing is compiled; a whole block, and one linear layer of another.
+    twin.model.layers[0].mlp = torch.compile(twin.model.layers[0].mlp, backend="eager")
+    twin.model.layers[1].mlp.down_proj = torch.compile(twin.model.layers[1].mlp.down_proj, backend="eager")
+    assert any("_orig_mod" in name for name in twin.state_dict())
+    report = to_compressed_tensors(dt.compress(twin, grid(4, "channel")), tmp_path / "wrapped")
+    for folder in ("plain", "wrapped"):
+        assert not (tmp_path / folder / "model.safetensors.index.json").exists()
+    held = [load_file(tmp_path / folder / "model.safetensors") for folder in ("plain", "wrapped")]
+    assert held[0].keys() == held[1].keys()
+    assert all(torch.equal(value, held[1][name]) for name, value in held[0].items())
+    assert len(report.packed) == 14 and report.ignored == ("lm_head",)
+
+
 def test_writing_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model = llama()
     before = copy.deepcopy(model.state_dict())

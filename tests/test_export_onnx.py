@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,9 +18,10 @@ from cases import TARGETS
 from torch import Tensor, nn
 
 import detent as dt
-from detent.export import Activations, to_onnx
+from detent.export import Activations, latency, to_onnx
 from detent.export.forms import Grid, Half, Plain, Table, form_of, index_parts
-from detent.export.onnx import kernels_of
+from detent.export.latency import alternating
+from detent.export.onnx import kernels_of, session
 
 # Older ones cannot read INT2, which half of the tests are about.
 ort = pytest.importorskip("onnxruntime", minversion="1.31")
@@ -477,6 +480,148 @@ def test_codewords_keep_their_batchnorm_and_say_so(tmp_path: Path) -> None:
     assert len(report.notes) == 1 and "'conv.weight' is made of real codewords" in report.notes[0]
 
 
+class Last(nn.Module):
+    """A layer, its BatchNorm, and what of them is an output."""
+
+    def __init__(self, gives: str) -> None:
+        super().__init__()
+        self.conv, self.norm, self.gives = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), gives
+        with torch.no_grad():
+            self.state_dict()["norm.running_mean"].uniform_(-1, 1)
+            self.state_dict()["norm.running_var"].uniform_(0.5, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        raw = self.conv(x)
+        out = self.norm(raw)
+        return {"norm": out, "both": (raw, out), "twice": (out, torch.relu(out), out)}[self.gives]
+
+
+@pytest.mark.parametrize("activations", [None, Activations()], ids=["weights", "activations"])
+@pytest.mark.parametrize("gives", ["norm", "both", "twice"])
+def test_a_batchnorm_whose_result_is_an_output(gives: str, activations: Activations | None, tmp_path: Path) -> None:
+    run = dt.compress(Last(gives), dt.Recipe([dt.Rule(match=r"conv\.weight", target=dt.Uniform(bits=4))]))
+    x = torch.randn(2, 3, 8, 8)
+    options: dict[str, Any] = {"fold_batchnorm": True}
+    if activations is not None:
+        options = {"activations": activations, "calibration": [x]}
+    report = to_onnx(run, tmp_path / "m.onnx", x, **options)
+    kinds = Counter(n.op_type for n in onnx.load(tmp_path / "m.onnx").graph.node)
+    # What the layer itself gives is asked for, so that it must not be scaled.
+    assert kinds["BatchNormalization"] == (gives == "both")
+    assert any("is also an output of the graph" in note for note in report.notes) == (gives == "both")
+    with run.compressed(), torch.no_grad():
+        expected = run.model.eval()(x)
+    theirs = run_ort(tmp_path / "m.onnx", [x.numpy()])
+    for mine, other in zip([expected] if gives == "norm" else expected, theirs, strict=True):
+        torch.testing.assert_close(mine, torch.from_numpy(other), rtol=1e-4, atol=0.1 if activations else 1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- inputs and outputs
+
+
+class Tokens(nn.Module):
+    """Scores, the best token as a large whole number, and nothing at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores = self.fc(x)
+        return scores, scores.argmax(1) + 50_000, scores[:, :0]
+
+
+def test_every_output_has_its_own_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = dt.compress(Tokens(), dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=8))]))
+    x = torch.randn(3, 8)
+    report = to_onnx(run, tmp_path / "m.onnx", x)
+    assert report.bound is not None and max(report.difference.values()) <= report.bound < 1e-3
+
+    # A runtime that is off by more than the scores allow, but by less than 2e-5 of 50,000.
+    class Off:
+        def __init__(self, which: int, by: float) -> None:
+            self.which, self.by = which, by
+
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            self.real = real(*args, **options)
+            return self
+
+        def get_inputs(self) -> Any:
+            return self.real.get_inputs()
+
+        def run(self, *args: Any) -> list[Any]:
+            found = self.real.run(*args)
+            found[self.which] = found[self.which] + np.asarray(self.by, dtype=found[self.which].dtype)
+            return found
+
+    real = ort.InferenceSession
+    for which, by in ((0, 0.5), (1, 1)):
+        monkeypatch.setattr(ort, "InferenceSession", Off(which, by))
+        with pytest.raises(ValueError, match=rf"is off PyTorch by {by:g} in output {which}.*nothing was written"):
+            to_onnx(run, tmp_path / "off.onnx", x)
+    assert not (tmp_path / "off.onnx").exists()
+
+
+def test_a_side_input_of_two_is_no_batch(tmp_path: Path) -> None:
+    class Side(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, side: Tensor) -> Tensor:
+            return self.fc(x) * side
+
+    # At one row the exporter is given two, which the length of the side input is too.
+    run = dt.compress(Side(), dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=8))]))
+    x, side = torch.randn(1, 8), torch.randn(2)
+    to_onnx(run, tmp_path / "m.onnx", (x, side))
+    shapes = [
+        [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in onnx.load(tmp_path / "m.onnx").graph.input
+    ]
+    assert isinstance(shapes[0][0], str) and shapes[1] == [2]
+    rows = torch.randn(5, 8)
+    with run.compressed(), torch.no_grad():
+        expected = run.model.eval()(rows, side)
+    theirs = run_ort(tmp_path / "m.onnx", [rows.numpy(), side.numpy()])[0]
+    torch.testing.assert_close(expected, torch.from_numpy(theirs))
+
+
+def test_inputs_of_the_wrong_kind_are_told(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(12, 8), nn.Linear(8, 4))
+    run = dt.compress(model, dt.Recipe([dt.Rule(match="1.weight", target=dt.Uniform(bits=8))]))
+    why = r"cannot be called with float32 \(2, 5\) \(.*\); give inputs .* whole numbers \(torch.long\) for tokens$"
+    with pytest.raises(ValueError, match=why):
+        to_onnx(run, tmp_path / "m.onnx", torch.zeros(2, 5))
+    assert to_onnx(run, tmp_path / "m.onnx", torch.zeros(2, 5, dtype=torch.long)).nbytes
+
+
+def test_parameters_may_have_any_name(tmp_path: Path) -> None:
+    """Names of our own in the graph once met parameters called like them."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(2, 4, 3), nn.Linear(4, 3)
+            self.codebook0 = nn.Parameter(torch.ones(4))
+            self.shift3 = nn.Parameter(torch.ones(4))
+            self.activations = nn.ParameterDict({"min": torch.ones(4), "max": torch.ones(4)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x).mean((2, 3)) * self.codebook0 * self.shift3
+            return self.fc(x * self.activations["min"] * self.activations["max"])
+
+    rules = [
+        dt.Rule(match=r"conv\.weight", target=dt.KernelCodebook(size=4)),
+        dt.Rule(match=r"fc\.weight", target=dt.Uniform(bits=4)),
+    ]
+    run, x = dt.compress(Named(), dt.Recipe(rules)), torch.randn(2, 2, 6, 6)
+    to_onnx(run, tmp_path / "m.onnx", x)
+    narrow = Activations(bits=4)
+    report = to_onnx(run, tmp_path / "narrow.onnx", x, activations=narrow, calibration=[x])
+    assert {"codebook0", "shift3", "activations.min"} <= {row.name for row in report.tensors}
+
+
 # ---------------------------------------------------------------------------------------------------------- a file
 
 
@@ -599,3 +744,42 @@ def test_a_wrapped_model_and_its_modes(tmp_path: Path) -> None:
     twin = dt.compress(wrapped, on(dt.Uniform(bits=4)))
     report = to_onnx(twin, tmp_path / "wrapped.onnx", inputs)
     assert [row.name for row in report.tensors] == [row.name for row in plain.tensors]
+
+
+# --- latency ---------------------------------------------------------------------------------------------------------
+
+
+def test_calls_that_are_timed_take_turns() -> None:
+    seen: list[str] = []
+    times = alternating({name: partial(seen.append, name) for name in "ab"}, 3, warmup=1, repeats=2)
+    assert "".join(seen) == "bbaa" + "aabb" + "bbaa" + "aabb"
+    assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3}
+    slow = alternating({"quick": lambda: None, "slow": lambda: time.sleep(0.01)}, 3, warmup=0)
+    assert min(slow["slow"]) >= 10 > 2 * min(slow["quick"]), "milliseconds of one call"
+    for wrong in ({"rounds": 0}, {"rounds": 1, "warmup": -1}, {"rounds": 1, "repeats": 0}):
+        with pytest.raises(ValueError, match="must be >= 1, 0 and 1"):
+            alternating({}, **wrong)
+
+
+def test_latency_is_that_of_the_file_beside_its_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network with 64 times the work takes longer, and the ratio says so, in the direction it is read."""
+    monkeypatch.setattr(latency, "_SECONDS", 0.05)
+    for name, width in (("small", 32), ("large", 512)):
+        model = nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
+        run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))]))
+        to_onnx(run, tmp_path / f"{name}.onnx", torch.randn(2, 16), check=False)
+    done: list[int] = []
+    rows = latency.onnx_latency(
+        tmp_path / "large.onnx", tmp_path / "small.onnx", (16,), batches=(1, 3), at_load=True,
+        advance=lambda: done.append(1),
+    )  # fmt: skip
+    assert [row.batch for row in rows] == [1, 3] and len(done) == 2
+    for row in rows:
+        assert row.ms > row.reference_ms > 0 and row.ratio > 1 and row.verdict == "slower"
+        assert row.quartiles[0] <= row.ratio <= row.quartiles[1] and row.at_load_ms is not None and row.at_load_ms > 0
+    flipped = replace(rows[0], quartiles=(0.5, 0.9)), replace(rows[0], quartiles=(0.9, 1.1))
+    assert [row.verdict for row in flipped] == ["faster", "no clear difference"]
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        latency.onnx_latency(tmp_path / "large.onnx", tmp_path / "small.onnx", (16,), threads=0)
+    running = session(str(tmp_path / "small.onnx"), optimize=True, threads=2)
+    assert running.get_session_options().intra_op_num_threads == 2

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from elsewhere import Elsewhere
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -517,3 +518,82 @@ def test_calibration_must_be_there_and_finite() -> None:
         to_integer(run, [torch.full((2, 4), torch.inf)])
     with pytest.raises(ValueError, match="batchnorm"):
         to_integer(run, [], activations=Activations(method="batchnorm", input_range=(-1.0, 1.0)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape", "why"),
+    [
+        ([nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 5)], (8, 5, 8), r"'_0' \(Linear\) reads shape \(8, 5, 8\).* 2 axes"),
+        ([nn.Conv1d(2, 3, 3)], (2, 8), r"'_0' \(Conv1d\) reads shape \(2, 8\).* 3 axes"),
+        ([nn.Conv2d(2, 3, 3), nn.MaxPool2d(2)], (2, 8, 8), r"'_0' \(Conv2d\) reads .* 4 axes"),
+        ([nn.Linear(4, 4), nn.AdaptiveAvgPool1d(2)], (3, 4), r"'_1' \(AdaptiveAvgPool1d\) reads .* 3 axes"),
+    ],
+    ids=["linear", "conv1d", "conv2d", "pool"],
+)
+def test_axes_that_have_no_integer_form_are_named(layers: list[nn.Module], shape: tuple[int, ...], why: str) -> None:
+    """Rescaling goes by channel, axis 1: of another axis it would be silently wrong."""
+    with pytest.raises(ValueError, match=why):
+        to_integer(compressed(nn.Sequential(*layers)), [torch.randn(shape)])
+
+
+def test_an_input_of_other_axes_than_the_calibration_is_refused() -> None:
+    found = to_integer(compressed(nn.Sequential(nn.Linear(8, 5))), [torch.randn(16, 8)])
+    assert found(torch.randn(3, 8)).shape == (3, 5)
+    with pytest.raises(ValueError, match=r"x has shape \(4, 5, 8\); calibration had a batch of \(8,\)"):
+        found(torch.randn(4, 5, 8))
+
+
+@pytest.mark.parametrize("where", ["1", ""])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_that_tracing_would_leave_out_are_refused(where: str, kind: str) -> None:
+    run = compressed(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
+    handle = getattr(run.model.get_submodule(where), kind)(lambda *given: None)
+    with pytest.raises(ValueError, match="'1' \\(ReLU\\) has forward hooks" if where else "the model .* forward hooks"):
+        to_integer(run, [torch.randn(8, 4)])
+    handle.remove()
+    assert len(to_integer(run, [torch.randn(8, 4)]).steps) == 3
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_model_in_double_precision(granularity: str) -> None:
+    model = lively(nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 4)))
+    run = compressed(model.double(), 8, granularity)
+    x = torch.randn(32, 2, 5, 5)
+    found = to_integer(run, [x.double()])
+    with run.compressed(), torch.no_grad():
+        expected = run.model.eval()(x.double())
+    assert found.steps[1].numbers["weight"].shape == (3, 2, 3, 3)
+    assert float((found(x) - expected).abs().max()) < 0.05 * float(expected.abs().max())
+    equal(found, x[:2])
+
+
+def test_adaptive_pooling_by_keyword() -> None:
+    x = torch.randn(16, 1, 8)
+    by_keyword = Pooled(lambda y: F.adaptive_avg_pool1d(y, output_size=1))
+    by_position = Pooled(lambda y: F.adaptive_avg_pool1d(y, 1))
+    by_keyword.load_state_dict(by_position.state_dict())
+    found = [to_integer(compressed(model), [x]) for model in (by_keyword, by_position)]
+    assert torch.equal(found[0](x), found[1](x))
+
+
+class Pooled(nn.Module):
+    def __init__(self, pool: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.fc, self.pool = nn.Conv1d(1, 4, 3), nn.Linear(4, 2), pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.flatten(self.pool(torch.relu(self.conv(x))), 1))
+
+
+def test_a_model_on_an_accelerator() -> None:
+    """Bias, BatchNorm, codes and calibration come from the device; the integer network is on the CPU."""
+    model = lively(
+        nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
+    )
+    x = torch.randn(16, 2, 6, 6)
+    expected = to_integer(compressed(model), [x])(x)
+    with Elsewhere(model) as elsewhere:
+        there = elsewhere.mark(x.clone())
+        found = to_integer(compressed(model), [there])(there)
+        assert not elsewhere.is_there(found)
+    assert torch.equal(found, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import html.parser
 import http.server
 import json
@@ -17,11 +18,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import TARGETS
 from torch import Tensor, nn
 
 import detent as dt
 from detent import report as reports
-from detent.report import History, Report, collect, page, write_html
+from detent.report import History, Report, collect, collect_file, page, run_of_file, write_html
 from detent.report.card import symmetry
 from detent.report.page import comparison, figures, render, summary
 
@@ -254,6 +256,136 @@ def test_widths_need_a_width() -> None:
     assert collect(run, evaluate=lambda m: {"loss": 0.0}).widths == ()
 
 
+@functools.cache
+def _file_net() -> type[nn.Module]:
+    class Small(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 8, 3, padding=1, bias=False)
+            self.norm = nn.BatchNorm2d(8)
+            self.relu = nn.ReLU()
+            self.flatten = nn.Flatten()
+            self.out = nn.Linear(8 * 64, 4)
+
+    return Small
+
+
+def test_the_report_of_a_file_uses_its_own_statistics(tmp_path: Path) -> None:
+    """Re-estimated BatchNorm belongs to the trained width: a file's curve is the run's, there and everywhere."""
+    torch.manual_seed(0)
+    model = _file_net()()
+    run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))]))
+    run.recalibrate(images(3)[0].split(50))
+    path = tmp_path / "x.detent"
+    dt.save(run, path)
+    of_run = collect(run, evaluate=scores, bits=(4, 3))
+    of_file = collect_file(path, model=_file_net()(), evaluate=scores, bits=(4, 3))
+    assert of_file.widths == of_run.widths and of_file.scores == of_run.scores
+    assert of_file.widths[0].scores == of_file.scores["compressed"]
+    again = run_of_file(path, _file_net()())
+    found, known = again.statistics(), run.statistics()
+    assert found is not None and known is not None and found.source == known.source == "re-estimated"
+    assert all(torch.equal(value, known[name]) for name, value in found.items())
+    alone = tmp_path / "alone.detent"
+    dt.save(run, alone, "compressed")
+    copied = tmp_path / "copied.detent"
+    dt.save(run_of_file(alone, _file_net()(), "compressed"), copied, "compressed")
+    assert copied.read_bytes() == alone.read_bytes()
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_run_of_a_file_is_the_file_whatever_a_fresh_fit_would_find(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights have moved since the fit, as in a training whose fit is frozen."""
+    target = TARGETS[name]
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Linear(4, 6))
+    kind = r"0\.weight" if isinstance(target, dt.KernelCodebook) else r"1\.weight"
+    kind = r"\.weight" if target.fits_together and not isinstance(target, dt.VectorCodebook) else kind
+    run = dt.compress(model, dt.Recipe([dt.Rule(match=kind, target=target)]))
+    with torch.no_grad():
+        for entry in run._entries:
+            entry.param.data.add_(torch.randn_like(entry.param), alpha=0.1)
+    dt.save(run, tmp_path / "x.detent")
+    expected = {name: item.decode() for name, item in run.encoded().items()}
+    twin = copy.deepcopy(model)
+    with monkeypatch.context() as context:
+        if target.stored or target.leaves_free:
+            context.setattr(type(target), "fit", None)  # nothing is fitted
+        again = run_of_file(tmp_path / "x.detent", twin)
+    assert all(torch.equal(item.decode(), expected[name]) for name, item in again.encoded().items())
+    for mine, old in zip(again._entries, run._entries, strict=True):
+        assert mine.params is not None and old.params is not None
+        assert mine.target.bits_on_disk(mine.params) == old.target.bits_on_disk(old.params)
+        typical = mine.target.typical(mine.params)
+        assert bool((typical > 0).all()) and typical.shape == old.target.typical(old.params).shape
+        w = mine.param.detach()
+        assert torch.equal(mine.target.project(w, mine.params), old.target.project(w, old.params))
+
+
+def test_a_width_is_found_once(trained: tuple[dt.Run, History], monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = trained
+    calls: list[int] = []
+    real = dt.Uniform.at_bits
+
+    def counted(self: dt.Uniform, w: Tensor, params: Any, bits: int) -> Any:
+        calls.append(bits)
+        return real(self, w, params, bits)
+
+    monkeypatch.setattr(dt.Uniform, "at_bits", counted)
+    collect(run, evaluate=scores, bits=(4, 2))
+    assert calls == [4, 2], "one convolution that is not pinned"
+
+
+def test_widths_that_a_target_cannot_take_are_left_out_and_said(tmp_path: Path) -> None:
+    rules = [
+        dt.Rule(match="middle.weight", target=dt.PowerOfTwo(bits=4)),
+        dt.Rule(match="out", target=dt.Uniform(bits=8)),
+    ]
+    run = dt.compress(Net(), dt.Recipe(rules))
+    found = collect(run, evaluate=scores)
+    assert [width.label for width in found.widths] == ["W4", "W3", "W2"] and sorted(found.unfit) == ["W6", "W8"]
+    page = render(found)
+    assert "Not shown: W8: PowerOfTwo(bits=4) can be 2, 3, 4, 5 bits wide" in page
+    none = collect(run, evaluate=scores, bits=(8,))
+    assert none.widths == () and "No curve is shown: W8: PowerOfTwo(bits=4)" in render(none)
+    assert Report.from_json(none.to_json()) == none
+    dt.save(run, tmp_path / "x.detent")
+    assert collect_file(tmp_path / "x.detent", model=Net(), evaluate=scores).unfit == found.unfit
+    for target in TARGETS.values():
+        assert bool(target.widths) == target.has_bits
+        w = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+        for width in target.widths:
+            changed, _ = target.at_bits(w, target.fit(w), width)
+            assert getattr(changed, "bits", None) == width
+
+
+def test_what_a_file_without_a_full_life_cannot_show_is_said_truly(tmp_path: Path) -> None:
+    run = dt.compress(Net(), dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))]))
+    dt.save(run, tmp_path / "x.detent", "compressed")
+    found = collect_file(tmp_path / "x.detent", model=Net(), evaluate=scores, sensitivity=scores)
+    assert "compressed" in found.scores and found.widths == ()
+    page = render(found)
+    assert "no target here has a bit-width" not in page
+    assert "No curve is shown: other widths are found from the full life, which the file does not hold" in page
+    assert "No sensitivity is shown: it is a change against the full life, which the file does not hold" in page
+    for section in ("widths", "sensitivity"):
+        assert found.absent[section].startswith("a file with both lives")
+
+
+def test_tied_weights_are_counted_once(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+            self.last.weight = self.first.weight
+
+    run = dt.compress(Tied(), dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))]))
+    dt.save(run, tmp_path / "x.detent")
+    assert collect(run).sizes.raw == collect_file(tmp_path / "x.detent").sizes.raw == 20 * 8 * 4
+
+
 def test_a_report_survives_json(report: Report) -> None:
     text = report.to_json()
     assert Report.from_json(text) == report
@@ -286,6 +418,30 @@ def test_history_is_the_mean_of_measure_and_reads_back(tmp_path: Path) -> None:
         History.read(tmp_path / "h.jsonl")
 
 
+def test_a_training_that_diverged_has_gaps_and_still_a_report(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = dt.attach(model, optimizer, RECIPE, total_steps=9)
+    history = History(run, tmp_path / "h.jsonl")
+    history.log(loss=1.0)
+    kept = model.out.weight.data[0, 0].clone()
+    model.out.weight.data[0, 0] = math.nan
+    assert history.log(loss=math.nan).scores == {"loss": None}
+    model.out.weight.data[0, 0] = kept
+    history.log(loss=math.inf)
+    assert history.moments[1].error is None and history.moments[1].layers["out.weight"] is None
+    assert history.moments[1].layers["conv.weight"] is not None
+    moments = History.read(tmp_path / "h.jsonl")
+    assert moments == history.moments
+    found = collect(run, history=moments)
+    assert Report.from_json(found.to_json()) == found
+    page = render(found)
+    assert "Gaps: there the weights were not finite" in page
+    assert "Gaps" not in render(found.model_copy(update={"history": (moments[0], moments[2])}))
+    with pytest.raises(ValueError, match="finite"):
+        reports.Export(format="ONNX", bytes=1, latency_ms={"1": math.nan})
+
+
 @pytest.mark.parametrize(
     ("target", "words"),
     [
@@ -296,7 +452,14 @@ def test_history_is_the_mean_of_measure_and_reads_back(tmp_path: Path) -> None:
         (dt.PowerOfTwo(bits=4), "symmetric, with a zero"),
         (dt.LearnedLevels(k=5), "not symmetric"),
         (dt.TopK(keep=0.1), "survivors stay in full precision"),
-        (dt.SparseLevels(sparse=dt.TopK(keep=0.1), survivors=dt.Binary()), "symmetric, without a zero"),
+        (
+            dt.SparseLevels(sparse=dt.TopK(keep=0.1), survivors=dt.Binary()),
+            "survivors symmetric, without a zero; zero between",
+        ),
+        (
+            dt.SparseLevels(sparse=dt.TopK(keep=0.1), survivors=dt.LearnedLevels(k=5)),
+            "survivors not symmetric, without a zero; zero between",
+        ),
         (dt.KernelCodebook(size=4), "codewords"),
         (dt.VectorCodebook(size=4, block=2), "codewords"),
     ],

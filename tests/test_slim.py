@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from elsewhere import Elsewhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
@@ -253,6 +254,61 @@ def test_what_is_not_understood_keeps_its_channels_and_is_named() -> None:
     assert shapes(found) == {"0": (3, 4), "2": (4, 5), "4": (5, 2)}
     assert found.left == ("0: 1 unit (0) stay: it goes into '1', which is not understood",)
     close(found, model, found.model, torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("act", [nn.Identity(), nn.ReLU()])
+def test_batchnorm_of_the_batch_is_not_understood(act: nn.Module) -> None:
+    """Without running statistics what a channel gives depends on the others of the batch, even a constant one."""
+    norm = nn.BatchNorm1d(6, track_running_stats=False)
+    model = nn.Sequential(nn.Linear(4, 6), act, norm, nn.Linear(6, 2)).eval()
+    zero(model[0].weight, 2)
+    zero(model[0].bias, 2, value=1.0)
+    zero(norm.weight, 4)
+    twin, x = copy.deepcopy(model), torch.randn(5, 4)
+    found = slim(model, x)
+    close(found, found.model, twin, x)
+    assert shapes(found) == {"0": (4, 6), "3": (6, 2)}
+    assert any(why.startswith("0: 1 unit (2)") and "'2', which is not understood" in why for why in found.left)
+    assert fold_dead_units(model, x).weights[0] == fold_dead_units(model, x).weights[1]
+
+
+def test_a_model_on_an_accelerator() -> None:
+    """Every mask and constant lies beside the weights that it meets."""
+
+    def make() -> tuple[nn.Module, Tensor]:
+        torch.manual_seed(2)
+        model = Block()
+        zero(model.first.weight, 1)
+        zero(model.norm.bias, 1, value=-1.0)  # behind a Relu it is 0, and so is the product
+        zero(model.second.weight, 2)
+        zero(model.second.bias, 2, value=0.5)
+        zero(model.fc.weight, slice(None), slice(3 * 16, None))  # nothing uses the last channel
+        return model.eval(), torch.randn(4, 1, 8, 8)
+
+    model, x = make()
+    expected, folded = slim(model, x), fold_dead_units(model, x)
+    assert expected.parameters[1] < expected.parameters[0] and folded.weights[1] < folded.weights[0]
+    model, x = make()
+    with Elsewhere(model) as elsewhere:
+        elsewhere.mark(x)
+        found, again = slim(model, x), fold_dead_units(model, x)
+        assert all(elsewhere.is_there(p) for p in (*found.model.parameters(), *model.parameters()) if p.numel())
+    assert (found.layers, found.left) == (expected.layers, expected.left)
+    assert (again.layers, again.left) == (folded.layers, folded.left)
+
+
+class Block(nn.Module):
+    """A product, a sum, a concatenation and a flattening, so that every kind of node sees a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3, bias=False), nn.Conv2d(1, 4, 3)
+        self.norm, self.third = nn.BatchNorm2d(4), nn.Conv2d(8, 4, 3)
+        self.fc = nn.Linear(4 * 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.relu(self.norm(self.first(x))), torch.relu(self.second(x))
+        return self.fc(torch.flatten(self.third(torch.cat([a * b, a + b], 1)), 1))
 
 
 def test_a_layer_keeps_one_channel() -> None:

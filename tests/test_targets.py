@@ -373,9 +373,11 @@ def test_what_a_target_cannot_take_is_refused(name: str) -> None:
     target = TARGETS[name]
     whole = target.accepts((2, 3), torch.int64, dt.Layout(shape=(2, 3)))
     empty = target.accepts((0, 3), torch.float32, dt.Layout(shape=(0, 3)))
-    assert whole is not None and empty is not None
+    short = target.accepts((2, 3), torch.float8_e4m3fn, dt.Layout(shape=(2, 3)))
+    assert whole is not None and empty is not None and short is not None
     if name != "topk-five":
         assert "torch.int64" in whole and "at least one weight" in empty
+        assert "needs weights of 16 bits or more, this one is torch.float8_e4m3fn" in short
     with pytest.raises(ValueError, match="beta=-1"):
         w = torch.randn(4, 4)
         target.relax(w, target.fit(w), -1)

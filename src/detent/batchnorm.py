@@ -110,19 +110,41 @@ def _call(model: nn.Module, batch: Any, forward: Callable[[Any], Any] | None) ->
         raise ValueError(f"recalibrate: cannot feed a {type(batch).__name__} to the model; pass forward=")
 
 
+_SHORT = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+
+
+def _check_short(name: str, value: Tensor, short: Tensor, most: float, dtype: str) -> None:
+    """Refuse what 8 bits would destroy: the range of a 16-bit float is wide enough to say nothing."""
+    if not dtype.startswith("float8"):
+        return
+    if bool((value.abs() > most).any()):
+        raise ValueError(
+            f"round_statistics({dtype!r}): {name!r} holds {float(value.abs().max()):.4g}, and the largest number of "
+            f"{dtype} is {most:g}; take a float of 16 bits"
+        )
+    lost = (short == 0) & (value > 0)
+    if name.endswith("running_var") and bool(lost.any()):
+        raise ValueError(
+            f"round_statistics({dtype!r}): {name!r} holds a variance of {float(value[lost].max()):.4g}, which would "
+            "become 0; take a float of 16 bits"
+        )
+
+
 def rounded(model: nn.Module, old: Statistics | None, dtype: str) -> Statistics:
     """Statistics rounded to a shorter float: old ones, or the model's own if there are none.
 
     Raises:
-        ValueError: another dtype, or a model without running statistics.
+        ValueError: another dtype, a model without running statistics, or numbers that do not fit into 8 bits.
     """
-    if dtype not in ("float16", "bfloat16"):
-        raise ValueError(f'round_statistics({dtype!r}): must be "float16" or "bfloat16"')
+    if dtype not in _SHORT:
+        raise ValueError(f"round_statistics({dtype!r}): must be one of {', '.join(map(repr, _SHORT))}")
     to = getattr(torch, dtype)
     most, found = torch.finfo(to).max, Statistics(old or statistics_of(model))
     if not found:
         raise ValueError("round_statistics: this model has no BatchNorm with running statistics to round")
     for name, value in found.items():
-        found[name] = value.clamp(-most, most).to(to).to(value.dtype) if value.is_floating_point() else value.clone()
+        short = value.clamp(-most, most).to(to).to(value.dtype) if value.is_floating_point() else value.clone()
+        _check_short(name, value, short, most, dtype)
+        found[name] = short
     found.source = f"{old.source.partition(',')[0] if old else 'own'}, rounded to {dtype}"
     return found

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
+import detent
 from detent.cli_work import (
+    OnnxOptions,
     compress_weights,
     export_file,
     model_of,
@@ -40,8 +43,40 @@ from detent.report.page import figures, summary
 
 __all__ = ["app"]
 
+# Click's, which newer releases of typer bring along under a name of their own.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+class _Commands(TyperGroup):
+    """The commands; what their parser refuses is told as JSON too where that was asked for."""
+
+    _as_json = False
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **more: Any) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        self._as_json = "--json" in given[: given.index("--") if "--" in given else None]
+        return super().main(args, *rest, **more)
+
+    def make_context(self, *given: Any, **more: Any) -> Any:
+        with self._told():
+            return super().make_context(*given, **more)
+
+    def invoke(self, ctx: Any) -> Any:
+        with self._told():  # a command parses its own arguments only when it is called
+            return super().invoke(ctx)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except _UsageError as error:
+            if self._as_json:
+                _print_json({"error": error.format_message()})  # type: ignore[attr-defined]
+            raise
+
+
 app = typer.Typer(
     name="detent",
+    cls=_Commands,
     help="Train PyTorch networks whose weights click into cheap places: one checkpoint, two lives.",
     no_args_is_help=True,
     add_completion=False,
@@ -52,8 +87,18 @@ app = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else there.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"detent {detent.__version__}\n")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
     """Train PyTorch networks whose weights click into cheap places: one checkpoint, two lives."""
 
 
@@ -69,7 +114,10 @@ def _answer(as_json: bool) -> Iterator[None]:
 
 
 def _fail(error: Exception, code: int, as_json: bool) -> None:
-    message = " ".join(str(error).split()) or type(error).__name__
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename and not error.filename2:
+        text = f"cannot open {error.filename}: {error.strerror}"  # Python's own words start with [Errno 2]
+    message = " ".join(text.split()) or type(error).__name__
     Console(stderr=True, soft_wrap=True).print(Text(f"detent: {message}"))
     if as_json:
         _print_json({"error": message})
@@ -222,8 +270,12 @@ def compress(
         "compressed"
     ),
     coding: Annotated[
-        str, typer.Option(help="entropy: as small as it goes; bitpacked: fast to read; none: whole bytes.")
-    ] = "entropy",
+        str | None,
+        typer.Option(
+            help="entropy: as small as it goes; bitpacked: fast to read; none: whole bytes. "
+            "Else entropy, and bitpacked where --out ends in .safetensors."
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help='A factory "package.module:function"; else shapes and names must do.')
     ] = None,
@@ -237,8 +289,7 @@ def compress(
             _print_json(made)
             return
         console = Console(soft_wrap=True)
-        factor = made["raw_bytes"] / made["bytes"]
-        than = "with both lives" if life == "both" else f"{factor:.1f} times smaller"
+        than = "with both lives" if life == "both" else _than(made["raw_bytes"], made["bytes"])
         raw = f"the tensors of {weights}: {made['raw_bytes']:,} bytes"
         console.print(Text(f"{made['file']}: {made['bytes']:,} bytes, {than}; {raw}"))
         console.print(
@@ -247,6 +298,15 @@ def compress(
         )
         for sentence in made["notes"]:
             console.print(Text(sentence))
+
+
+def _than(before: int, after: int) -> str:
+    """How much smaller something became, if it did."""
+    if after == before:
+        return "as large as before"
+    if after > before:
+        return f"larger than before: {after / before:.2f} times as many bytes"
+    return f"{before / after:.1f} times smaller"
 
 
 # --- inspect ------------------------------------------------------------------------------------------------------
@@ -259,7 +319,9 @@ def inspect(
 ) -> None:
     """Show what a file holds: what every tensor became, the bytes it takes, and how far its two lives are apart."""
     with _answer(as_json):
-        header, found = read_header(file), measured(file)
+        header = read_header(file)
+        with _watched() as watch:
+            found = measured(file, advance=watch("measuring", len(header.tensors)))
         if as_json:
             _print_json({"rows": found.rows, "total": found.total, **dataclasses.asdict(header)})
             return
@@ -344,10 +406,14 @@ def unpack(
 ) -> None:
     """Write one life of a file as plain safetensors, which every other tool reads."""
     with _answer(as_json):
+        tensors = len(read_header(file).tensors)  # first: another kind of file is at fault before its name is
+        if life not in ("full", "compressed"):
+            raise ValueError(f"--life {life}: must be full or compressed")
         plain = out or file.with_suffix(".safetensors")
         if plain.resolve() == file.resolve():
             raise ValueError(f"--out {plain}: is the file itself; give another name")
-        size = write_plain(file, plain, life)  # type: ignore[arg-type]
+        with _watched() as watch:
+            size = write_plain(file, plain, life, advance=watch("unpacking", tensors))  # type: ignore[arg-type]
         if as_json:
             _print_json({"file": str(plain), "life": life, "bytes": size})
         else:
@@ -416,19 +482,49 @@ def export(
     shape: Annotated[
         str | None, typer.Option("--input", help="onnx: shape of one input, e.g. 1,3,32,32; the batch stays free.")
     ] = None,
+    batchnorm: Annotated[
+        str | None, typer.Option(help="onnx: keep, or fold it into the layers before; rounded activations fold it.")
+    ] = None,
+    activations: Annotated[int | None, typer.Option(help="onnx: also round activations, to 8 or 4 bits.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Their ranges: minmax, percentile, mse, or batchnorm, which needs no images.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="'digits', or a folder of Parquet images; training images find the ranges.")
+    ] = None,
+    calibrate: Annotated[int | None, typer.Option(help="How many of them; else 512, or all if fewer.")] = None,
+    input_range: Annotated[
+        str | None, typer.Option(help="--method batchnorm: smallest and largest input, e.g. -2,2.1.")
+    ] = None,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="onnx: measure it in ONNX Runtime against float32, batch 1 and 64.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="--latency: threads within an operator; else 1.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the compressed life in another tool's format: an ONNX file, or a folder that transformers loads."""
     with _answer(as_json):
+        options = OnnxOptions(
+            shape=shape,
+            batchnorm=batchnorm,
+            activations=activations,
+            method=method,
+            data=data,
+            calibrate=calibrate,
+            input_range=input_range,
+            latency=latency,
+            threads=threads,
+        )
         with _watched() as watch:
-            made = export_file(file, model=model, to=to, out=out, shape=shape, watch=watch)
+            made = export_file(file, model=model, to=to, out=out, options=options, watch=watch)
         if as_json:
             _print_json(made)
             return
         console = Console(soft_wrap=True)
         console.print(Text(f"Wrote {made['path']}: {made['format']}, {made['bytes']:,} bytes."))
         if made["difference"] is not None:
-            console.print(f"Largest difference from PyTorch's compressed life: {made['difference']:.3g}")
+            cost = "" if activations is None else ", which is what rounded activations cost"
+            console.print(f"Largest difference from PyTorch's compressed life: {made['difference']:.3g}{cost}")
         for sentence in made["notes"]:
             console.print(Text(sentence))
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +20,31 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from detent.data import Batches, ImageSet, digits, load_images
-from detent.export import to_onnx
-from detent.export.hf import to_compressed_tensors
+from detent.export import Activations, onnx_latency, to_compressed_tensors, to_onnx
 from detent.lives import Encoded, refuse_stages
-from detent.pack import Writer, load, sizes
-from detent.recipe import Plan, Recipe, short
+from detent.pack import CODINGS, Writer, load, sizes
+from detent.pack.frames import MAGIC
+from detent.pack.header import DTYPES
+from detent.recipe import Plan, Recipe, canonical_name, short
 from detent.report import Export, History, Report, collect_file, run_of_file
+from detent.report.page import figures
 from detent.targets import Params
 
-__all__ = ["Bench", "bench_of", "guesses", "model_of", "recipe_of", "skeleton", "unused_mechanisms"]
+__all__ = [
+    "OnnxOptions",
+    "compress_weights",
+    "export_file",
+    "model_of",
+    "recipe_of",
+    "report_of",
+    "skeleton",
+    "widths_in",
+]
 
 Watch = Callable[[str, int], Callable[[], None]]
 SENSITIVITY_IMAGES = 1000
+CALIBRATION_IMAGES = 512
+LATENCY_BATCHES = (1, 64)
 
 
 def recipe_of(source: str) -> Recipe:
@@ -82,12 +97,15 @@ def skeleton(path: Path) -> nn.Module:
         ValueError: a file that is no state dict.
     """
     root = nn.Module()
-    try:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  safe_open is not iterable
-                _hang(root, name, file.get_tensor(name).to("meta"))
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path}: not a safetensors state dict: {error}") from None
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118  safe_open is not iterable
+            part = file.get_slice(name)
+            if part.get_dtype() not in DTYPES:
+                raise ValueError(f"{path}: {name!r} is {part.get_dtype()}, which a file of ours cannot hold")
+            try:
+                _hang(root, name, torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta"))
+            except KeyError as error:
+                raise ValueError(f"{path}: not a safetensors state dict: {error}") from None
     return root
 
 
@@ -139,7 +157,7 @@ def unused_mechanisms(recipe: Recipe) -> str:
 
 
 def compress_weights(
-    source: Path, recipe: Recipe, out: Path | None, *, life: str, coding: str, model: str | None, watch: Watch
+    source: Path, recipe: Recipe, out: Path | None, *, life: str, coding: str | None, model: str | None, watch: Watch
 ) -> dict[str, Any]:
     """Compress a state dict and write the file, tensor by tensor.
 
@@ -148,7 +166,7 @@ def compress_weights(
         recipe: what becomes of which tensor.
         out: where to; the source's name with .detent by default.
         life: "compressed" or "both".
-        coding: "entropy", "bitpacked" or "none".
+        coding: "entropy", "bitpacked" or "none"; by default what `save` takes for this name.
         model: a factory, for what names and shapes do not say.
         watch: told how far it is.
 
@@ -159,30 +177,25 @@ def compress_weights(
     Raises:
         ValueError: a source that is no state dict, or a recipe that does not fit it.
     """
-    file = source.with_suffix(".detent") if out is None else out
-    if file.resolve() == source.resolve():
-        raise ValueError(f"--out {file}: is the state dict itself; give another name")
-    net = skeleton(source) if model is None else model_of(model)
-    refuse_stages(recipe, "compress")
-    plan = recipe.without_mechanisms().resolve(net)
-    said: dict[str, Any] = {"data": "none", "epochs": 0, "calibration": "none"}
-    said["made by"] = f"detent compress {source.name}"
-    if model is None:
-        said["order"] = "alphabetical, as in a state dict: which weight is really first or last is not known"
-    norms = any(getattr(module, "running_mean", None) is not None for module in net.modules())
-    writer = Writer(file, life, coding=coding, batchnorm="own" if norms else "none", notes=said)  # type: ignore[arg-type]
-    with _opened(source) as weights:
-        names = _names(net, set(weights.keys()), source)
-        advance = watch("compressing", len(names))
-        done = _Done()
-        with writer:
-            for name, tensor, encoded, reason in _encoded(weights, names, plan):
-                done.add(tensor, encoded, is_buffer=reason == "buffer")
-                writer.add(name, tensor if life == "both" or encoded is None else None, encoded=encoded, reason=reason)
-                advance()
-            for claim in plan.claims:
-                for alias in claim.aliases:
-                    writer.alias(alias, claim.name)
+    with _opened(source) as weights:  # first: another kind of file is at fault before anything else is
+        file = source.with_suffix(".detent") if out is None else out
+        if file.resolve() == source.resolve():
+            raise ValueError(f"--out {file}: is the state dict itself; give another name")
+        if life not in ("compressed", "both"):
+            raise ValueError(f"--life {life}: must be compressed or both")
+        if coding not in (None, *CODINGS):
+            raise ValueError(f"--coding {coding}: must be one of {', '.join(CODINGS)}")
+        net = skeleton(source) if model is None else model_of(model)
+        refuse_stages(recipe, "compress")
+        plan = recipe.without_mechanisms().resolve(net)
+        said: dict[str, Any] = {"data": "none", "epochs": 0, "calibration": "none"}
+        said["made by"] = f"detent compress {source.name}"
+        if model is None:
+            said["order"] = "alphabetical, as in a state dict: which weight is really first or last is not known"
+        norms = any(getattr(module, "running_mean", None) is not None for module in net.modules())
+        batchnorm = "own" if norms else "none"
+        writer = Writer(file, life, coding=coding, batchnorm=batchnorm, notes=said)  # type: ignore[arg-type]
+        done = _write(writer, weights, _stored(net, weights, source), plan, life == "both", watch)
     notes = [*(guesses(plan) if model is None else []), unused_mechanisms(recipe)]
     together = sorted({type(r.target).__name__ for r in plan.recipe.rules if r.target and r.target.fits_together})
     if together:
@@ -199,6 +212,20 @@ def compress_weights(
         "error": done.lost / (done.energy or 1.0),
         "notes": [note for note in notes if note],
     }
+
+
+def _write(writer: Writer, weights: Any, stored: list[_Stored], plan: Plan, both: bool, watch: Watch) -> _Done:
+    """Write every tensor of a state dict under each of its names."""
+    advance, done = watch("compressing", len(stored)), _Done()
+    with writer:
+        for name, tensor, encoded, reason in _encoded(weights, stored, plan):
+            done.add(tensor, encoded, is_buffer=reason == "buffer")
+            writer.add(name, tensor if both or encoded is None else None, encoded=encoded, reason=reason)
+            advance()
+        for entry in stored:
+            for alias in entry.aliases:
+                writer.alias(alias, entry.name)
+    return done
 
 
 @dataclass(kw_only=True)
@@ -225,8 +252,20 @@ class _Done:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    """A state dict, open to be read at random.
+
+    Raises:
+        ValueError: another kind of file.
+        OSError: it cannot be opened.
+    """
+    ours = f"{path}: is a Detent file, not a state dict; detent unpack makes a state dict of it"
+    with path.open("rb") as raw:
+        if raw.read(len(MAGIC)) == MAGIC:
+            raise ValueError(ours)
     try:
         with safe_open(path, "pt") as file:
+            if "detent" in (file.metadata() or {}):
+                raise ValueError(ours)
             yield file
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors state dict: {error}") from None
@@ -235,35 +274,66 @@ def _opened(path: Path) -> Iterator[Any]:
 _COUNTER = "num_batches_tracked"  # old checkpoints lack it; PyTorch too takes the model's own then
 
 
-def _names(net: nn.Module, stored: set[str], source: Path) -> list[str]:
-    """Names of the distinct tensors of a model in its order, all of them in the state dict and none besides.
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """A distinct tensor of a model: its first name, the others, and which name it has in the state dict, if any."""
+
+    name: str
+    aliases: tuple[str, ...]
+    source: str | None
+
+
+def _stored(net: nn.Module, weights: Any, source: Path) -> list[_Stored]:
+    """The distinct tensors of a model in its order, all of them in the state dict and none besides.
+
+    A tied tensor may stand there under any of its names, as tools differ in which they keep.
 
     Raises:
-        ValueError: naming the first tensor that one of them lacks.
+        ValueError: naming the first tensor that one of them lacks, or that differs.
     """
-    first: dict[int, str] = {}
-    for name, tensor in net.state_dict(keep_vars=True).items():
-        first.setdefault(id(tensor), name)
-    known = net.state_dict().keys()
-    for name in first.values():
-        if name not in stored and not name.endswith(_COUNTER):
-            raise ValueError(f"{source} does not fit the model: it has no {name!r}")
-    if odd := sorted(stored - known):
-        raise ValueError(f"{source} does not fit the model: it has {odd[0]!r}, which the model has not")
-    return list(first.values())
+
+    def refuse(why: str) -> NoReturn:
+        raise ValueError(f"{source} does not fit the model: {why}")
+
+    there: dict[str, str] = {}
+    for own in weights.keys():  # noqa: SIM118  safe_open is not iterable
+        if there.setdefault(canonical_name(own), own) != own:
+            refuse(f"{there[canonical_name(own)]!r} and {own!r} are one name once wrapper names are removed")
+    state = net.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(canonical_name(name))
+    shapes = {canonical_name(name): tensor.shape for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    found = []
+    for first, *aliases in names.values():
+        kept = [name for name in (first, *aliases) if name in there]
+        if not kept and not first.endswith(_COUNTER):
+            refuse(f"it has no {first!r}")
+        for name in kept:
+            shape = tuple(weights.get_slice(there[name]).get_shape())
+            if shape != tuple(shapes[name]):
+                refuse(f"{name!r} has shape {shape} in the state dict and {tuple(shapes[name])} in the model")
+            if name != kept[0] and not _same(weights.get_tensor(there[kept[0]]), weights.get_tensor(there[name])):
+                refuse(f"{kept[0]!r} and {name!r} are one tied tensor in the model and differ in the state dict")
+        found.append(_Stored(name=first, aliases=tuple(aliases), source=there[kept[0]] if kept else None))
+    if odd := sorted(own for name, own in there.items() if name not in shapes):
+        refuse(f"it has {odd[0]!r}, which the model has not")
+    return found
 
 
-def _encoded(weights: Any, names: list[str], plan: Plan) -> Iterator[tuple[str, Tensor, Encoded | None, str]]:
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal to the bit, NaN included."""
+    return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def _encoded(weights: Any, stored: list[_Stored], plan: Plan) -> Iterator[tuple[str, Tensor, Encoded | None, str]]:
     """(name, tensor, its codes if it is claimed, why not) of every tensor, read one at a time."""
     claims = {claim.name: claim for claim in plan.claims}
     together: dict[str, Params] = {}
-    stored = set(weights.keys())
-    for name in names:
-        tensor = weights.get_tensor(name) if name in stored else torch.tensor(0)
+    sources = {entry.name: entry.source for entry in stored}
+    for name, source in sources.items():
+        tensor = torch.tensor(0) if source is None else weights.get_tensor(source)
         claim = claims.get(name)
-        if claim is not None and tuple(tensor.shape) != claim.layout.shape:
-            shapes = f"{tuple(tensor.shape)} in the state dict and {claim.layout.shape} in the model"
-            raise ValueError(f"{name!r} has shape {shapes}")
         if claim is None or not claim.claimed:
             yield name, tensor, None, "buffer" if claim is None else claim.reason
             continue
@@ -272,7 +342,7 @@ def _encoded(weights: Any, names: list[str], plan: Plan) -> Iterator[tuple[str, 
         try:
             if target.fits_together and name not in together:
                 mine = [c for c in plan.claimed if c.rule == claim.rule]
-                whole = [weights.get_tensor(c.name) for c in mine]
+                whole = [weights.get_tensor(sources[c.name]) for c in mine]
                 fitted = target.fit_model(whole, [c.layout for c in mine], [None] * len(mine))
                 together |= {c.name: params for c, params in zip(mine, fitted, strict=True)}
             params = together[name] if name in together else target.fit(tensor, claim.layout)
@@ -304,23 +374,31 @@ def bench_of(data: str) -> Bench:
         ValueError: no such folder, or one without both splits.
         ImportError: an extra that is not installed.
     """
-    if data == "digits":
-        train, test = digits("train"), digits("test")
-    elif Path(data).is_dir():
-        train = load_images(data, "train")
-        test = load_images(data, "test", grey=train.images.shape[1] == 1)
-    else:
-        raise ValueError(f"--data {data}: must be 'digits', or a folder of Parquet images")
-    pixels = train.images.float() / 255
-    mean, std = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).clamp_min(1e-3).tolist()
+    train, mean, std = _training_images(data)
+    test = digits("test") if data == "digits" else load_images(data, "test", grey=train.images.shape[1] == 1)
     some = train.subset(torch.arange(min(SENSITIVITY_IMAGES, len(train))))
-    scaled = "pixels scaled by the training split's mean and deviation"
     return Bench(
         test=lambda model: _scores(model, test, mean, std),
         train=lambda model: _scores(model, some, mean, std),
-        test_words=f"the test split of {data}, {len(test):,} images, {scaled}",
-        train_words=f"the first {len(some):,} training images of {data}, {scaled}",
+        test_words=f"the test split of {data}, {len(test):,} images, {_SCALED}",
+        train_words=f"the first {len(some):,} training images of {data}, {_SCALED}",
     )
+
+
+_SCALED = "pixels scaled by the training split's mean and deviation"
+
+
+def _training_images(data: str) -> tuple[ImageSet, list[float], list[float]]:
+    """The training split of `--data`, and the mean and standard deviation of its pixels, a channel at a time.
+
+    Raises:
+        ValueError: neither "digits" nor a folder with such a split.
+    """
+    if data != "digits" and not Path(data).is_dir():
+        raise ValueError(f"--data {data}: must be 'digits', or a folder of Parquet images")
+    train = digits("train") if data == "digits" else load_images(data, "train")
+    pixels = train.images.float() / 255
+    return train, pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).clamp_min(1e-3).tolist()
 
 
 def _scores(model: nn.Module, images: ImageSet, mean: list[float], std: list[float]) -> dict[str, float]:
@@ -416,39 +494,55 @@ def exports_in(path: Path) -> list[Export]:
         ) from None
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnnxOptions:
+    """What `detent export --to onnx` may be told, as its flags are; None where a flag was not given."""
+
+    shape: str | None = None
+    batchnorm: str | None = None
+    activations: int | None = None
+    method: str | None = None
+    data: str | None = None
+    calibrate: int | None = None
+    input_range: str | None = None
+    latency: bool = False
+    threads: int | None = None
+
+    @property
+    def given(self) -> list[str]:
+        """Flags that were given, `--input` left out."""
+        return [
+            "--" + name.replace("_", "-")
+            for name, value in vars(self).items()
+            if name != "shape" and value is not None and value is not False
+        ]
+
+
 def export_file(
-    file: Path, *, model: str, to: str, out: Path | None, shape: str | None, watch: Watch
+    file: Path, *, model: str, to: str, out: Path | None, options: OnnxOptions, watch: Watch
 ) -> dict[str, Any]:
     """Export the compressed life of a file.
 
     Returns:
-        What was done: path, format, bytes, difference (from PyTorch, or None), notes, and more that the exporter says.
+        What was done: path, format, bytes, difference (from PyTorch, or None), notes, and more that the exporter says;
+        if measured, latency_ms and reference_ms by batch size, and latency with the ratios.
 
     Raises:
-        ValueError: an unknown format, a shape that is missing or none, or a file that does not fit the model.
+        ValueError: an unknown format, flags that do not go together, or a file that does not fit the model.
         ImportError: the packages of the format are missing.
     """
     if to not in ("onnx", "compressed-tensors"):
         raise ValueError(f"--to {to}: must be onnx or compressed-tensors")
-    if (to == "onnx") != (shape is not None):
-        raise ValueError("--input 1,3,32,32: is needed for onnx, and for nothing else")
-    sizes_of_input = None if shape is None else _sizes_in(shape)
+    if to == "onnx" and options.shape is None:
+        raise ValueError("--input is missing: onnx needs the shape of one input, e.g. --input 1,3,32,32")
+    if to != "onnx" and options.shape is not None:
+        raise ValueError(f"--to {to}: --input goes with onnx only")
+    if to == "onnx":
+        return _export_onnx(file, model, out or file.with_suffix(".onnx"), options, watch)
+    if options.given:
+        raise ValueError(f"--to {to}: {', '.join(options.given)} go with onnx only")
     net = model_of(model).eval()
     advance = watch("exporting", 2)
-    if sizes_of_input is not None:
-        load(file, net, "compressed")
-        advance()
-        path = out or file.with_suffix(".onnx")
-        said = to_onnx(net, path, torch.zeros(sizes_of_input), codes=file)
-        advance()
-        forms = Counter(row.form for row in said.tensors if row.target)
-        return {
-            **said.to_dict(),
-            "format": f"ONNX opset {said.opset}, weights as {', '.join(forms)}",
-            "bytes": said.nbytes,
-            "difference": max(said.difference.values(), default=None),
-            "notes": list(said.notes),
-        }
     run = run_of_file(file, net, "compressed")
     advance()
     folder = out or file.with_suffix("")
@@ -463,6 +557,186 @@ def export_file(
         "packed": dict(made.packed),
         "notes": kept,
     }
+
+
+def _export_onnx(file: Path, model: str, path: Path, options: OnnxOptions, watch: Watch) -> dict[str, Any]:
+    assert options.shape is not None
+    sizes_of_input = _sizes_in(options.shape)
+    if options.batchnorm not in (None, "keep", "fold"):
+        raise ValueError(f"--batchnorm {options.batchnorm}: must be keep or fold")
+    if options.threads is not None and (not options.latency or options.threads < 1):
+        raise ValueError(f"--threads {options.threads}: must be 1 or more, and goes with --latency")
+    settings = _activations(options)
+    net = model_of(model).eval()
+    images = _calibration(options, sizes_of_input)
+    advance = watch("exporting", 2)
+    load(file, net, "compressed")
+    advance()
+    example = _example(sizes_of_input, settings, images)
+    _try(net, example, options.shape)
+    said = to_onnx(
+        net,
+        path,
+        example,
+        codes=file,
+        fold_batchnorm=options.batchnorm == "fold",
+        activations=settings,
+        calibration=None if images is None else images.batches,
+    )
+    advance()
+    forms = ", ".join(Counter(row.form for row in said.tensors if row.target))
+    rounded = "" if settings is None else f", activations in {settings.bits} bits"
+    notes = [] if settings is None else [_ranges(settings, images)]
+    made = {
+        **said.to_dict(),
+        "format": f"ONNX opset {said.opset}, weights as {forms}{rounded}",
+        "bytes": said.nbytes,
+        "difference": max(said.difference.values(), default=None),
+        "notes": [*notes, *said.notes],
+    }
+    if options.latency:
+        at_load = settings is None and "DequantizeLinear" in said.kernels
+        measured, told = _latency(net, path, sizes_of_input[1:], options.threads or 1, at_load, watch)
+        made |= {**measured, "notes": [*made["notes"], *told]}
+    return made
+
+
+def _activations(options: OnnxOptions) -> Activations | None:
+    """How to round activations, if at all.
+
+    Raises:
+        ValueError: flags that do not go together.
+    """
+    if options.activations is None:
+        alone = [f for f in options.given if f in ("--method", "--data", "--calibrate", "--input-range")]
+        if alone:
+            raise ValueError(f"{', '.join(alone)}: go with --activations 8, which rounds activations")
+        return None
+    if options.batchnorm == "keep":
+        raise ValueError("--batchnorm keep: rounded activations need it folded")
+    method = options.method or "minmax"
+    if method not in ("minmax", "percentile", "mse", "batchnorm"):
+        raise ValueError(f"--method {method}: must be minmax, percentile, mse or batchnorm")
+    if method == "batchnorm":
+        if options.data is not None or options.calibrate is not None:
+            raise ValueError("--method batchnorm: takes no images; leave out --data and --calibrate")
+        if options.input_range is None:
+            raise ValueError("--method batchnorm: needs --input-range -2,2.1, the smallest and largest input")
+    elif options.data is None:
+        raise ValueError(f"--method {method}: needs --data, images that find the ranges")
+    elif options.input_range is not None:
+        raise ValueError(f"--input-range {options.input_range}: goes with --method batchnorm only")
+    if not 2 <= options.activations <= 8:
+        raise ValueError(f"--activations {options.activations}: must be 2 to 8 bits")
+    bounds = None if options.input_range is None else _range_in(options.input_range)
+    return Activations(bits=options.activations, method=method, input_range=bounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Images:
+    """What finds the ranges of activations."""
+
+    batches: list[Tensor]
+    words: str
+
+
+def _calibration(options: OnnxOptions, sizes_of_input: list[int]) -> _Images | None:
+    """Training images of `--data`, drawn without replacement from a fixed seed.
+
+    Raises:
+        ValueError: more images than there are, or none, or images of another shape than the input.
+    """
+    if options.data is None:
+        return None
+    train, mean, std = _training_images(options.data)
+    count = min(CALIBRATION_IMAGES, len(train)) if options.calibrate is None else options.calibrate
+    if not 1 <= count <= len(train):
+        raise ValueError(f"--calibrate {count}: must be 1 to {len(train)}, the training images of {options.data}")
+    shape = list(train.images.shape[1:])
+    if shape != sizes_of_input[1:]:
+        raise ValueError(f"--input {options.shape}: the images of {options.data} are {'x'.join(map(str, shape))}")
+    some = train.subset(torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:count])
+    batches = Batches(some.images, some.labels, min(count, 128), shuffle=False, mean=mean, std=std, drop_last=False)
+    return _Images(batches=[x for x, _ in batches], words=f"{count:,} training images of {options.data}, {_SCALED}")
+
+
+def _example(sizes_of_input: list[int], settings: Activations | None, images: _Images | None) -> Tensor:
+    """What the file is compared with PyTorch on: rounded activations need inputs within their ranges."""
+    if images is not None:
+        return images.batches[0]
+    if settings is None or settings.input_range is None:
+        return torch.zeros(sizes_of_input)
+    low, high = settings.input_range
+    return low + (high - low) * torch.rand(sizes_of_input, generator=torch.Generator().manual_seed(0))
+
+
+def _try(net: nn.Module, example: Tensor, shape: str) -> None:
+    """Call the model once: what a tracer says of inputs that it does not take speaks of no flag.
+
+    Raises:
+        ValueError: it does not take them.
+    """
+    try:
+        with torch.no_grad():
+            net(example)
+    except Exception as error:  # whatever a user's own code may raise
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"--input {shape}: the model does not take one input of floating-point numbers of this shape ({why}); for "
+            "tokens (whole numbers) or several inputs call detent.export.to_onnx(model, path, inputs, codes=file)"
+        ) from None
+
+
+def _ranges(settings: Activations, images: _Images | None) -> str:
+    """Where the ranges come from."""
+    if images is None:
+        low, high = settings.input_range or (0.0, 0.0)
+        inputs = f"uniform random inputs from {low:g} to {high:g}"
+        return f"ranges of activations: from BatchNorm, without data; the difference is that on {inputs}"
+    shown = f"the difference is that on the first {len(images.batches[0]):,} of them"
+    return f"ranges of activations: {settings.method} over {images.words}; {shown}"
+
+
+def _latency(
+    net: nn.Module, path: Path, shape: list[int], threads: int, at_load: bool, watch: Watch
+) -> tuple[dict[str, Any], list[str]]:
+    """How long the file takes in ONNX Runtime beside the same network written in float32; numbers and sentences."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "float32.onnx"
+        # BatchNorm folded, as ONNX Runtime does it to floats anyway: the fastest float32 file there is.
+        to_onnx(net, plain, torch.zeros(1, *shape), codes={}, fold_batchnorm=True, check=False)
+        advance = watch("measuring", len(LATENCY_BATCHES))
+        rows = onnx_latency(
+            path, plain, shape, batches=LATENCY_BATCHES, threads=threads, at_load=at_load, advance=advance
+        )
+    where = f"ONNX Runtime {onnxruntime.__version__} on this machine's CPU, {threads} thread{'s' * (threads > 1)}"
+    notes = [f"latency: {where}, against the same network in float32; medians of alternating rounds"]
+    for row in rows:
+        times = f"{figures(row.ms)} ms, float32 {figures(row.reference_ms)} ms"
+        notes.append(f"batch {row.batch}: {times}, {row.ratio:.2f} times as long: {row.verdict}")
+    if at_load:
+        found = ", ".join(f"batch {row.batch} {figures(row.at_load_ms)} ms" for row in rows)
+        how = "the session option session.disable_quant_qdq=1 makes floats of them once, at load"
+        notes.append(f"weights are dequantized anew at every run, and nothing is prepared with them; {how}: {found}")
+    numbers = {
+        "latency_ms": {str(row.batch): row.ms for row in rows},
+        "reference_ms": {str(row.batch): row.reference_ms for row in rows},
+        "latency": [asdict(row) | {"verdict": row.verdict} for row in rows],
+        "threads": threads,
+    }
+    return numbers, notes
+
+
+def _range_in(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low, high = 0.0, 0.0
+    if not (low < high and math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"--input-range {text}: must be the smallest and the largest input, as -2,2.1")
+    return low, high
 
 
 def _sizes_in(shape: str) -> list[int]:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import pydantic
 import torch
@@ -300,7 +300,10 @@ class Recipe:
             Uniform(bits=4, granularity='tensor', range='mse', param_dtype='float32', zero=True, rounds=20)
         """
         if isinstance(source, Path) or ("\n" not in source and source.endswith((".yaml", ".yml"))):
-            source = Path(source).read_text(encoding="utf-8")
+            try:
+                return Recipe.from_yaml(Path(source).read_text(encoding="utf-8") + "\n")
+            except ValueError as error:
+                raise ValueError(f"{source}: {error}") from None
         try:
             data = yaml.safe_load(source)
         except yaml.YAMLError as error:
@@ -332,9 +335,8 @@ class Recipe:
             {**({"name": stage.name} if stage.name else {}), "share": stage.share, "rules": plain(stage.rules)}
             for stage in self.stages
         ]
-        return yaml.safe_dump(
-            {"stages": stages} if stages else {"rules": plain(self.rules)}, sort_keys=False, width=120
-        )
+        data = {"stages": stages} if stages else {"rules": plain(self.rules)}
+        return yaml.safe_dump(data, sort_keys=False, width=120)
 
     def param_groups(self, model: nn.Module, **options: Any) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer, with the weight decay that rules ask for.
@@ -618,8 +620,11 @@ def to_spec(obj: Any) -> Any:
     return spec
 
 
-def from_spec(spec: Any, where: str = "spec") -> Any:
+def from_spec(spec: Any, where: str = "spec", bases: tuple[type, ...] = _BASES) -> Any:
     """The inverse of `to_spec`, checked.
+
+    Args:
+        where: where it stands, for errors, which name what derives from one of the `bases`.
 
     Raises:
         ValueError: an unknown kind or key (with the nearest valid name), or a value of the wrong type or range.
@@ -633,15 +638,23 @@ def from_spec(spec: Any, where: str = "spec") -> Any:
         ValueError: spec: Uniform has no field 'bit'; did you mean 'bits'?
     """
     if isinstance(spec, (list, tuple)):
-        return [from_spec(value, f"{where}[{i}]") for i, value in enumerate(spec)]
+        return [from_spec(value, f"{where}[{i}]", bases) for i, value in enumerate(spec)]
     if not isinstance(spec, dict):
         return spec
-    kinds = _kinds()
-    kind = spec.get("kind")
+    kinds, kind = _kinds(), spec.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
-        known = ", ".join(sorted(kinds))
-        raise ValueError(f"{where}: unknown kind {kind!r}{_nearest(str(kind), kinds)}; known: {known}")
+        fit = sorted(name for name, cls in kinds.items() if issubclass(cls, bases) and not name.startswith("_"))
+        raise ValueError(f"{where}: unknown kind {kind!r}{_nearest(str(kind), fit)}; known: {', '.join(fit)}")
     return _build(kinds[kind], {k: v for k, v in spec.items() if k != "kind"}, where)
+
+
+@functools.cache
+def _bases_of(cls: type, key: str) -> tuple[type, ...]:
+    """Which of the bases a field takes, by its annotation; all of them if it names none."""
+    hints = [get_type_hints(cls)[key]]
+    for hint in hints:
+        hints += get_args(hint)
+    return tuple(h for h in hints if isinstance(h, type) and issubclass(h, _BASES)) or _BASES
 
 
 @functools.cache
@@ -657,7 +670,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
     for key in values:
         if key not in known:
             raise ValueError(f"{where}: {cls.__name__} has no field {key!r}{_nearest(str(key), known)}")
-    built = {key: from_spec(value, f"{where}.{key}") for key, value in values.items()}
+    built = {key: from_spec(value, f"{where}.{key}", _bases_of(cls, key)) for key, value in values.items()}
     try:
         return _adapter(cls).validate_python(built)
     except pydantic.ValidationError as error:

@@ -9,6 +9,8 @@ from detent.export.integer import IntegerModel as IntegerModel
 from detent.export.integer import Step as Step
 from detent.export.integer import to_integer as to_integer
 from detent.export.integer_onnx import integers_to_onnx as integers_to_onnx
+from detent.export.latency import Latency as Latency
+from detent.export.latency import onnx_latency as onnx_latency
 from detent.export.onnx import to_onnx as to_onnx
 from detent.export.slim import Folded as Folded
 from detent.export.slim import LayerSize as LayerSize

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from detent.export.graph import Graph
+from detent.export.graph import OWN, Graph
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,6 +32,16 @@ _SHRINKS = np.linspace(1.0, 0.1, 91)  # of the observed range: what "mse" tries
 _LARGEST_BIAS = 2**31 - 1
 _SAME_RANGE = ("MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean", "Reshape", "Flatten", "Transpose", "Slice")
 _SAME_RANGE += ("Squeeze", "Unsqueeze", "Identity", "Gather", "Expand", "Dropout")
+
+_CURVES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "Relu": F.relu,
+    "Sigmoid": torch.sigmoid,
+    "Tanh": torch.tanh,
+    "HardSwish": F.hardswish,
+    "Mish": F.mish,
+    "Softplus": F.softplus,
+    "Gelu": F.gelu,  # its approximation by tanh is less than 5e-4 away
+}
 
 Range = tuple[float, float]
 Calibration = Iterable[Any]
@@ -180,7 +191,7 @@ def ranges_from_data(
         settings: the method.
 
     Raises:
-        ValueError: no batches, or activations that are not finite.
+        ValueError: no batches, an empty one, or activations that are not finite.
 
     Example:
         >>> run = lambda batch: [np.asarray(batch, dtype=np.float32)]
@@ -193,13 +204,16 @@ def ranges_from_data(
     count = 0
     for batch in kept:
         for i, value in enumerate(run(batch)):
-            low[i], high[i] = min(low[i], value.min()), max(high[i], value.max())
+            if not value.size:
+                raise ValueError(f"calibration: batch {count} is empty ({names[i]!r} has shape {value.shape})")
+            # Of each batch, since NaN is lost in comparisons with what other batches gave.
+            ends = value.min(), value.max()
+            if not np.isfinite(ends).all():
+                raise ValueError(f"calibration: the activation {names[i]!r} is not finite on batch {count}")
+            low[i], high[i] = min(low[i], ends[0]), max(high[i], ends[1])
         count += 1
     if not count:
         raise ValueError("calibration: the loader gave no batches")
-    bad = next((n for n, a, b in zip(names, low, high, strict=True) if not np.isfinite(a) or not np.isfinite(b)), None)
-    if bad is not None:
-        raise ValueError(f"calibration: the activation {bad!r} is not finite on this data")
     if settings.method == "minmax":
         return {name: (float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
     counts = np.zeros((len(names), _BINS), dtype=np.int64)
@@ -250,13 +264,58 @@ def ranges_from_batchnorm(graph: Graph, values: list[ir.Value], settings: Activa
         found = _followed(node, graph, known, settings)
         if found is not None:
             known[str(node.outputs[0].name)] = found
-    lost = next((v.name for v in values if v.name not in known), None)
+    lost = next((v for v in values if v.name not in known), None)
     if lost is not None:
+        why = _why_lost(lost, known, _constants(graph))
         raise ValueError(
-            f'Activations(method="batchnorm"): {lost!r} comes from no BatchNorm, so its range has to be measured; '
-            "use another method and calibration data"
+            f'Activations(method="batchnorm"): {lost.name!r} {why}, so its range has to be measured; use another '
+            "method and calibration data"
         )
     return {str(v.name): known[str(v.name)] for v in values}
+
+
+def _why_lost(value: ir.Value, known: Mapping[str, Range], constants: set[int]) -> str:
+    node = value.producer()
+    while node is not None and node.op_type not in _LAYERS:
+        given = [v for v in node.inputs if v is not None and id(v) not in constants]
+        unknown = [v for v in given if v.name not in known]
+        if not unknown:
+            return f"passes through {node.op_type}, which is not followed"
+        node = unknown[0].producer()
+    return "comes from no BatchNorm"
+
+
+def _curve(node: ir.Node) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The function of one number that a node computes, if it is an activation that is known here."""
+
+    def number(name: str, default: float) -> float:
+        return float(node.attributes[name].value) if name in node.attributes else default
+
+    if node.op_type == "Mul":
+        x, gate = node.inputs[:2]
+        maker = None if gate is None else gate.producer()
+        return F.silu if maker is not None and maker.op_type == "Sigmoid" and maker.inputs[0] is x else None
+    if node.op_type == "Clip":
+        ends = [None if v is None else v.const_value for v in (*node.inputs[1:3], None, None)[:2]]
+        if any(v is not None and c is None for v, c in zip(node.inputs[1:3], ends, strict=False)):
+            return None
+        low, high = (None if c is None else float(c.numpy()) for c in ends)
+        return lambda x: x.clamp(low, high)
+    if node.op_type == "LeakyRelu":
+        return lambda x: F.leaky_relu(x, number("alpha", 0.01))
+    if node.op_type == "Elu":
+        return lambda x: F.elu(x, number("alpha", 1.0))
+    if node.op_type == "HardSigmoid":
+        return lambda x: (number("alpha", 0.2) * x + number("beta", 0.5)).clamp(0, 1)
+    return _CURVES.get(node.op_type)
+
+
+def _image(curve: Callable[[torch.Tensor], torch.Tensor], low: float, high: float) -> Range:
+    """What a function makes of an interval: its ends, 0, and points between, for those that dip."""
+    points = torch.linspace(low, high, _BINS * 2 + 1, dtype=torch.float64)
+    points = torch.cat([points, torch.tensor([low, high, min(max(0.0, low), high)], dtype=torch.float64)])
+    found = curve(points)
+    return float(found.min()), float(found.max())
 
 
 def _followed(node: ir.Node, graph: Graph, known: Mapping[str, Range], settings: Activations) -> Range | None:
@@ -270,8 +329,9 @@ def _followed(node: ir.Node, graph: Graph, known: Mapping[str, Range], settings:
     if not inputs or inputs[0] is None:
         return None
     low, high = inputs[0]
-    if node.op_type == "Relu":
-        return max(low, 0.0), max(high, 0.0)
+    curve = _curve(node)
+    if curve is not None:
+        return _image(curve, low, high)
     if node.op_type == "Pad":
         return min(low, 0.0), max(high, 0.0)
     if node.op_type in ("Add", "Concat") and all(r is not None for r in inputs):
@@ -294,7 +354,7 @@ def insert(graph: Graph, values: list[ir.Value], ranges: Mapping[str, Range], se
     if settings.bits < 8:
         most = 2**settings.bits - 1
         limits = [
-            graph.constant(f"activations.{k}", np.array(v, dtype=np.uint8)) for k, v in (("min", 0), ("max", most))
+            graph.constant(f"{OWN}activations.{k}", np.array(v, dtype=np.uint8)) for k, v in (("min", 0), ("max", most))
         ]
     for value in values:
         scale, zero = settings.grid(*ranges[str(value.name)])

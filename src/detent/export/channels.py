@@ -75,16 +75,17 @@ class _Value:
 
 
 class _Shapes(fx.Interpreter):
-    """Runs the graph once and keeps the shape of every tensor in it."""
+    """Runs the graph once and keeps the shape and device of every tensor in it."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.devices: dict[fx.Node, torch.device] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
-            self.shapes[n] = tuple(result.shape)
+            self.shapes[n], self.devices[n] = tuple(result.shape), result.device
         return result
 
 
@@ -132,12 +133,12 @@ class ChannelGraph:
                 self.owners.setdefault(id(param), set()).add("")
         for node in self.nodes:
             if node in run.shapes and len(run.shapes[node]) >= 2:
-                shape = run.shapes[node]
+                shape, device = run.shapes[node], run.devices[node]
                 axis = self._axis(node, shape)
-                unknown = torch.full((shape[axis],), math.nan, dtype=torch.float64)
-                self.values[node] = _Value(
-                    shape=shape, axis=axis, constant=unknown, needed=torch.zeros(shape[axis], dtype=torch.bool)
-                )
+                # Beside the weights that they are compared with, which may be on an accelerator.
+                unknown = torch.full((shape[axis],), math.nan, dtype=torch.float64, device=device)
+                unneeded = torch.zeros(shape[axis], dtype=torch.bool, device=device)
+                self.values[node] = _Value(shape=shape, axis=axis, constant=unknown, needed=unneeded)
         self.kinds = {node: self._kind(node) for node in self.nodes}
         self.unused: dict[str, set[int]] = {}
         self.folded: dict[str, set[int]] = {}
@@ -250,6 +251,8 @@ class ChannelGraph:
             return "other"
         if isinstance(module, (*_BATCHNORMS, nn.PReLU)) and first.axis != 1:
             return "other"
+        if isinstance(module, _BATCHNORMS) and module.running_mean is None:
+            return "other"  # what it gives depends on the batch
         return "channel" if (first.channels, first.axis) == (mine.channels, mine.axis) else "other"
 
     @staticmethod
@@ -350,7 +353,7 @@ class ChannelGraph:
             for i, n in enumerate(inputs):
                 others = dead[[j for j in range(len(inputs)) if j != i]].any(dim=0)
                 # Where two zeros meet, the first one is kept to be the reason.
-                self.values[n].needed |= mine.needed & ~(others & (~dead[i] if i == 0 else torch.tensor(True)))
+                self.values[n].needed |= mine.needed & ~(others & ~dead[i] if i == 0 else others)
         elif kind == "concat":
             for n, part in zip(inputs, mine.needed.split([self.values[n].channels for n in inputs]), strict=True):
                 self.values[n].needed |= part
@@ -579,7 +582,7 @@ class ChannelGraph:
             mine = [places.of(place) for place in value.ids]
             if mine and gone.issuperset(mine):
                 gone.discard(mine[0])
-                for origin in self._origins(node, torch.arange(value.channels) < 1):
+                for origin in self._origins(node, torch.arange(value.channels, device=value.needed.device) < 1):
                     self.stuck.setdefault(origin, "a layer keeps one channel at least")
         return gone
 

@@ -231,16 +231,18 @@ def form_of(item: Encoded) -> Form:
     """
     if item.dtype != torch.float32:
         raise ValueError(f"weights are {item.dtype}, a graph dequantizes to float32; convert the model with .float()")
-    target, params, codes = item.target, _on_cpu(item.params), item.codes
-    codes = Codes(streams=tuple(replace(s, values=s.values.cpu()) for s in codes.streams))
+    item = on_cpu(item)
+    target, params, codes = item.target, item.params, item.codes
     value = target.decode(codes, params, torch.float32)
     form = _form(target, params, codes, value)
     assert torch.equal(form.decode(), value), f"{target} does not decode to its projection as {type(form).__name__}"
     return form
 
 
-def _on_cpu(params: Params) -> Params:
-    return params.to(torch.device("cpu"))
+def on_cpu(item: Encoded) -> Encoded:
+    """Codes and params on the CPU, wherever the model is."""
+    codes = Codes(streams=tuple(replace(s, values=s.values.cpu()) for s in item.codes.streams))
+    return replace(item, params=item.params.to(torch.device("cpu")), codes=codes)
 
 
 def _form(target: Target, params: Params, codes: Codes, value: Tensor) -> Form:

@@ -18,10 +18,11 @@ from detent.recipe import canonical_name, short
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["OPSET", "OPSET_OF_2_BITS", "Exported", "Graph", "OnnxReport"]
+__all__ = ["OPSET", "OPSET_OF_2_BITS", "OWN", "Exported", "Graph", "OnnxReport"]
 
 OPSET, OPSET_OF_2_BITS = 21, 25  # the first with INT4 and blocks; the first with INT2
 _IR_VERSION = {OPSET: 10, OPSET_OF_2_BITS: 13}
+OWN = "."  # before names that are not made of a parameter's: no name of a parameter can start with it
 _LARGEST = 2**31 - 2**20  # bytes of one protocol buffer, less what is not tensors
 
 
@@ -62,7 +63,8 @@ class OnnxReport:
         tensors: every parameter in the file, claimed or not.
         float_claims: claimed parameters that stayed float, with the reason.
         difference: largest |ONNX Runtime - PyTorch| of all outputs, by optimization ("off", "on"); empty if unchecked.
-        bound: what the differences were held to; `None` if unchecked or if activations are quantized.
+        bound: the largest that any output may differ by, each being held to the tolerance times its own largest value;
+            `None` if unchecked or if activations are quantized.
         kernels: operators of the graph that ONNX Runtime made of it with optimizations on, and how many.
         notes: what else is worth knowing: BatchNorm that stayed, layers whose integers are only simulated.
 
@@ -84,6 +86,15 @@ class OnnxReport:
     def float_claims(self) -> dict[str, str]:
         """Claimed parameters that stayed float, with the reason."""
         return {row.name: row.reason for row in self.tensors if row.target and row.form == "float"}
+
+    def __repr__(self) -> str:
+        """In a line; a big model's rows are kilobytes."""
+        forms = Counter(row.form for row in self.tensors)
+        counted = ", ".join(f"{count} {form}" for form, count in forms.items()) or "no parameters"
+        allowed = "" if self.bound is None else f" (allowed {self.bound:.3g})"
+        difference = f"difference {max(self.difference.values()):.3g}{allowed}" if self.difference else "unchecked"
+        notes = f", {len(self.notes)} notes" if self.notes else ""
+        return f"<OnnxReport: {self.path}, {self.nbytes:,} bytes, opset {self.opset}; {counted}; {difference}{notes}>"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as JSON takes it."""
@@ -313,7 +324,7 @@ class Graph:
         """
         whole = self.node("Cast", [codes], f"{name}.whole", to=_data_type("INT32"))
         if shift not in self._shifts:
-            self._shifts[shift] = self.constant(f"shift{shift}", np.array(1 << shift, dtype=np.int32))
+            self._shifts[shift] = self.constant(f"{OWN}shift{shift}", np.array(1 << shift, dtype=np.int32))
         shifted = self.node("Mul", [whole, self._shifts[shift]], f"{name}.shifted")
         return self.node("Cast", [shifted], f"{name}.wide", to=_data_type("INT8"))
 
@@ -357,7 +368,7 @@ class Graph:
         book = form.book.contiguous().numpy()
         key = f"{form.bits} {book.shape}".encode() + book.tobytes()
         if key not in self._books:
-            own = f"codebook{len(self._books)}"
+            own = f"{OWN}codebook{len(self._books)}"
             found = self.constant(own, book if form.bits is None else _integers(form.book, form.bits))
             wide = form.bits is None or form.bits == 8
             self._books[key] = found if wide else self.node("Cast", [found], f"{own}.wide", to=_data_type("INT8"))
@@ -410,6 +421,8 @@ class Graph:
         layer = norm.inputs[0].producer() if norm.inputs[0] is not None else None
         if layer is None or layer.op_type not in ("Conv", "ConvTranspose", "Gemm") or len(layer.outputs[0].uses()) != 1:
             return "it does not follow a layer of its own"
+        if layer.outputs[0].is_graph_output():
+            return "what the layer before it gives is also an output of the graph"
         weight = layer.inputs[1]
         names = {id(v): name for name, v in self.weights.items()}
         if weight is None or id(weight) not in names or len(weight.uses()) != 1:
@@ -447,12 +460,12 @@ class Graph:
         """Use one value wherever another was, also as an output of the graph."""
         import onnx_ir as ir
 
-        ir.convenience.replace_all_uses_with(old, fresh)
-        for i, output in enumerate(self.graph.outputs):
+        for i, output in enumerate(self.graph.outputs):  # first, because uses of an output are not replaced
             if output is old:
                 name, old.name = old.name, f"{old.name}:before"
                 fresh.name, fresh.shape, fresh.type = name, old.shape, old.type
                 self.graph.outputs[i] = fresh
+        ir.convenience.replace_all_uses_with(old, fresh)
 
     def _scaled(self, name: str, layer: ir.Node, weight: ir.Value, factor: Tensor) -> bool:
         form = self.forms.get(name)

@@ -50,6 +50,11 @@ class HfReport:
         """Bytes of codes and scales of all packed parameters."""
         return sum(self.packed.values())
 
+    def __repr__(self) -> str:
+        """In a line; a big model's names are kilobytes."""
+        packed = f"{len(self.packed)} weights packed in {self.packed_bytes:,} bytes"
+        return f"<HfReport: {self.bytes:,} bytes; {packed}; {len(self.ignored)} linear layers left as they are>"
+
 
 @dataclass(frozen=True)
 class _Scheme:
@@ -119,7 +124,8 @@ def to_compressed_tensors(run: Lives, folder: str | os.PathLike[str], *, bits: i
     where = Path(folder)
     where.mkdir(parents=True, exist_ok=True)
     with run.compressed(bits=bits):
-        state = {canonical_name(name): value for name, value in model.state_dict().items() if name not in tensors}
+        plain = {canonical_name(name): value for name, value in model.state_dict().items()}
+        state = {name: value for name, value in plain.items() if name not in tensors}
         for parts in tensors.values():
             state |= parts
         model.save_pretrained(where, state_dict=state)

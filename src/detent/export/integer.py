@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from detent.export.activations import Activations, ranges_from_data
+from detent.export.forms import on_cpu
 from detent.grouping import Channel, PerTensor, granularity_of
 from detent.lives import Encoded, Lives
 from detent.recipe import canonical_name
@@ -30,6 +31,13 @@ INT32 = 2**31 - 1
 _CONVS = (nn.Conv1d, nn.Conv2d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _SAME = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+# Axes of what a layer reads here, batch and channels among them.
+_RANKS: tuple[tuple[Any, int], ...] = (
+    (nn.Linear, 2),
+    ((nn.Conv1d, nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d), 3),
+    ((nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d), 4),
+)
+_RANKS_OF_FUNCTIONS: dict[Any, int] = {F.adaptive_avg_pool1d: 3, F.adaptive_avg_pool2d: 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +66,7 @@ class Step:
 
 
 class IntegerModel:
-    """A network in integers; made by `to_integer`.
+    """A network in integers; made by `to_integer`. It runs on the CPU, and moves there what it is given.
 
     Attributes:
         steps: the program, in order; the first is the input, the last the output.
@@ -89,9 +97,15 @@ class IntegerModel:
         )
 
     def quantize(self, x: Tensor) -> Tensor:
-        """The input's integers: `clamp(rint(x / scale) + zero, low, high)`, divided in float32."""
+        """The input's integers: `clamp(rint(x / scale) + zero, low, high)`, divided in float32.
+
+        Raises:
+            ValueError: another number of axes than the calibration had.
+        """
         step = self.steps[0]
-        q = torch.round(x.detach().float() / torch.tensor(step.scale, dtype=torch.float32)).double() + step.zero
+        if x.dim() != len(step.numbers["shape"]) + 1:
+            raise ValueError(f"x has shape {tuple(x.shape)}; calibration had a batch of {step.numbers['shape']}")
+        q = torch.round(x.detach().cpu().float() / torch.tensor(step.scale, dtype=torch.float32)).double() + step.zero
         return q.clamp_(step.numbers["low"], step.numbers["high"]).to(torch.int64)
 
     @torch.no_grad()
@@ -101,7 +115,7 @@ class IntegerModel:
         Args:
             q: int64, from `quantize`.
         """
-        values = {self.steps[0].name: q}
+        values = {self.steps[0].name: q.cpu()}
         for step in self.steps[1:]:
             values[step.name] = _STEPS[step.op](step.numbers, *(values[name] for name in step.inputs))
         return values[self.steps[-1].name]
@@ -149,9 +163,9 @@ def to_integer(
     settings = activations or Activations()
     if settings.method == "batchnorm":
         raise ValueError('to_integer(activations=...): method="batchnorm" is for ONNX only; give calibration data')
-    encoded = run.encoded(bits=bits)
+    encoded = {name: on_cpu(item) for name, item in run.encoded(bits=bits).items()}
     with run.compressed(bits=bits):
-        model = copy.deepcopy(run.model).eval()
+        model = copy.deepcopy(run.model).cpu().eval()
     return _Builder(model, encoded, settings).build(calibration)
 
 
@@ -285,12 +299,44 @@ class _Builder:
         except Exception as error:
             raise ValueError(f"torch.fx cannot trace this {type(model).__name__}: {error}") from error
         self.modules = dict(model.named_modules())
+        self._refuse_hooks()
         self.steps: list[Step] = []
         self.grids: dict[fx.Node, _Grid] = {}
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self.source: dict[fx.Node, fx.Node] = {}  # nodes that change nothing, and what they stand for
 
     # What there is ...................................................................................................
+
+    def _refuse_hooks(self) -> None:
+        """Hooks of what is not traced into (layers, and the model itself) would be left out.
+
+        Raises:
+            ValueError: a module with one, by name.
+        """
+        called = {str(node.target) for node in self.traced.graph.nodes if node.op == "call_module"}
+        for name in ("", *sorted(called)):
+            module = self.modules[name]
+            if module._forward_hooks or module._forward_pre_hooks:
+                own = f"{name!r}" if name else "the model"
+                raise ValueError(
+                    f"to_integer: {own} ({type(module).__name__}) has forward hooks, which have no integer form here; "
+                    "take them off first"
+                )
+
+    def _refuse_rank(self, node: fx.Node, source: fx.Node) -> None:
+        """Integer layers take one batch axis and channels on axis 1; PyTorch's also take other axes.
+
+        Raises:
+            ValueError: an input with other axes, by name.
+        """
+        module = self._module(node)
+        wanted = next((rank for types, rank in _RANKS if module is not None and isinstance(module, types)), None)
+        wanted = _RANKS_OF_FUNCTIONS.get(node.target) if module is None else wanted
+        found = self.shapes[source]
+        if (wanted is not None and len(found) != wanted) or len(found) < 2:
+            what = type(module).__name__ if module is not None else getattr(node.target, "__name__", node.target)
+            asked = f"{wanted} axes" if wanted is not None else "a batch and channels"
+            raise ValueError(f"to_integer: {node.name!r} ({what}) reads shape {found}; it must have {asked} here")
 
     def _module(self, node: fx.Node) -> Any:
         return self.modules[str(node.target)] if node.op == "call_module" else None
@@ -382,7 +428,7 @@ class _Builder:
             x = batch[0] if isinstance(batch, (tuple, list)) else batch
             recorder = _Recorder(self.traced, nodes)
             with torch.no_grad():
-                recorder.run(x)
+                recorder.run(x.cpu())
             self.shapes = recorder.shapes
             return [recorder.found[node] for node in nodes]
 
@@ -408,6 +454,8 @@ class _Builder:
         return IntegerModel(self.steps)
 
     def _emit(self, block: _Block, wide: bool) -> None:
+        if block.op != "input":
+            self._refuse_rank(block.node, self._input(block.node))
         if block.op == "input":
             grid = self.grids[block.node]
             self._step(block, (), {"low": 0, "high": grid.most, "shape": self.shapes[block.node][1:]}, grid)
@@ -491,8 +539,10 @@ class _Builder:
         scale = found.params.tensors.get("scale") if fits else None
         if scale is not None:
             ones = replace(found.params, tensors=dict(found.params.tensors) | {"scale": torch.ones_like(scale)})
-            whole = found.target.decode(found.codes, ones, torch.float32)
-            by_channel = scale.float().expand(len(whole)).reshape((-1,) + (1,) * (whole.dim() - 1))
+            # What projections are worked out in: two half-precision numbers would give another product.
+            wide = torch.promote_types(found.dtype, torch.float32)
+            whole = found.target.decode(found.codes, ones, wide)
+            by_channel = scale.to(wide).expand(len(whole)).reshape((-1,) + (1,) * (whole.dim() - 1))
             same = torch.equal((whole * by_channel + 0.0).to(found.dtype), found.decode())
             if same and torch.equal(whole, whole.round()) and float(whole.abs().max()) <= 127:
                 return whole.to(torch.int64).numpy(), scale.double().expand(len(whole)).numpy().copy()
@@ -558,11 +608,11 @@ class _Builder:
         if node.target in (torch.mean, "mean"):
             asked: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
             dims = [asked] if isinstance(asked, int) else list(asked or ())
-            if sorted(d % (len(spatial) + 2) for d in dims) != list(range(2, len(spatial) + 2)):
+            if not spatial or sorted(d % (len(spatial) + 2) for d in dims) != list(range(2, len(spatial) + 2)):
                 raise ValueError(f"{name} must be the mean over all positions")
             sides: tuple[int, ...] = (1,) * len(spatial)
         else:
-            asked = module.output_size if module is not None else node.args[1]
+            asked = module.output_size if module is not None else (*node.args[1:], *node.kwargs.values())[0]
             sides = tuple(s if o is None else int(o) for o, s in zip(_pair(asked, len(spatial)), spatial, strict=True))
         if any(s % o for s, o in zip(spatial, sides, strict=True)):
             raise ValueError(f"{name} averages windows of different sizes, which has no integer form here")

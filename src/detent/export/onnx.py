@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import math
 import os
 import tempfile
 import warnings
@@ -73,16 +74,18 @@ def to_onnx(
         activations: also round activations; folds BatchNorm. The difference to PyTorch is then told, not bounded.
         calibration: batches of inputs (tensors, tuples that start with inputs, mappings) that find their ranges.
         dynamic_batch: axis 0 of the inputs may have any size in the file.
-        check: compare ONNX Runtime, optimizations off and on, with PyTorch on the inputs and on random ones.
-        tolerance: largest difference allowed, as a share of the largest output; > 0. The default is about
-            170 roundings; activations in 8 bits would be off by 100 times as much.
+        check: compare ONNX Runtime, optimizations off and on, with PyTorch on the inputs and on random ones; with
+            `activations` on the inputs alone, so give real ones.
+        tolerance: largest difference allowed in each output, as a share of its largest number; > 0. The default is
+            about 170 roundings; activations in 8 bits would be off by 100 times as much. Whole numbers must be equal.
 
     Returns:
         What was written.
 
     Raises:
         ValueError: weights that are not float32, activations that find no range, a model that does not hold its codes,
-            a graph that fixes the batch, a difference beyond the tolerance, more than 2 GiB.
+            inputs that the model cannot be called with, a graph that fixes the batch, a difference beyond the
+            tolerance, more than 2 GiB.
         ImportError: onnx, onnxscript or onnxruntime are not installed.
         OSError: the file cannot be written.
 
@@ -122,17 +125,19 @@ def to_onnx(
             allowed = tolerance if activations is None else None
             difference, bound = _checked(data, model, arguments, dynamic_batch, allowed)
     kernels = kernels_of(data) if check else {}
-    if activations is not None and check:
-        graph.notes += _simulated(kernels)
+    if activations is not None:
+        graph.notes += _simulated(activations.bits, kernels)
     replace_file(where, data)
     return graph.report(os.fspath(path), len(data), difference, bound, kernels)
 
 
-def _simulated(kernels: Mapping[str, int]) -> list[str]:
-    """Which layers a runtime computes in floats although their activations are rounded."""
+def _simulated(bits: int, kernels: Mapping[str, int]) -> list[str]:
+    """What has the numbers of a narrow computation and not its kernel: few bits, and layers left in floats."""
+    narrow = f"simulated: activations of {bits} bits are computed in 8 bits, since no kernel is narrower"
     real = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits")
     found = [f"{kernels[kind]} {kind}" for kind in real if kind in kernels]
-    return [f"simulated, computed in float: {', '.join(found)}"] if found else []
+    floats = [f"simulated, computed in float: {', '.join(found)}"] if found else []
+    return [narrow, *floats] if bits < 8 else floats
 
 
 def require_packages() -> None:
@@ -275,6 +280,7 @@ def traced(model: nn.Module, arguments: _Arguments, encoded: Mapping[str, Encode
     Raises:
         ValueError: a weight that has no form, or a batch that the graph fixes.
     """
+    _refuse_inputs(model, arguments)
     forms: dict[str, Form] = {}
     for name, item in encoded.items():
         try:
@@ -289,6 +295,19 @@ def traced(model: nn.Module, arguments: _Arguments, encoded: Mapping[str, Encode
         owners[id(p)].append(canonical_name(name))
     aliases = {alias: names[0] for names in owners.values() for alias in names}
     return Graph(program, forms, encoded, aliases, set(model.state_dict()), opset)
+
+
+def _refuse_inputs(model: nn.Module, arguments: _Arguments) -> None:
+    """Call the model once, because a tracer's complaint does not say that the inputs are the wrong ones."""
+    try:
+        arguments.call(model)
+    except Exception as error:
+        given = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}" for x in arguments.flat)
+        why = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise ValueError(
+            f"example_inputs: the model cannot be called with {given} ({why}); give inputs of the shapes and dtypes "
+            "that it takes, such as whole numbers (torch.long) for tokens"
+        ) from error
 
 
 def widths_of(form: Form) -> tuple[int, ...]:
@@ -306,11 +325,11 @@ def _program(model: nn.Module, arguments: _Arguments, opset: int, dynamic_batch:
     sample = arguments.with_batch(max(arguments.batch or 1, 2)) if dynamic_batch else arguments
     batch = torch.export.Dim("batch")
 
-    def dims(x: Tensor) -> dict[int, Any] | None:
-        return {0: batch} if sample.has_batch(x) else None
+    def dims(x: Tensor) -> dict[int, Any] | None:  # of what was given: with two rows, a side input of 2 looks like them
+        return {0: batch} if arguments.has_batch(x) else None
 
-    positional = tuple(dims(x) for x in sample.positional)
-    shapes = positional or {name: dims(x) for name, x in sample.named.items()}
+    positional = tuple(dims(x) for x in arguments.positional)
+    shapes = positional or {name: dims(x) for name, x in arguments.named.items()}
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     with warnings.catch_warnings():
@@ -343,8 +362,15 @@ def _program(model: nn.Module, arguments: _Arguments, opset: int, dynamic_batch:
     return program.model
 
 
-def session(data: bytes, *, optimize: bool, save_to: str | None = None) -> Any:
-    """An ONNX Runtime session on one CPU thread.
+def session(
+    source: bytes | str,
+    *,
+    optimize: bool,
+    save_to: str | None = None,
+    threads: int = 1,
+    dequantize_at_load: bool = False,
+) -> Any:
+    """An ONNX Runtime session on the CPU, of a graph or of a file; one thread within an operator by default.
 
     Raises:
         ValueError: this ONNX Runtime does not know something in the graph.
@@ -352,14 +378,16 @@ def session(data: bytes, *, optimize: bool, save_to: str | None = None) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    if dequantize_at_load:  # without quantized operators weights are constants, which it folds
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if save_to is not None:
         options.optimized_model_filepath = save_to
     try:
-        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its own exceptions have no common base but this
         why = str(error).splitlines()[0]
         hint = "INT2 needs 1.31 or newer; check=False writes the file all the same"
@@ -387,31 +415,46 @@ def feeds_of(running: Any, arguments: _Arguments) -> dict[str, np.ndarray]:
 def _checked(
     data: bytes, model: nn.Module, arguments: _Arguments, dynamic_batch: bool, tolerance: float | None
 ) -> tuple[dict[str, float], float | None]:
-    """The largest differences to PyTorch, by optimization, and what they were held to.
+    """The largest differences to PyTorch, by optimization, and the largest that was allowed.
+
+    Every output is held to the tolerance times its own largest value; whole numbers have to be equal.
 
     Raises:
-        ValueError: a difference beyond it.
+        ValueError: a difference beyond that.
     """
     import onnx
 
     onnx.checker.check_model(onnx.load_model_from_string(data), full_check=True)
-    samples = [arguments, arguments.random(torch.Generator().manual_seed(0))]
+    samples = [arguments]
+    if tolerance is not None:  # random inputs leave the ranges of rounded activations: that would tell of clipping
+        samples.append(arguments.random(torch.Generator().manual_seed(0)))
     if dynamic_batch and arguments.batch is not None:
         samples.append(samples[-1].with_batch(3 if arguments.batch != 3 else 2))
     expected = [sample.call(model) for sample in samples]
-    largest = max((float(y.double().abs().max()) for ys in expected for y in ys if y.numel()), default=0.0)
-    bound, found = None if tolerance is None else tolerance * largest, dict[str, float]()
+    bounds = None if tolerance is None else [tolerance * _size(values) for values in zip(*expected, strict=True)]
+    found = dict[str, float]()
     for word, optimize in (("off", False), ("on", True)):
-        running, worst = session(data, optimize=optimize), 0.0
+        running = session(data, optimize=optimize)
+        gaps = [0.0] * len(expected[0])
         for sample, ours in zip(samples, expected, strict=True):
             theirs = running.run(None, feeds_of(running, sample))
-            for mine, other in zip(ours, theirs, strict=True):
-                gap = (mine.double().cpu() - torch.from_numpy(np.asarray(other)).double()).abs()
-                worst = max(worst, float(gap.nan_to_num(nan=float("inf"), posinf=float("inf")).max()))
-        found[word] = worst
-        if bound is not None and not worst <= bound:
-            raise ValueError(
-                f"ONNX Runtime (optimizations {word}) is off PyTorch by {worst:.3g}, and {bound:.3g} was allowed "
-                f"(tolerance={tolerance:g} of the largest output); nothing was written"
-            )
-    return found, bound
+            gaps = [max(gap, _gap(*pair)) for gap, *pair in zip(gaps, ours, theirs, strict=True)]
+        found[word] = max(gaps, default=0.0)
+        for i, (gap, bound) in enumerate(zip(gaps, bounds or [math.inf] * len(gaps), strict=True)):
+            if not gap <= bound:
+                which = f" in output {i}" if len(gaps) > 1 else ""
+                raise ValueError(
+                    f"ONNX Runtime (optimizations {word}) is off PyTorch by {gap:.3g}{which}, and {bound:.3g} was "
+                    f"allowed (tolerance={tolerance:g} of the largest output); nothing was written"
+                )
+    return found, None if bounds is None else max(bounds, default=0.0)
+
+
+def _size(values: Sequence[Tensor]) -> float:
+    """The largest absolute number of one output; 0 of whole numbers, which have no tolerance."""
+    return max((float(y.double().abs().max()) for y in values if y.numel() and y.is_floating_point()), default=0.0)
+
+
+def _gap(mine: Tensor, other: Any) -> float:
+    gap = (mine.double().cpu() - torch.from_numpy(np.asarray(other)).double()).abs()
+    return float(gap.nan_to_num(nan=math.inf, posinf=math.inf).max()) if gap.numel() else 0.0

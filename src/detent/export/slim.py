@@ -75,6 +75,18 @@ class Folded:
         """Non-zero weights of all these layers (before, after)."""
         return sum(row.weights[0] for row in self.layers), sum(row.weights[1] for row in self.layers)
 
+    def _said(self) -> str:
+        before, after = self.weights
+        stayed = f", {len(self.left)} things had to stay" if self.left else ""
+        return (
+            f"{len(self.layers)} layers, {after:,} of {before:,} non-zero weights left{stayed}; "
+            f"difference {self.difference:.3g} (allowed {self.bound:.3g})"
+        )
+
+    def __repr__(self) -> str:
+        """In a line; a big model's layers are kilobytes."""
+        return f"<{type(self).__name__}: {self._said()}>"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Slimmed(Folded):
@@ -95,6 +107,12 @@ class Slimmed(Folded):
     model: nn.Module
     parameters: tuple[int, int]
     macs: tuple[int, int]
+
+    def __repr__(self) -> str:
+        """In a line; the layers of both models are kilobytes."""
+        pairs = (("parameters", self.parameters), ("multiply-accumulates", self.macs))
+        smaller = ", ".join(f"{after:,} of {before:,} {what}" for what, (before, after) in pairs)
+        return f"<{type(self).__name__}: {smaller}; {self._said()}>"
 
 
 # --- the whole ----------------------------------------------------------------------------------------------------

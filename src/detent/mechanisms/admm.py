@@ -254,7 +254,7 @@ class ADMM(Mechanism):
 
     def _update(self, slot: Slot) -> None:
         state, w = slot.state, self._wide(slot.weight)
-        old, z = state["z"], survivors(slot.pull_project, w + state["dual"], state.get(WEIGHT))
+        old, z = state["z"], survivors(slot, slot.pull_project, w + state["dual"])
         state["z"], state["dual"] = z, state["dual"] + w - z
         primal, drift = slot.gather(w - z).double().norm(), slot.gather(z - old).double().norm()
         self._number(slot, "primal", primal)
@@ -279,7 +279,8 @@ class ADMM(Mechanism):
         for name in ("z", "dual"):
             slot.state.pop(name, None)
         if self.finish is None:
-            slot.weight.copy_(survivors(slot.project, slot.weight, slot.state.pop(WEIGHT, None)))
+            slot.weight.copy_(survivors(slot, slot.project, slot.weight))
+            slot.state.pop(WEIGHT, None)
         elif self._freezes(slot.target):
             due = [share for at, share in zip(self._freeze_steps(clock), self.rounds, strict=True) if at <= tick]
             freeze_nearest(slot, max(due), self.per_level)

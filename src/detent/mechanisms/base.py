@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from detent.schedules import Moment
 from detent.targets import Params, Target
 
-__all__ = ["Clock", "Mechanism", "Slot"]
+__all__ = ["Clock", "Mechanism", "Slot", "never_zero"]
+
+_LEAST = 2.0**-40  # share of the largest weighing below which one says "none", and size decides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,3 +174,16 @@ class Mechanism(abc.ABC):
     def hidden(self, slot: Slot) -> Tensor:
         """The weights that are fitted and projected: the latent if there is one, else the weights themselves."""
         return slot.state.get("latent", slot.weight)
+
+
+def never_zero(weighing: Tensor) -> Tensor:
+    """A whole tensor's weighing without (near-)zero entries, which would make large weights nothing: `max(h, floor)`.
+
+    The floor is 2^-40 of the largest entry, and at least what a square can still be told from 0. Above it nothing
+    changes; weights below it are told apart by size alone, after all others, so that a count asked for is kept.
+
+    Example:
+        >>> never_zero(torch.tensor([1.0, 0.25, 0.0])).tolist() == [1.0, 0.25, 2.0**-40]
+        True
+    """
+    return weighing.clamp_min((weighing.max() * _LEAST).clamp_min(torch.finfo(weighing.dtype).tiny ** 0.5))

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from detent.mechanisms.base import Clock, Mechanism, Slot
+from detent.mechanisms.base import Clock, Mechanism, Slot, never_zero
 from detent.schedules import Moment, Number, Schedule, step_at, value_at
 from detent.targets import Params, Target
 from detent.targets.base import compute_dtype
@@ -163,7 +163,8 @@ def hold_weight(slot: Slot) -> None:
 
 def map_and_mask(slot: Slot) -> None:
     """Masked mapping: w = project(w), in the metric of what was gathered, and its zeros are held from now on."""
-    slot.weight.copy_(survivors(slot.project, slot.weight, slot.state.pop(WEIGHT, None)))
+    slot.weight.copy_(survivors(slot, slot.project, slot.weight))
+    slot.state.pop(WEIGHT, None)
     slot.state["mask"] = slot.weight != 0
 
 
@@ -201,11 +202,17 @@ def watch_gradient(slot: Slot) -> None:
     slot.state[WEIGHT] = mean.lerp_(grad.square(), 1 - _MEMORY).sqrt_()
 
 
-def survivors(project: Callable[[Tensor], Tensor], w: Tensor, weight: Tensor | None) -> Tensor:
-    """The nearest point of a sparse set in the metric sum(h^2 (z - w)^2): w where h w survives, else 0."""
-    if weight is None:
+def survivors(slot: Slot, project: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
+    """The nearest point of a sparse set in the metric sum(h^2 (z - w)^2): w where h w survives, else 0.
+
+    h is what was gathered, if anything was. A collective under sharding.
+    """
+    if WEIGHT not in slot.state:
         return project(w)
-    return torch.where(project(w * weight) != 0, w, torch.zeros_like(w))
+    weighing = never_zero(slot.gather(slot.state[WEIGHT]))
+    rows = slot.params.layout.rows
+    weighing = weighing if rows is None else weighing[slice(*rows)]
+    return torch.where(project(w * weighing) != 0, w, torch.zeros_like(w))
 
 
 def freeze_nearest(slot: Slot, share: float, per_level: bool) -> None:
@@ -282,7 +289,9 @@ class Masked(Mechanism):
         w <- project(w) at the start; from then on gradients and steps of zeros are taken back
 
     With `metric="fisher"` the survivors are those of the largest h |w|, h the root mean square of the gradients seen
-    between the beginning of the stage and `start`: by how much the loss would change, not by how large they are.
+    between the beginning of the stage and `start`: by how much the loss would change, not by how large they are. Where
+    the count asked for is larger than the number of weights that any gradient reached, the largest of the others
+    survive, too.
 
     What follows a pruning by any other means, and the plain rival of all of them (one-shot magnitude pruning).
 

@@ -73,6 +73,11 @@ class Spec:
     kind: Kind
     count: int | None
 
+    @property
+    def width(self) -> int:
+        """Bits a value takes at its true width."""
+        return _width(self.kind)
+
 
 def encode_tensor(pieces: Sequence[Piece], *, shape: Sequence[int], coding: Coding = "entropy") -> bytes:
     """The blob of one tensor.

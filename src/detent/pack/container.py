@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ from detent.pack.bits import array_of, bytes_of, tensor_of
 from detent.pack.coding import CODINGS, Coding, Piece, Spec, decode_tensor, encode_tensor
 from detent.pack.frames import DetentFrame, Frame, SafetensorsFrame, by_alignment, open_frame, safetensors_header
 from detent.pack.header import (
+    BUFFER,
     CODE_OF,
     DTYPES,
     NARROWER,
@@ -65,7 +66,7 @@ class Writer:
         life: "both", or "compressed" alone.
         coding: "entropy", "bitpacked" or "none": how codes become bytes. The safetensors form packs bits.
         batchnorm: where the running statistics of the compressed life come from: "none", "own", "re-estimated", the
-            latter two also with ", rounded to float16" or ", rounded to bfloat16".
+            latter two also with ", rounded to" and float16, bfloat16, float8_e4m3fn or float8_e5m2.
         notes: plain JSON data to keep with the file.
 
     Raises:
@@ -176,9 +177,10 @@ class Writer:
             kind = CODE_OF[encoded.dtype]
         else:
             assert value is not None
-            kind = CODE_OF[value.dtype] if whole is not None and self._is_safetensors else narrowest(value)
+            bytewise = reason == BUFFER and "float8" in columns.batchnorm  # only who asked for 8 bits gets them
+            kind = CODE_OF[value.dtype] if whole is not None and self._is_safetensors else narrowest(value, bytewise)
             own = second if whole is not None else value
-            form = RawForm(reason, CODE_OF[value.dtype], kind, None if second is None else narrowest(second))
+            form = RawForm(reason, CODE_OF[value.dtype], kind, None if second is None else narrowest(second, bytewise))
             columns.add_row(name, value.shape, form)
             if own is not None:
                 piece = _raw_piece(own, form.second or kind)
@@ -278,13 +280,15 @@ def _rows_of(pieces: Sequence[Piece], weights: int | None) -> list[StreamRow]:
     return rows
 
 
-def narrowest(tensor: Tensor) -> str:
-    """The shortest dtype that holds every number of a tensor to the bit."""
+def narrowest(tensor: Tensor, bytewise: bool = False) -> str:
+    """The shortest dtype that holds every number of a tensor to the bit; floats of 8 bits only with `bytewise`."""
     own = CODE_OF[tensor.dtype]
     few = tensor.detach().reshape(-1)[:256]
     for code in NARROWER[own]:
         if code == own:
             break
+        if code.startswith("F8") and not bytewise:
+            continue
         if all(
             torch.equal(_bits(part.to(DTYPES[code]).to(part.dtype)), _bits(part)) for part in (few, tensor.detach())
         ):
@@ -550,7 +554,11 @@ def _own(values: np.ndarray, narrow: bool) -> np.ndarray:
 
 
 def unpack(
-    path: str | os.PathLike[str], out: str | os.PathLike[str], life: Literal["full", "compressed"] = "compressed"
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    life: Literal["full", "compressed"] = "compressed",
+    *,
+    advance: Callable[[], object] = lambda: None,
 ) -> int:
     """Write one life of a file as plain safetensors, for every other tool; the model's code is not needed.
 
@@ -560,6 +568,7 @@ def unpack(
         path: a file that `save` wrote.
         out: the safetensors file; its folder must exist.
         life: "full" or "compressed".
+        advance: called after each tensor; not after its further names.
 
     Returns:
         Bytes written.
@@ -589,4 +598,6 @@ def unpack(
             plain.write(safetensors_header(entries, {"format": "pt"}))
             for name in names:
                 plain.write(bytes_of(file.value(rows[name], life, view=True)))
+                if name not in file.aliases:
+                    advance()
         return plain.size

@@ -208,8 +208,10 @@ def _read_safetensors(path: str, mapped: mmap.mmap) -> tuple[Head, list[int]]:
         length = int.from_bytes(mapped[:8], "little")
         entries = json.loads(mapped[8 : 8 + length])
     except (SafetensorError, ValueError, RecursionError) as error:
-        why = first_line(error).removeprefix("Error while deserializing header: ")
-        raise FormatError(f"{path}: is damaged or neither a Detent nor a safetensors file: {why}") from None
+        # Of what does not even start like safetensors, that library's words say nothing to anybody.
+        begins = mapped[8:9] == b"{"
+        why = f": {first_line(error).removeprefix('Error while deserializing header: ')}" if begins else ""
+        raise FormatError(f"{path}: is damaged or neither a Detent nor a safetensors file{why}") from None
     if "detent" not in metadata:
         raise FormatError(f"{path}: is a safetensors file without a Detent header")
     _check_version(path, metadata["detent"])

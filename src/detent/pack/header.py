@@ -74,7 +74,7 @@ CODE_OF = {dtype: code for code, dtype in DTYPES.items()}
 _CODES = tuple(DTYPES)  # a dtype is written as its place in this list
 _RAW_STREAMS = ("F32", "F16", "BF16", "F64")  # a stream's kind is written as its bits, or 17 and the place in this list
 _LIVES: tuple[Life, ...] = ("compressed", "both")
-_STATISTICS = re.compile(r"none|(own|re-estimated)(, rounded to (float16|bfloat16))?")
+_STATISTICS = re.compile(r"none|(own|re-estimated)(, rounded to (float16|bfloat16|float8_e4m3fn|float8_e5m2))?")
 _LEAST_UNPACKED, _MOST_PACKING = 1 << 20, 32  # a header may unpack to so many bytes, and so many times its length more
 _LEAST_DECLARED, _MOST_DECLARED = 1 << 30, 1 << 16  # all tensors of a file together, likewise
 _MOST_A_WEIGHT = 256  # values of one piece for each weight of its tensor
@@ -84,8 +84,8 @@ _WEIGHTS, _ONES, _LISTED = 0, 1, 2  # how many values a stream has
 _RAW, _TWICE, _CODED = 0, 1, 2  # kinds of forms
 
 NARROWER: dict[str, tuple[str, ...]] = {code: (code,) for code in DTYPES} | {
-    "F64": ("F16", "BF16", "F32", "F64"),
-    "F32": ("F16", "BF16", "F32"),
+    "F64": ("F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"),
+    "F32": ("F8_E4M3", "F8_E5M2", "F16", "BF16", "F32"),
     "I64": ("U8", "I8", "I16", "I32", "I64"),
     "I32": ("U8", "I8", "I16", "I32"),
     "I16": ("U8", "I8", "I16"),
@@ -688,6 +688,18 @@ class Header:
     plan: tuple[Mapping[str, Any], ...]
     card: Mapping[str, Any]
     tensors: Mapping[str, Mapping[str, Any]]
+
+    def __repr__(self) -> str:
+        """In a line; a big model's rows are kilobytes."""
+        card, rows = self.card, self.card["compressed"]
+        kinds = [f"{row['tensors']} x {row['target']}" for row in rows[:3]]
+        kinds += [f"{len(rows) - 3} more targets"] if len(rows) > 3 else []
+        size = sum(tensor["bytes"] for tensor in self.tensors.values())
+        return (
+            f"<Header: format {self.version} by Detent {self.writer}, lives: {self.life}; {len(self.tensors)} tensors, "
+            f"compressed life {size:,} bytes; {card['compressed_weights']:,} of {card['weights']:,} parameters "
+            f"compressed: {', '.join(kinds) or 'none'}>"
+        )
 
 
 def shown(head: Head) -> Header:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detent.pack.coding import Coding, Piece, Spec, encode_tensor
+from detent.pack.coding import Coding, Piece, encode_tensor
 from detent.pack.container import Reader
-from detent.pack.header import BUFFER, DTYPES, Row
+from detent.pack.header import BUFFER, Row
 from detent.recipe import short
 from detent.targets import Target
 
@@ -58,15 +58,31 @@ class Inspection:
     total: dict[str, Any]
 
 
-def inspect(path: str | os.PathLike[str]) -> Inspection:
+def inspect(path: str | os.PathLike[str], *, advance: Callable[[], object] = lambda: None) -> Inspection:
     """Read a whole file, one tensor at a time, and measure every tensor of it.
+
+    Args:
+        path: a file that `save` wrote.
+        advance: called after each tensor.
 
     Raises:
         FormatError: the file is damaged, of another version or not one of ours.
         OSError: the file cannot be opened.
+
+    Example:
+        >>> import tempfile, detent as dt
+        >>> run = dt.compress(torch.nn.Linear(8, 8), dt.Recipe([dt.Rule(match="weight", target=dt.TopK(keep=6))]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     size = dt.save(run, f"{folder}/model.detent", "compressed")
+        ...     found = inspect(f"{folder}/model.detent")
+        >>> found.total["file"] == size, found.rows[0]["becomes"], found.rows[0]["kept"]
+        (True, 'TopK(keep=6)', 6)
     """
     with Reader(path) as file:
-        rows = [*_shared_rows(file), *(_row(file, name, row) for name, row in file._head.rows.items())]
+        rows = list(_shared_rows(file))
+        for name, row in file._head.rows.items():
+            rows.append(_row(file, name, row))
+            advance()
         sizes = {"file": file._opened.size, "full": sum(blob.length for blob in file._head.blobs if blob.bare)}
     taken = sum(row["bytes"] for row in rows if not row.pop("_bare"))
     total: dict[str, Any] = {**sizes, "header": sizes["file"] - sizes["full"] - taken}
@@ -150,9 +166,9 @@ def _codes(file: Reader, index: int, skipped: int, target: Target) -> dict[str, 
     blob, data = file._head.blobs[index], file._opened.blob(index)
     pieces = file.pieces(index)[skipped:]
     streams = list(zip(blob.specs[skipped:], pieces, strict=True))
-    nominal = sum(_width(spec) * values.size for spec, values in streams)
+    nominal = sum(spec.width * values.size for spec, values in streams)
     entropy = sum(
-        entropy_bits(values) if isinstance(spec.kind, int) else _width(spec) * values.size for spec, values in streams
+        entropy_bits(values) if isinstance(spec.kind, int) else spec.width * values.size for spec, values in streams
     )
     where = [Piece(spec.name, spec.kind, values) for spec, values in streams if says_where(target, spec.name)]
     alone = 0
@@ -199,10 +215,6 @@ def distances(w: Tensor, q: Tensor) -> tuple[float, float, float]:
     for x, y in zip(w.sort().values.split(_CHUNK), q.sort().values.split(_CHUNK), strict=True):
         moved += float((x.double() - y.double()).abs().sum())
     return (gap / energy if energy else 0.0), moved / max(w.numel(), 1), energy
-
-
-def _width(spec: Spec) -> int:
-    return spec.kind if isinstance(spec.kind, int) else 8 * DTYPES[spec.kind].itemsize
 
 
 def _summed(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

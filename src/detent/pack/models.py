@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from detent.pack.coder import Coder, Meter
+from detent.pack.coder import PRECISION, Coder, Meter
 from detent.pack.mixing import FOLDS, sparse_mask, takes, within_limits
 
 __all__ = ["Grid", "patterns", "whole_numbers"]
@@ -21,6 +21,8 @@ __all__ = ["Grid", "patterns", "whole_numbers"]
 MOST_SIZE = 1 << 16  # symbols of an alphabet
 
 _EVEN, _ADAPTIVE, _CLASSES, _SPLIT, _MIXED = range(5)
+_GAPS = _SPLIT  # of two symbols: there is nothing to split
+_PLAIN, _BETWEEN, _BY_ROW, _BY_COLUMN = range(4)
 _PLANES, _ASCENDING, _LISTED, _SPARSE = range(4)
 _PRIORS = (16, 8, 2, 1)  # sixteenths that each symbol's count starts with
 _SMALL = 1 << 20  # values up to which candidates are measured, not estimated
@@ -28,11 +30,14 @@ _SAMPLE = 1 << 14
 _MIXED_CELLS = 1 << 18  # cells in rows and columns with a one up to which the mixing model is tried: it is slow
 _FOLDED_CELLS = 1 << 16  # and in all its foldings
 _FEWEST_OF_CLASSES = 256  # values from which on rows and columns may differ by more than chance
-_FEW = 16  # zeros, or ones, from which on the mixing model has something to learn
+_FEW = 16  # zeros, or ones, from which on a model of masks has something to learn
 _MOST_LISTED = 1 << 12
 _MOST_CLASSES = 16
 _MOST_LINES = 1 << 16
 _MOST_CELLS = 1 << 22  # counts of lines by symbols that are looked at for classes
+_MOST_COUNTED = 1 << 22  # places of a mask by the ones of its lines
+_LONGEST_COUNTED = 1 << 14  # and of one line: each is a turn of the coder
+_WORTH_IT = 1.005  # by how much counting must win in a large mask, because it takes three times as long
 _LONGEST = 1 << 18  # values that go through one table
 _BLOCK = 1 << 20
 
@@ -110,6 +115,7 @@ class _Plan:
         parts: plans of a zero mask and of the other values.
         pivot: the value that the mask sets apart.
         fold: index into the folds.
+        way: of a mask by its gaps or by the ones of its lines.
     """
 
     model: int
@@ -119,6 +125,12 @@ class _Plan:
     parts: tuple[_Plan, _Plan] | None = None
     pivot: int = 0
     fold: int = 0
+    way: int = 0
+
+    @property
+    def cost(self) -> float:
+        """Size of a large mask, with what time is worth."""
+        return self.bits * (_WORTH_IT if self.model == _GAPS and self.way in (_BY_ROW, _BY_COLUMN) else 1.0)
 
 
 # --- the models ---------------------------------------------------------------------------------------------------
@@ -160,7 +172,9 @@ def whole_numbers(
         return _adaptive(coder, values, count, np.full(size, _PRIORS[prior]))[0]
     if model == _CLASSES:
         return _by_classes(coder, values, count, size, grid, plan)
-    if model == _SPLIT and not part:
+    if model == _GAPS and size == 2 and count >= _FEW:
+        return _mask_by_distance(coder, values, count, grid, plan)
+    if model == _SPLIT and size > 2 and not part:
         return _split(coder, values, count, size, grid, plan)
     if model == _SPLIT or size != 2 or grid.mask is not None or not within_limits(grid.rows, grid.columns):
         raise ValueError(f"{count} values of {grid.rows} rows and {grid.columns} columns cannot be of model {model}")
@@ -263,11 +277,118 @@ def _apart(values: np.ndarray, pivot: int) -> tuple[np.ndarray, np.ndarray]:
     return mask.view(np.uint8), rest - (rest > pivot).astype(rest.dtype)
 
 
+# --- masks by how far it is from one to the next, and by how many there are in a line ------------------------------
+
+
+def _mask_by_distance(
+    coder: Coder, values: np.ndarray | None, count: int, grid: Grid, plan: _Plan | None
+) -> np.ndarray:
+    way = coder.number(plan and plan.way, 4)
+    if way in (_PLAIN, _BETWEEN):
+        return _by_gaps(coder, values, count, way == _BETWEEN)
+    if not _is_counted(grid, way):
+        raise ValueError(f"a mask of {grid.rows} rows and {grid.columns} columns cannot be counted by its lines")
+    if way == _BY_ROW:
+        return _by_lines(coder, values, grid.rows, grid.columns)
+    turned = None if values is None else np.ascontiguousarray(values.reshape(grid.rows, grid.columns).T).reshape(-1)
+    found = _by_lines(coder, turned, grid.columns, grid.rows)
+    return np.ascontiguousarray(found.reshape(grid.columns, grid.rows).T).reshape(-1)
+
+
+def _is_counted(grid: Grid, way: int) -> bool:
+    lines, length = (grid.rows, grid.columns) if way == _BY_ROW else (grid.columns, grid.rows)
+    few = 1 < lines <= _MOST_LINES and 1 < length <= _LONGEST_COUNTED
+    return few and grid.mask is None and lines * length <= _MOST_COUNTED
+
+
+def _by_gaps(coder: Coder, values: np.ndarray | None, count: int, between: bool) -> np.ndarray:
+    """The number of ones, then the steps from one to the next: their bit lengths, and the bits below these.
+
+    With `between`, every second bit length is coded by the sum of its neighbours'.
+    """
+    steps = None if values is None else np.diff(np.flatnonzero(values).astype("<u8"), prepend=np.uint64(2**64 - 1))
+    ones = _one_number(coder, None if steps is None else steps.size, count)
+    size = count.bit_length() + 1
+    given = None if steps is None else _bit_lengths(steps)
+    lengths = np.zeros(ones, dtype=np.uint8)
+    for first in (0, 1) if between else (0,):
+        here = slice(first, None, 2 if between else 1)
+        mine = None if given is None else given[here]
+        if first:
+            lengths[here] = _by_neighbours(coder, mine, lengths, size)
+        else:
+            lengths[here] = _of_one_row(coder, mine, lengths[here].size, size)
+    places = np.cumsum(_below(coder, steps, lengths, 64))
+    if ones and (int(places[-1]) > count or bool((places[1:] <= places[:-1]).any()) or not places[0]):
+        raise ValueError(f"ones lie beyond the {count} places of a mask")
+    out = np.zeros(count, dtype=np.uint8)
+    out[places.astype(np.int64) - 1] = 1
+    return out
+
+
+def _of_one_row(coder: Coder, values: np.ndarray | None, count: int, size: int) -> np.ndarray:
+    return whole_numbers(coder, values, count, size, Grid(1, count, 1), part=True)
+
+
+def _one_number(coder: Coder, value: int | None, most: int) -> int:
+    """A number from 0 to `most`, cheaper if it is small."""
+    steps = None if value is None else np.array([value], dtype="<u8")
+    length = coder.number(None if value is None else value.bit_length(), most.bit_length() + 1)
+    found = int(_below(coder, steps, np.array([length], dtype=np.uint8), 64)[0])
+    if found > most:
+        raise ValueError(f"{found} ones in {most} places")
+    return found
+
+
+def _by_neighbours(coder: Coder, values: np.ndarray | None, lengths: np.ndarray, size: int) -> np.ndarray:
+    """Bit lengths at odd places: the sum of those on both sides says which counts code them."""
+    before, after = lengths[0:-1:2], lengths[2::2]
+    context = 2 * before.astype(np.int64)
+    context[: after.size] += after.astype(np.int64) - before[: after.size]
+    out = np.empty(context.size, dtype=np.uint8)
+    total = 16 * np.bincount(lengths[::2], minlength=size)
+    for each in np.flatnonzero(np.bincount(context)):
+        here = context == each
+        start = 1 + 1024 * total // max(1, int(total.sum()))
+        mine = None if values is None else values[here]
+        out[here], weights = _adaptive(coder, mine, int(np.count_nonzero(here)), start)
+        total += weights - start
+    return out
+
+
+def _by_lines(coder: Coder, values: np.ndarray | None, lines: int, length: int) -> np.ndarray:
+    """How many ones each line has; then place by place in all lines at once, by how many are left for how many."""
+    whole = None if values is None else values.reshape(lines, length)
+    ones = None if whole is None else whole.sum(axis=1, dtype="<u8")
+    left = _line_ones(coder, ones, lines, length).astype(np.int64)
+    out = np.zeros((lines, length), dtype=np.uint8)
+    for j in range(length):
+        open_ = np.flatnonzero((left > 0) & (left < length - j))
+        out[left == length - j, j] = 1
+        chances = (left[open_] << PRECISION) // (length - j)
+        out[open_, j] = coder.decisions(chances, None if whole is None else whole[open_, j])
+        left -= out[:, j]
+    return out.reshape(-1)
+
+
+def _line_ones(coder: Coder, ones: np.ndarray | None, lines: int, length: int) -> np.ndarray:
+    given = None if ones is None else _bit_lengths(ones)
+    found = _below(coder, ones, _of_one_row(coder, given, lines, length.bit_length() + 1), 64)
+    if int(found.max()) > length:
+        raise ValueError(f"a line of {length} places has {int(found.max())} ones")
+    return found
+
+
 # --- the choice ---------------------------------------------------------------------------------------------------
 
 
 def _best(values: np.ndarray, size: int, grid: Grid, part: bool = False) -> _Plan:
-    """The smallest plan: by estimates, and measured where few values make these rough."""
+    large = size == 2 and values.size > _SMALL
+    return min(_plans(values, size, grid, part), key=lambda plan: plan.cost if large else plan.bits)
+
+
+def _plans(values: np.ndarray, size: int, grid: Grid, part: bool = False) -> list[_Plan]:
+    """What may be smallest, with its size: estimated, and measured where few values make that rough."""
     found = np.bincount(values, minlength=size)
     even = _Plan(model=_EVEN, bits=values.size * math.log2(size))
     priors = [_Plan(model=_ADAPTIVE, prior=i, bits=_adaptive_bits(found, p)) for i, p in enumerate(_PRIORS)]
@@ -277,13 +398,16 @@ def _best(values: np.ndarray, size: int, grid: Grid, part: bool = False) -> _Pla
     plans += _class_plans(values, size, grid, plans[0].bits)
     if size == 2 and grid.mask is None and int(found.min()) >= _FEW and within_limits(grid.rows, grid.columns):
         plans += _mixed_plans(values, grid)
+    if size == 2 and _FEW <= int(found[1]) <= values.size // 2:
+        plans += _distance_plans(values, grid)
     for plan in plans[1:]:
         if plan.model == _CLASSES:
             plan.prior = min(priors, key=lambda plan: plan.bits).prior
     if values.size <= _SMALL and len(plans) > 1:
         for plan in plans:
-            plan.bits = plan.bits if plan.model == _MIXED else _measured(values, size, grid, plan)
-    return min(plans, key=lambda plan: plan.bits)
+            known = plan.model == _MIXED or (plan.model == _GAPS and size == 2)
+            plan.bits = plan.bits if known else _measured(values, size, grid, plan)
+    return plans
 
 
 def _measured(values: np.ndarray, size: int, grid: Grid, plan: _Plan) -> float:
@@ -407,6 +531,28 @@ def _mixed_plans(values: np.ndarray, grid: Grid) -> list[_Plan]:
     return plans
 
 
+def _distance_plans(values: np.ndarray, grid: Grid) -> list[_Plan]:
+    """Masks by their gaps, and by the ones of their rows or columns."""
+    plans = [_Plan(model=_GAPS, way=way) for way in (_PLAIN, _BETWEEN)]
+    for plan in plans:
+        plan.bits = _measured(values, 2, grid, plan)
+    for way in (_BY_ROW, _BY_COLUMN):
+        if _is_counted(grid, way):
+            matrix = values.reshape(grid.rows, grid.columns)
+            ones = matrix.sum(axis=1 if way == _BY_ROW else 0, dtype="<u8")
+            meter, length = Meter(), values.size // ones.size
+            _line_ones(meter, ones, ones.size, length)
+            numbers, many = np.unique(ones, return_counts=True)
+            chosen = sum(n * _patterns_of(length, int(k)) for k, n in zip(numbers, many.tolist(), strict=True))
+            plans.append(_Plan(model=_GAPS, way=way, bits=meter.bits + chosen + 5))
+    return plans
+
+
+def _patterns_of(n: int, k: int) -> float:
+    """log2 of the number of ways to choose k of n."""
+    return (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2)
+
+
 def _told(ones: np.ndarray, fold: int) -> float:
     """Bits that runs of columns save by how many ones they hold, less what it takes to say it."""
     runs = ones.reshape(-1, fold).sum(axis=1)
@@ -489,7 +635,13 @@ def _ascending(coder: Coder, keys: np.ndarray | None, count: int, width: int) ->
     steps = None if keys is None else np.diff(keys, prepend=dtype.type(0))
     lengths = None if steps is None else _bit_lengths(steps)
     lengths = whole_numbers(coder, lengths, count, width + 1, Grid(1, count, 1))
-    out = np.zeros(count, dtype=dtype)
+    return np.cumsum(_below(coder, steps, lengths, width), dtype=dtype)
+
+
+def _below(coder: Coder, steps: np.ndarray | None, lengths: np.ndarray, width: int) -> np.ndarray:
+    """Numbers of known bit lengths: for each length, all that lies below the top bits."""
+    dtype = np.dtype(f"<u{width // 8}")
+    out = np.zeros(lengths.size, dtype=dtype)
     for length in np.flatnonzero(np.bincount(lengths)):
         here = lengths == length
         found = np.full(int(np.count_nonzero(here)), int(length > 0), dtype=dtype)
@@ -501,7 +653,7 @@ def _ascending(coder: Coder, keys: np.ndarray | None, count: int, width: int) ->
             part = coder.symbols(np.ones(1 << digit), None if low is None else low.astype(np.uint16), found.size)
             found = found << digit | part.astype(dtype)
         out[here] = found
-    return np.cumsum(out, dtype=dtype)
+    return out
 
 
 def _bit_lengths(values: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from detent import sharding
 from detent.engine import Run
 from detent.pack.atomic import destination
-from detent.pack.coding import Coding, Spec
+from detent.pack.coding import Coding
 from detent.pack.container import Reader, Writer, check_form, unfit
 from detent.pack.header import BUFFER, DTYPES, Head, Header, Life, Row
 from detent.recipe import Recipe, canonical_name, short
@@ -337,7 +337,7 @@ def sizes(path: str | os.PathLike[str]) -> dict[str, int]:
             if i not in coded:
                 found["full" if blob.bare else "rest"] += blob.length - (not blob.bare)
                 continue
-            params = sum(_bits_of(spec) * (spec.count or 0) // 8 for spec in blob.specs[: coded[i]])
+            params = sum(spec.width * (spec.count or 0) // 8 for spec in blob.specs[: coded[i]])
             codes = blob.specs[coded[i] :]
             rest = blob.length - bool(blob.specs)
             found["params"] += min(params, rest)
@@ -345,7 +345,7 @@ def sizes(path: str | os.PathLike[str]) -> dict[str, int]:
             counts = [spec.count for spec in codes]
             if None in counts:
                 counts = [values.size for values in file.pieces(i)[coded[i] :]]
-            nominal += sum(_bits_of(spec) * (count or 0) for spec, count in zip(codes, counts, strict=True))
+            nominal += sum(spec.width * (count or 0) for spec, count in zip(codes, counts, strict=True))
     return {
         "file": size,
         "header": size - sum(found.values()),
@@ -354,7 +354,3 @@ def sizes(path: str | os.PathLike[str]) -> dict[str, int]:
         "nominal_bits": nominal,
         "overhead": size - found["full"] - found["rest"] - nominal // 8,
     }
-
-
-def _bits_of(spec: Spec) -> int:
-    return spec.kind if isinstance(spec.kind, int) else 8 * DTYPES[spec.kind].itemsize

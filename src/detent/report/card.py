@@ -130,7 +130,9 @@ def symmetry(target: Target) -> str:
         >>> symmetry(dt.Uniform(bits=3)), symmetry(dt.Binary())
         ('symmetric, with a zero', 'symmetric, without a zero')
     """
-    inner = getattr(target, "survivors", target)  # of a sparse target with levels, the levels
+    inner = getattr(target, "survivors", target)
+    if inner is not target:  # a sparse target with levels
+        return f"survivors {symmetry(inner)}; zero between"
     if inner.leaves_free:
         return "survivors stay in full precision"
     probe = torch.linspace(-1.0, 2.0, 64).square().sub(0.5).reshape(8, 8)

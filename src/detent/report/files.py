@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from detent.engine import Run, compress
-from detent.pack import Inspection, Reader, Writer, inspect, load
+from detent import sharding
+from detent.batchnorm import Statistics, statistics_of
+from detent.engine import Run
+from detent.pack import FormatError, Inspection, Reader, Writer, inspect, load
 from detent.pack.coding import Coding
-from detent.pack.header import Life
+from detent.pack.header import Life, first_line
 from detent.recipe import Recipe, Rule
 from detent.report.card import Card, card_of
 from detent.report.numbers import (
@@ -91,6 +93,7 @@ def collect_file(
         raise ValueError("collect_file(evaluate=...): needs model=, which the scores are of")
     scores: dict[str, dict[str, float]] = {}
     widths: list[Width] = []
+    unfit: dict[str, str] = {}
     losses: dict[str, float] = {}
     with Reader(path) as file:
         header, both = file.header, file.header.life == "both"
@@ -104,7 +107,7 @@ def collect_file(
         if model is not None and both and evaluate is not None:
             load(path, model, "full")
             scores = {"full": scores_of(evaluate, model), **scores}
-            widths = widths_of(run_of_file(path, model), evaluate, bits, watch)
+            widths, unfit = widths_of(run_of_file(path, model), evaluate, bits, watch)
         tensors = header.tensors.values()
         return assemble(
             header=header,
@@ -115,6 +118,7 @@ def collect_file(
             both=os.path.getsize(path) if both else None,
             scores=scores,
             widths=widths,
+            unfit=unfit,
             losses=losses,
             history=tuple(history.moments if isinstance(history, History) else history),
             exports=tuple(exports),
@@ -138,7 +142,7 @@ def _written(file: Reader, watch: Watch) -> dict[str, Inspection]:
 def alone(file: Reader, out: Path, coding: Coding, advance: Callable[[], None]) -> None:
     """Write the compressed life of a file as a file of its own: nothing is fitted or rounded again."""
     header = file.header
-    reasons = {name: reason for reason, names in header.card["full_precision"].items() for name in names}
+    reasons = _reasons(file)
     mechanisms = {row["parameter"]: row["mechanism"] for row in header.plan}
     batchnorm, notes = header.card["batchnorm"], header.card["notes"]
     with Writer(out, "compressed", coding=coding, batchnorm=batchnorm, notes=notes) as writer:
@@ -150,6 +154,11 @@ def alone(file: Reader, out: Path, coding: Coding, advance: Callable[[], None]) 
             advance()
         for alias, name in file.aliases.items():
             writer.alias(alias, name)
+
+
+def _reasons(file: Reader) -> dict[str, str]:
+    """Why each parameter that is not compressed is not."""
+    return {name: reason for reason, names in file.header.card["full_precision"].items() for name in names}
 
 
 def card_of_file(path: str | os.PathLike[str]) -> Card:
@@ -175,7 +184,8 @@ def card_of_file(path: str | os.PathLike[str]) -> Card:
 def run_of_file(path: str | os.PathLike[str], model: nn.Module, life: Life = "both") -> Run:
     """A run with the targets and the fitted numbers of a file, on a model that gets one of its lives.
 
-    As after `dt.compress`, but nothing is fitted again: the compressed life is the file's.
+    As after `dt.compress`, but nothing is fitted again: the compressed life is the file's, and so are its BatchNorm
+    statistics where the file has a second set.
 
     Args:
         path: a file that `dt.save` wrote.
@@ -199,6 +209,8 @@ def run_of_file(path: str | os.PathLike[str], model: nn.Module, life: Life = "bo
     load(path, model, "full" if life == "both" else "compressed")
     with Reader(path) as file:
         encoded = {name: file.encoded(name) for name in file.targets}
+        reasons, source = _reasons(file), file.header.card["batchnorm"]
+        second = {n: file.tensor(n) for n in statistics_of(model)} if source not in ("none", "own") else {}
     alike: list[tuple[Target, list[str]]] = []  # what shares a target was fitted together: a codebook, a threshold
     for name, item in encoded.items():
         mine = next((names for target, names in alike if target == item.target), None)
@@ -206,14 +218,24 @@ def run_of_file(path: str | os.PathLike[str], model: nn.Module, life: Life = "bo
             alike.append((item.target, [name]))
         else:
             mine.append(name)
-    run = compress(
-        model,
-        Recipe([Rule(match=f"^({'|'.join(map(re.escape, names))})$", target=t, include=".") for t, names in alike]),
+    rules = [Rule(match=f"^({'|'.join(map(re.escape, names))})$", target=t, include=".") for t, names in alike]
+    plan = Recipe(rules).resolve(model)
+    claims = tuple(
+        claim if claim.claimed else replace(claim, reason=reasons.get(claim.name, claim.reason))
+        for claim in plan.claims
     )
+    run = Run(model, replace(plan, claims=claims), [], None, "raise")
     for entry in run._entries:
-        assert entry.params is not None
-        # What decoding does not need is in no file and is fitted to the same weights again.
-        stored = {name: value.to(entry.param.device) for name, value in encoded[entry.name].params.tensors.items()}
-        entry.params = replace(entry.params, tensors={**entry.params.tensors, **stored})
-        entry.pull_params = entry.params
+        item = encoded[entry.name]
+        try:
+            params = item.target.restored(sharding.whole(entry.param), item.params, item.codes)
+        # Whatever a target makes of codes that it did not write itself: the file is at fault.
+        except Exception as error:
+            raise FormatError(f"{path}: {entry.name!r} cannot be decoded: {first_line(error)}") from error
+        entry.params = entry.pull_params = params.to(entry.param.device)
+    run._adopt()
+    if second:
+        found = Statistics(second)
+        found.source = source
+        run._statistics[run._life_key(None, None)] = found
     return run

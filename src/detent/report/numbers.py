@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 import torch
@@ -23,6 +24,7 @@ from detent.pack import Inspection, inspect, read_header, save
 from detent.pack.coding import Coding
 from detent.pack.header import Header
 from detent.pack.inspection import distances
+from detent.recipe import short
 from detent.report.card import Card, card_of
 from detent.targets import Params, Target
 
@@ -54,7 +56,15 @@ def silent(label: str, total: int) -> Callable[[], None]:
 class _Frozen(pydantic.BaseModel):
     """Plain data that JSON can hold."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _known(value: Any) -> Any:
+    return None if isinstance(value, numbers.Real) and not math.isfinite(value) else value
+
+
+# A number, or None where there is none: a training that diverged must not cost the report.
+Known = Annotated[float | None, pydantic.BeforeValidator(_known)]
 
 
 class Histogram(_Frozen):
@@ -103,15 +113,15 @@ class Layer(_Frozen):
     coded_bits: float
     entropy: float
     zeros: float
-    error: float | None = None
-    wasserstein: float | None = None
-    distance: float | None = None
-    sensitivity: float | None = None
+    error: Known = None
+    wasserstein: Known = None
+    distance: Known = None
+    sensitivity: Known = None
     histogram: Histogram | None = None
 
 
 class Moment(_Frozen):
-    """How far the two lives were apart at one step of a training.
+    """How far the two lives were apart at one step of a training. NaN and infinity become None.
 
     Attributes:
         step: steps of the optimizer so far.
@@ -122,10 +132,10 @@ class Moment(_Frozen):
     """
 
     step: int
-    error: float
-    distance: float | None = None
-    layers: dict[str, float]
-    scores: dict[str, float] = {}
+    error: Known
+    distance: Known = None
+    layers: dict[str, Known]
+    scores: dict[str, Known] = {}
 
 
 class Width(_Frozen):
@@ -183,6 +193,7 @@ class Report(_Frozen):
         layers: the compressed tensors, in the model's order.
         history: how the lives came together while training.
         widths: the same checkpoint at other widths.
+        unfit: widths that were asked for and that a target cannot take, and why.
         exports: exported models.
         card: what is compressed and how.
         evaluated_on: what the scores of `scores` and `widths` were measured on, in words.
@@ -202,6 +213,7 @@ class Report(_Frozen):
     layers: tuple[Layer, ...]
     history: tuple[Moment, ...] = ()
     widths: tuple[Width, ...] = ()
+    unfit: dict[str, str] = {}
     exports: tuple[Export, ...] = ()
     card: Card
     evaluated_on: str = ""
@@ -278,7 +290,18 @@ class History:
         self.moments: list[Moment] = []
 
     def log(self, **scores: float) -> Moment:
-        """Measure the run as it is now (`run.measure()`: one projection of every claimed tensor)."""
+        """Measure the run as it is now (`run.measure()`: one projection of every claimed tensor).
+
+        Args:
+            scores: what else to keep of this moment, by name; NaN and infinity are kept as None.
+
+        Example:
+            >>> import detent as dt
+            >>> run = dt.compress(nn.Linear(8, 8), dt.Recipe([dt.Rule(match="weight", target=dt.Binary())]))
+            >>> moment = History(run).log(loss=0.5)
+            >>> moment.step, sorted(moment.layers), moment.scores
+            (0, ['weight'], {'loss': 0.5})
+        """
         rows = self.run.measure()
         weights = [row["weights"] for row in rows]
         stepped = [(row["distance"], row["weights"]) for row in rows if not math.isnan(row["distance"])]
@@ -465,6 +488,7 @@ def collect(
         scores["full"] = scores_of(evaluate, run.model)
         with run.compressed():
             scores["compressed"] = scores_of(evaluate, run.model)
+    widths, unfit = widths_of(run, evaluate, bits, watch) if evaluate is not None else ([], {})
     losses = {}
     if sensitivity is not None:
         alone = [(piece.name, piece.compressed) for piece in pieces]
@@ -473,10 +497,11 @@ def collect(
         header=header,
         pieces=pieces,
         order=[claim.name for claim in run.plan.claims],
-        raw=sum(t.numel() * t.element_size() for t in run.model.state_dict().values()),
+        raw=_bytes_of(run.model),
         written=written,
         scores=scores,
-        widths=widths_of(run, evaluate, bits, watch) if evaluate is not None else (),
+        widths=widths,
+        unfit=unfit,
         losses=losses,
         history=tuple(history.moments if isinstance(history, History) else history),
         exports=tuple(exports),
@@ -484,6 +509,12 @@ def collect(
         evaluated_on=evaluated_on,
         sensitivity_on=sensitivity_on,
     )
+
+
+def _bytes_of(model: nn.Module) -> int:
+    """Bytes of all parameters and persistent buffers, tied ones once."""
+    distinct = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 
 
 def assemble(
@@ -532,13 +563,25 @@ def _parts(total: Mapping[str, Any]) -> dict[str, int]:
 
 def _absent(report: Report) -> dict[str, str]:
     """What to pass to get the sections that are missing."""
+    line = "or `--model` and `--data` on the command line"
+    evaluate, sensitivity = (
+        f"`collect(evaluate=...)`, {line}",
+        f"`collect(sensitivity=...)`, a loss on training data, {line}",
+    )
+    both = 'a file with both lives: `dt.save(run, path, life="both")`'
+    has_both = any(layer.error is not None for layer in report.layers)
+    if not has_both:
+        sensitivity = f"{both}; and {sensitivity}"
+    if report.unfit:
+        widths = f"other widths: {'; '.join(dict.fromkeys(report.unfit.values()))}"
+    elif not report.scores:
+        widths = evaluate if has_both else f"{both}; and {evaluate}"
+    else:
+        widths = "a recipe with a target that has a bit-width and is not pinned" if has_both else both
     wanted = {
-        "scores": (report.scores, "`collect(evaluate=...)`, or `--model` and `--data` on the command line"),
-        "sensitivity": (
-            any(layer.sensitivity is not None for layer in report.layers),
-            "`collect(sensitivity=...)`, a loss on training data, or `--model` and `--data` on the command line",
-        ),
-        "widths": (report.widths, "`collect(evaluate=...)`, or `--model` and `--data` on the command line"),
+        "scores": (report.scores, evaluate),
+        "sensitivity": (any(layer.sensitivity is not None for layer in report.layers), sensitivity),
+        "widths": (report.widths, widths),
         "history": (
             report.history,
             "`History(run)`, its `log()` once an epoch, and `collect(history=...)`, or `--history FILE` on the command "
@@ -548,10 +591,7 @@ def _absent(report: Report) -> dict[str, str]:
             report.exports,
             "`collect(exports=...)`, or `--exported FILE` with what `detent export --json` said",
         ),
-        "full": (
-            any(layer.error is not None for layer in report.layers),
-            'a file with both lives: `dt.save(run, path, life="both")`',
-        ),
+        "full": (has_both, both),
     }
     return {name: words for name, (there, words) in wanted.items() if not there}
 
@@ -575,22 +615,28 @@ def scores_of(evaluate: Evaluate, model: nn.Module) -> dict[str, float]:
     return scores
 
 
-def widths_of(run: Run, evaluate: Evaluate, bits: Sequence[int], watch: Watch) -> list[Width]:
-    """The same checkpoint at other widths; none where no target has one that may change."""
-    entries = run._entries
-    if not any(entry.target.has_bits and not entry.rule.pinned for entry in entries):
-        return []
-    advance = watch("widths", len(bits))
+def widths_of(run: Run, evaluate: Evaluate, bits: Sequence[int], watch: Watch) -> tuple[list[Width], dict[str, str]]:
+    """The same checkpoint at other widths, and why some are left out; none where no target has one that may change."""
+    changing = [entry.target for entry in run._entries if entry.target.has_bits and not entry.rule.pinned]
+    if not changing:
+        return [], {}
+    refusing = {width: next((t for t in changing if width not in t.widths), None) for width in bits}
+    unfit = {f"W{width}": _widths_in_words(target) for width, target in refusing.items() if target is not None}
+    advance = watch("widths", len(refusing) - len(unfit))
     found = []
-    for width in bits:
-        with run.compressed(bits=width):
-            scores = scores_of(evaluate, run.model)
-        with tempfile.TemporaryDirectory() as folder:
+    for width in (width for width, target in refusing.items() if target is None):
+        with run._one_life(width), tempfile.TemporaryDirectory() as folder:
+            with run.compressed(bits=width):
+                scores = scores_of(evaluate, run.model)
             file = Path(folder) / "width.detent"
             written = {coding: save(run, file, "compressed", bits=width, coding=coding) for coding in CODINGS}
         found.append(Width(label=f"W{width}", bits=width, bytes=written, scores=scores))
         advance()
-    return found
+    return found, unfit
+
+
+def _widths_in_words(target: Target) -> str:
+    return f"{short(target)} can be {', '.join(map(str, target.widths))} bits wide"
 
 
 def sensitivities(

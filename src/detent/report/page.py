@@ -110,6 +110,7 @@ def render(report: Report, twin: str = "", watch: Watch = silent) -> str:
         widths=widths,
         left_out=len(report.layers) - len(pictured),
         summary=summary(report),
+        unfit="; ".join(f"{label}: {why}" for label, why in report.unfit.items()),
         rows=comparison(report),
         most={
             name: max((abs(getattr(layer, name) or 0.0) for layer in report.layers), default=0.0) or 1.0

@@ -141,10 +141,17 @@ class Target(abc.ABC):
         """Whether `fit_model` must see all tensors of the rule at once."""
         return self.scope == "model"
 
+    @property
+    def widths(self) -> Sequence[int]:
+        """The bit-widths that `at_bits` takes, ascending; none where `has_bits` is false."""
+        return range(2, 9) if self.has_bits else ()
+
     def accepts(self, shape: Sequence[int], dtype: torch.dtype, layout: Layout) -> str | None:
         """Why a tensor of this shape and dtype cannot take this target, or `None` if it can."""
         if not dtype.is_floating_point:
             return f"{type(self).__name__} needs real floating-point weights, this one is {dtype}"
+        if torch.finfo(dtype).bits < 16:
+            return f"{type(self).__name__} needs weights of 16 bits or more, this one is {dtype}; convert it first"
         if math.prod(shape) == 0:
             return f"{type(self).__name__} needs at least one weight, this one has shape {tuple(shape)}"
         return None
@@ -194,6 +201,20 @@ class Target(abc.ABC):
     @abc.abstractmethod
     def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
         """The projected tensor, bitwise, from its codes."""
+
+    def restored(self, w: Tensor, params: Params, codes: Codes) -> Params:
+        """All params of a tensor that was read from a file, from those that are stored and the codes.
+
+        What decoding does not need is in no file. By default it is fitted to the weights again, so a target whose fit
+        takes long, or finds something else once the weights have moved, takes it from the codes.
+
+        Args:
+            w: the whole tensor, in its full life or projected.
+            params: the layout, and the numbers named in `stored`.
+            codes: what `encode` gave.
+        """
+        fitted = self.fit(w, params.layout)
+        return replace(fitted, tensors={**fitted.tensors, **params.tensors})
 
     @abc.abstractmethod
     def bits_on_disk(self, params: Params) -> int:

@@ -231,21 +231,29 @@ class _Codebook(Target):
 
     def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
         shape = params.layout.shape
-        length = self._length(shape)
-        held = {stream.name: stream.values for stream in codes.streams}
-        if self.codebook_bits is None:
-            book = params["book"]
-        else:
-            levels = held["book"]
-            if levels.numel() % length or int(levels.max()) > 2**self.codebook_bits - 2:
-                raise ValueError(f"the codebook is none of {self.codebook_bits} bits and {length} weights a codeword")
-            alone = Codes(streams=(Stream(name="codes", values=levels, width=self.codebook_bits),))
-            layout = Layout(shape=(levels.numel() // length, length))
-            book = self._grid().decode(alone, Params(tensors={"scale": params["scale"]}, layout=layout), dtype)
+        book = self._written_book(codes, params, dtype)
         entries = self._entries(Params(tensors={"book": book}, layout=params.layout), dtype)
-        units = math.prod(shape) // length
-        index = held["codes"].long() if len(entries) > 1 else torch.zeros(units, dtype=torch.long, device=book.device)
+        units = math.prod(shape) // self._length(shape)
+        several = len(entries) > 1
+        index = codes["codes"].long() if several else torch.zeros(units, dtype=torch.long, device=book.device)
         return entries[index].reshape(shape)
+
+    def _written_book(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
+        """The codewords, from what is stored."""
+        if self.codebook_bits is None:
+            return params["book"]
+        levels, length = codes["book"], self._length(params.layout.shape)
+        if levels.numel() % length or int(levels.max()) > 2**self.codebook_bits - 2:
+            raise ValueError(f"the codebook is none of {self.codebook_bits} bits and {length} weights a codeword")
+        alone = Codes(streams=(Stream(name="codes", values=levels, width=self.codebook_bits),))
+        layout = Layout(shape=(levels.numel() // length, length))
+        return self._grid().decode(alone, Params(tensors={"scale": params["scale"]}, layout=layout), dtype)
+
+    def restored(self, w: Tensor, params: Params, codes: Codes) -> Params:
+        # How many units share a global codebook is not told by one of them; only training asks.
+        book = self._written_book(codes, params, w.dtype).to(w.device)
+        found = replace(params, tensors={**params.tensors, "book": book})
+        return replace(found, tensors={**found.tensors, "typical": self._gap(w, found)})
 
     def bits_on_disk(self, params: Params) -> int:
         codewords, length = params["book"].shape

@@ -78,6 +78,10 @@ class SparseLevels(Target):
         return self.survivors.has_bits
 
     @property
+    def widths(self) -> Sequence[int]:
+        return self.survivors.widths
+
+    @property
     def has_codebook(self) -> bool:  # type: ignore[override]
         return self.survivors.has_codebook
 
@@ -203,6 +207,13 @@ class SparseLevels(Target):
             whole.append(Stream(name=stream.name.removeprefix(_CODES), values=values, width=stream.width))
         q = self.survivors.decode(Codes(streams=tuple(whole)), params, dtype)
         return torch.where(mask.reshape(q.shape), q, 0.0)
+
+    def restored(self, w: Tensor, params: Params, codes: Codes) -> Params:
+        pattern = self.sparse.restored(w, params, codes)
+        gap = self.decode(codes, params, w.dtype).to(w.device).double().sub_(w.detach()).abs_().mean().float()
+        tensors = {_PATTERN + name: tensor for name, tensor in pattern.tensors.items()}
+        tensors[_PATTERN + "distance"] = torch.where(gap > 0, gap, torch.ones_like(gap))
+        return replace(params, tensors={**tensors, **params.tensors})
 
     def bits_on_disk(self, params: Params) -> int:
         pattern, levels = _pattern_of(params), _levels_of(params)

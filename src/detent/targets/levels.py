@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -142,6 +142,9 @@ class _Scaled(Target):
         step = granularity_of(self.granularity).expand(self._scale(params, compute).to(indices.device), params.layout)
         return indices.mul_(step).add_(0.0).to(dtype)
 
+    def restored(self, w: Tensor, params: Params, codes: Codes) -> Params:
+        return params
+
     def bits_on_disk(self, params: Params) -> int:
         codes = 8 * -(-params.layout.numel * self._width // 8)
         if not self.stored:
@@ -223,7 +226,7 @@ class Uniform(_Scaled):
     has_bits: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+        if not isinstance(self.bits, int) or self.bits not in self.widths:
             raise ValueError(f"Uniform(bits={self.bits}): bits must be a whole number from 2 to 8")
         granularity_of(self.granularity, "Uniform.granularity")
         if self.range not in ("minmax", "ema", "mse", "alternate", "interval"):
@@ -501,6 +504,9 @@ class _Listed(Target):
             raise ValueError(f"a code of {int(places.max())}, where there are only {table.shape[1]} levels")
         return self._values(places, table, params.layout, dtype)
 
+    def restored(self, w: Tensor, params: Params, codes: Codes) -> Params:
+        return params
+
     def bits_on_disk(self, params: Params) -> int:
         codes = 8 * -(-params.layout.numel * self._width // 8)
         return codes + sum(params[name].numel() * torch.finfo(params[name].dtype).bits for name in self.stored)
@@ -564,11 +570,15 @@ class PowerOfTwo(_Listed):
     stored: ClassVar[tuple[str, ...]] = ("top",)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 5:
+        if not isinstance(self.bits, int) or self.bits not in self.widths:
             raise ValueError(f"PowerOfTwo(bits={self.bits}): bits must be a whole number from 2 to 5")
         granularity_of(self.granularity, "PowerOfTwo.granularity")
         if self.range not in ("max", "mse"):
             raise ValueError(f'PowerOfTwo(range={self.range!r}): must be "max" or "mse"')
+
+    @property
+    def widths(self) -> Sequence[int]:
+        return range(2, 6)
 
     @property
     def _n(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -91,6 +91,14 @@ class Sparse(Target):
 
     def typical(self, params: Params) -> Tensor:
         return params["mean"]
+
+    def restored(self, w: Tensor, params: Params, codes: Codes) -> Params:
+        mask = self.unpattern(codes, params).to(w.device)
+        return replace(params, tensors={**self.counted(mask, params), **self._numbers(w, mask)})
+
+    def counted(self, mask: Tensor, params: Params) -> dict[str, Tensor]:
+        """The params that say how much is kept, from an allowed mask."""
+        return {"count": torch.tensor(int(torch.count_nonzero(mask)))}
 
     def free(self, w: Tensor, params: Params) -> Tensor:
         return self.mask(w, params)
@@ -419,6 +427,9 @@ class Structured(Sparse):
     def choose(self, gain: Tensor, params: Params) -> Tensor:
         layout = params.layout.whole()
         return self._spread(_largest(self._sums(gain, layout), int(params["groups"])), layout)
+
+    def counted(self, mask: Tensor, params: Params) -> dict[str, Tensor]:
+        return {"groups": self._groups(mask, params.layout).any(dim=1).sum().cpu()}
 
     def pattern(self, mask: Tensor, params: Params) -> tuple[Stream, ...]:
         groups = self._groups(mask, params.layout.whole()).any(dim=1)
