@@ -32,7 +32,7 @@ from detent import demo as demo_module
 from detent.cli import app
 from detent.data import digits
 from detent.demo import Outcome, Settings, demonstrate
-from detent.export import Latency
+from detent.export import Latency, to_onnx
 from detent.pack import Reader, inspect, load, read_header, save
 from detent.recipe import Recipe
 from detent.report import History, Report, card_of_file, collect_file
@@ -1114,7 +1114,7 @@ def test_a_model_of_tokens_is_sent_to_the_library(tmp_path: Path) -> None:
     model = make_tokens()
     load(tmp_path / "t.detent", model, "compressed")
     inputs = torch.zeros(1, 5, dtype=torch.long)
-    assert dt.export.to_onnx(model, tmp_path / "t.onnx", inputs, codes=tmp_path / "t.detent").nbytes > 0
+    assert to_onnx(model, tmp_path / "t.onnx", inputs, codes=tmp_path / "t.detent").nbytes > 0
 
 
 def make_tokens() -> nn.Module:

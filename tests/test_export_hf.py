@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import detent as dt
-from detent.export.hf import to_compressed_tensors
+from detent.export.hf import HfReport, to_compressed_tensors
 from detent.grouping import Group
 
 transformers = pytest.importorskip("transformers")
@@ -247,3 +247,11 @@ def test_a_package_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
     with pytest.raises(ImportError, match=r"pip install 'detent\[hf\]'"):
         to_compressed_tensors(run, tmp_path)
+
+
+def test_what_was_written_shows_itself_in_a_line() -> None:
+    packed = {f"model.layers.{i}.mlp.up_proj.weight": 100 for i in range(90)}
+    text = repr(HfReport(bytes=12345, packed=packed, ignored=("lm_head",), config={"much": list(range(900))}))
+    assert len(text) < 200
+    for words in ("12,345 bytes", "90 weights packed in 9,000 bytes", "1 linear layers left"):
+        assert words in text, (words, text)

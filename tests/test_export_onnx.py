@@ -18,7 +18,7 @@ from cases import TARGETS
 from torch import Tensor, nn
 
 import detent as dt
-from detent.export import Activations, latency, to_onnx
+from detent.export import Activations, Exported, OnnxReport, latency, to_onnx
 from detent.export.forms import Grid, Half, Plain, Table, form_of, index_parts
 from detent.export.latency import alternating
 from detent.export.onnx import kernels_of, session
@@ -783,3 +783,14 @@ def test_latency_is_that_of_the_file_beside_its_reference(tmp_path: Path, monkey
         latency.onnx_latency(tmp_path / "large.onnx", tmp_path / "small.onnx", (16,), threads=0)
     running = session(str(tmp_path / "small.onnx"), optimize=True, threads=2)
     assert running.get_session_options().intra_op_num_threads == 2
+
+
+def test_what_was_written_shows_itself_in_a_line() -> None:
+    rows = [Exported(name=f"layer{i}.weight", target="Binary()", form="INT2", nbytes=9) for i in range(90)]
+    rows += [replace(row, target="", form="float") for row in rows[:7]]
+    report = OnnxReport(path="m.onnx", nbytes=12345, opset=25, tensors=tuple(rows), notes=("a", "b"))
+    text = repr(replace(report, difference={"off": 1e-7, "on": 3e-7}, bound=2e-5))
+    assert len(text) < 200
+    for words in ("m.onnx", "12,345 bytes", "opset 25", "90 INT2, 7 float", "3e-07 (allowed 2e-05)", "2 notes"):
+        assert words in text, (words, text)
+    assert "unchecked" in repr(report)

@@ -1195,3 +1195,18 @@ def test_a_sharded_run_is_gathered_and_written_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _SHARDED, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert (done.returncode, done.stdout) == (0, "done"), done.stderr
+
+
+def test_what_load_gives_shows_itself_in_a_line(tmp_path: Path) -> None:
+    """Every number of it, worked out again; nothing grows with the model."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(60)))
+    rules = [dt.Rule(match=f"^{i}.weight", target=dt.Uniform(bits=2 + i)) for i in range(5)]
+    recipe = dt.Recipe([*rules, dt.Rule(match="weight$", target=dt.Binary())])
+    dt.save(dt.compress(model, recipe), tmp_path / "m.detent")
+    header = dt.load(tmp_path / "m.detent", copy.deepcopy(model))
+    text = repr(header)
+    assert len(text) < 400 and "\n" not in text and str(header) == text
+    size = sum(row["bytes"] for row in header.tensors.values())
+    for words in (dt.__version__, "lives: both", "120 tensors", f"{size:,} bytes", "3,840 of 4,320 parameters",
+                  "1 x Uniform(bits=2)", "3 more targets"):  # fmt: skip
+        assert words in text, (words, text)

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 import detent as dt
 from detent.demo import LeNet5
-from detent.export.slim import Folded, fold_dead_units, slim
+from detent.export.slim import Folded, LayerSize, Slimmed, fold_dead_units, slim
 
 
 def close(found: Folded, model: nn.Module, twin: nn.Module, *x: Tensor) -> None:
@@ -610,3 +610,18 @@ def test_an_output_that_moved_is_an_error_and_the_model_is_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="moved the output"):
         fold_dead_units(model, torch.randn(2, 2))
     assert all(torch.equal(a, b) for a, b in itertools.zip_longest(before, model.parameters()))
+
+
+def test_what_came_out_shows_itself_in_a_line() -> None:
+    rows = [
+        LayerSize(name=f"layer{i}", before=(40, 40), after=(20, 20), weights=(1600, 400), unused=20, constant=0)
+        for i in range(90)
+    ]
+    done: dict[str, Any] = {"layers": tuple(rows), "left": ("a", "b"), "difference": 1e-7, "scale": 1, "bound": 1e-4}
+    folded = repr(Folded(**done))
+    slimmed = repr(Slimmed(model=nn.Linear(9, 9), parameters=(144000, 36000), macs=(5000, 1000), **done))
+    for text in (folded, slimmed):
+        assert len(text) < 300
+        for words in ("90 layers", "36,000 of 144,000 non-zero weights left", "2 things", "1e-07 (allowed 0.0001)"):
+            assert words in text, (words, text)
+    assert "36,000 of 144,000 parameters, 1,000 of 5,000 multiply-accumulates" in slimmed

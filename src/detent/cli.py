@@ -46,6 +46,7 @@ __all__ = ["app"]
 # Click's, which newer releases of typer bring along under a name of their own.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+
 class _Commands(TyperGroup):
     """The commands; what their parser refuses is told as JSON too where that was asked for."""
 
@@ -413,7 +414,7 @@ def unpack(
         if plain.resolve() == file.resolve():
             raise ValueError(f"--out {plain}: is the file itself; give another name")
         with _watched() as watch:
-            size = write_plain(file, plain, life, advance=watch("unpacking", tensors))  # type: ignore[arg-type]
+            size = write_plain(file, plain, life, advance=watch("unpacking", tensors))
         if as_json:
             _print_json({"file": str(plain), "life": life, "bytes": size})
         else:

@@ -194,7 +194,7 @@ def compress_weights(
             said["order"] = "alphabetical, as in a state dict: which weight is really first or last is not known"
         norms = any(getattr(module, "running_mean", None) is not None for module in net.modules())
         batchnorm = "own" if norms else "none"
-        writer = Writer(file, life, coding=coding, batchnorm=batchnorm, notes=said)  # type: ignore[arg-type]
+        writer = Writer(file, life, coding=coding, batchnorm=batchnorm, notes=said)
         done = _write(writer, weights, _stored(net, weights, source), plan, life == "both", watch)
     notes = [*(guesses(plan) if model is None else []), unused_mechanisms(recipe)]
     together = sorted({type(r.target).__name__ for r in plan.recipe.rules if r.target and r.target.fits_together})
