@@ -310,7 +310,7 @@ class History:
             error=_mean([row["error"] for row in rows], weights),
             distance=_mean(*zip(*stepped, strict=True)) if stepped else None,
             layers={row["name"]: row["error"] for row in rows},
-            scores=scores,
+            scores={**scores},
         )
         self.moments.append(moment)
         if self.path is not None:
