@@ -486,7 +486,9 @@ class Reader:
         """
         blob = self._head.blobs[index]
         try:
-            return decode_tensor(self._opened.blob(index), blob.specs, shape=blob.shape)
+            found = decode_tensor(self._opened.blob(index), blob.specs, shape=blob.shape)
+            self._opened.release(index)  # mapped pages count as memory, and nobody reads them twice
+            return found
         except FormatError:
             raise
         except ValueError as error:

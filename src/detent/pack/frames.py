@@ -138,6 +138,14 @@ class Opened:
             raise FormatError(f"{self.path}: {blob.owner!r} is damaged: its bytes do not have the checksum they must")
         return data
 
+    def release(self, index: int) -> None:
+        """Give back the memory of a blob that was read; whoever still looks at it has it read from the file anew."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # there is none on Windows
+            first = self._starts[index] // mmap.PAGESIZE * mmap.PAGESIZE
+            past = self._starts[index] + self.head.blobs[index].length
+            if past > first:
+                self._mapped.madvise(mmap.MADV_DONTNEED, first, past - first)
+
     def close(self) -> None:
         """Let go of the file, as soon as nothing looks into it any more."""
         try:

@@ -206,7 +206,7 @@ class SparseLevels(Target):
             values[mask] = stream.values[:count]
             whole.append(Stream(name=stream.name.removeprefix(_CODES), values=values, width=stream.width))
         q = self.survivors.decode(Codes(streams=tuple(whole)), params, dtype)
-        return torch.where(mask.reshape(q.shape), q, 0.0)
+        return q.masked_fill_(~mask.reshape(q.shape), 0.0)
 
     def restored(self, w: Tensor, params: Params, codes: Codes) -> Params:
         pattern = self.sparse.restored(w, params, codes)
