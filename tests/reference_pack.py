@@ -117,7 +117,7 @@ def classes(reader: Reader, count: int, size: int, grid: Grid) -> list[int]:
     return out
 
 
-def whole(reader: Reader, count: int, size: int, grid: Grid) -> list[int]:
+def whole(reader: Reader, count: int, size: int, grid: Grid, part: bool = False) -> list[int]:
     if size < 2 or not count:
         return [0] * count
     model = reader.number(5)
@@ -130,9 +130,10 @@ def whole(reader: Reader, count: int, size: int, grid: Grid) -> list[int]:
     if model == 3 and size == 2:
         return distances(reader, count, grid)
     if model == 3:
+        assert not part, "a split inside a split, or inside distances"
         pivot = reader.number(size)
-        mask = whole(reader, count, 2, grid)
-        rest = iter(whole(reader, sum(mask), size - 1, within(grid, mask)))
+        mask = whole(reader, count, 2, grid, True)
+        rest = iter(whole(reader, sum(mask), size - 1, within(grid, mask), True))
         return [pivot if not bit else (r + 1 if (r := next(rest)) >= pivot else r) for bit in mask]
     fold = FOLDS[reader.number(8)]
     inputs, inner = (grid.inputs, grid.inner) if fold == 1 else (grid.inputs // fold, fold)
@@ -161,10 +162,11 @@ def distances(reader: Reader, count: int, grid: Grid) -> list[int]:
         turned = lines(reader, grid.columns, grid.rows)
         return [turned[c * grid.rows + r] for r in range(grid.rows) for c in range(grid.columns)]
     ones = below(reader, [reader.number(count.bit_length() + 1)])[0]
+    assert 2 * ones <= count
     size = count.bit_length() + 1
     lengths = [0] * ones
     many = ones if way == 0 else (ones + 1) // 2
-    first = whole(reader, many, size, Grid(1, many, 1))
+    first = whole(reader, many, size, Grid(1, many, 1), True)
     lengths[:: 1 if way == 0 else 2] = first
     if way == 1:
         sums: dict[int, list[int]] = {}
@@ -185,7 +187,7 @@ def distances(reader: Reader, count: int, grid: Grid) -> list[int]:
 
 
 def lines(reader: Reader, many: int, length: int) -> list[int]:
-    left = below(reader, whole(reader, many, length.bit_length() + 1, Grid(1, many, 1)))
+    left = below(reader, whole(reader, many, length.bit_length() + 1, Grid(1, many, 1), True))
     out = [[0] * length for _ in range(many)]
     for j in range(length):
         for i, ones in enumerate(left):

@@ -136,7 +136,7 @@ def test_every_table_stands_in_a_page() -> None:
 
 def test_every_record_has_a_table() -> None:
     shown = {"psg_noise", "strength_zero", "warp", "bytes_on_disk", "step_cost", "demo-psg", "admm_quadratic", "fuzz"}
-    shown |= {"slim", "hf_llama", "integer"}
+    shown |= {"slim", "hf_llama", "integer", "onnx_resnet32"}
     shown |= {"squeezenet", "lenet_bytes", "layer_bytes", "coding_speed", "mask_models"}
     shown |= {"md_equalities", "md-digits", "md-digits-scale", "pairs", "combination"}
     families = ("psg-cifar100-", "psg-defaults-", "admm-lenet-", "kq-cifar100-")

@@ -122,11 +122,13 @@ def _check_short(name: str, value: Tensor, short: Tensor, most: float, dtype: st
             f"round_statistics({dtype!r}): {name!r} holds {float(value.abs().max()):.4g}, and the largest number of "
             f"{dtype} is {most:g}; take a float of 16 bits"
         )
-    lost = (short == 0) & (value > 0)
+    # Below its smallest normal number a float has fewer digits, down to none.
+    lost = (short - value).abs() > value.abs() * torch.finfo(getattr(torch, dtype)).eps / 2
     if name.endswith("running_var") and bool(lost.any()):
+        worst = float(value[lost].min())
         raise ValueError(
-            f"round_statistics({dtype!r}): {name!r} holds a variance of {float(value[lost].max()):.4g}, which would "
-            "become 0; take a float of 16 bits"
+            f"round_statistics({dtype!r}): {name!r} holds a variance of {worst:.4g}, which is too small for the digits "
+            f"of {dtype}: it would become {float(short[lost].min()):.4g}; take a float of 16 bits"
         )
 
 
@@ -134,17 +136,24 @@ def rounded(model: nn.Module, old: Statistics | None, dtype: str) -> Statistics:
     """Statistics rounded to a shorter float: old ones, or the model's own if there are none.
 
     Raises:
-        ValueError: another dtype, a model without running statistics, or numbers that do not fit into 8 bits.
+        ValueError: another dtype, a model without running statistics, numbers that do not fit into 8 bits, or
+            re-estimated ones that are rounded already.
     """
     if dtype not in _SHORT:
         raise ValueError(f"round_statistics({dtype!r}): must be one of {', '.join(map(repr, _SHORT))}")
+    if old and "rounded" in old.source:
+        if not old.source.startswith("own"):
+            raise ValueError(f"round_statistics({dtype!r}): these are rounded already; recalibrate first")
+        old = None  # from the model's own again, or the file would not say what they went through
     to = getattr(torch, dtype)
     most, found = torch.finfo(to).max, Statistics(old or statistics_of(model))
     if not found:
         raise ValueError("round_statistics: this model has no BatchNorm with running statistics to round")
     for name, value in found.items():
-        short = value.clamp(-most, most).to(to).to(value.dtype) if value.is_floating_point() else value.clone()
-        _check_short(name, value, short, most, dtype)
-        found[name] = short
+        if not value.is_floating_point():  # how many batches there were
+            found[name] = value.clone()
+            continue
+        found[name] = value.clamp(-most, most).to(to).to(value.dtype)
+        _check_short(name, value, found[name], most, dtype)
     found.source = f"{old.source.partition(',')[0] if old else 'own'}, rounded to {dtype}"
     return found

@@ -681,8 +681,8 @@ class Lives(abc.ABC):
         Those that `recalibrate` found, else the model's own; the full life keeps its own.
 
         Args:
-            dtype: "float16", "bfloat16"; in 8 bits "float8_e4m3fn" (off by 6 % at most, up to 448), "float8_e5m2"
-                (off by 12.5 % at most, up to 57344).
+            dtype: "float16", "bfloat16"; in 8 bits "float8_e4m3fn" (variances off by 6 % at most, up to 448),
+                "float8_e5m2" (12.5 %, up to 57344). Variances too small for that are refused.
             bits: the life `compressed(bits=...)` shows.
             recipe: the life `compressed(recipe=...)` shows.
 

@@ -179,8 +179,8 @@ class Mechanism(abc.ABC):
 def never_zero(weighing: Tensor) -> Tensor:
     """A whole tensor's weighing without (near-)zero entries, which would make large weights nothing: `max(h, floor)`.
 
-    The floor is 2^-40 of the largest entry, and at least what a square can still be told from 0. Above it nothing
-    changes; weights below it are told apart by size alone, after all others, so that a count asked for is kept.
+    The floor is 2^-40 of the largest entry, and at least what can still be squared. Above it nothing changes; weights
+    below it are told apart by size alone, in effect after all others, so that a count asked for is kept.
 
     Example:
         >>> never_zero(torch.tensor([1.0, 0.25, 0.0])).tolist() == [1.0, 0.25, 2.0**-40]

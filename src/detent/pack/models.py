@@ -172,7 +172,7 @@ def whole_numbers(
         return _adaptive(coder, values, count, np.full(size, _PRIORS[prior]))[0]
     if model == _CLASSES:
         return _by_classes(coder, values, count, size, grid, plan)
-    if model == _GAPS and size == 2 and count >= _FEW:
+    if model == _GAPS and size == 2:
         return _mask_by_distance(coder, values, count, grid, plan)
     if model == _SPLIT and size > 2 and not part:
         return _split(coder, values, count, size, grid, plan)
@@ -297,7 +297,8 @@ def _mask_by_distance(
 
 def _is_counted(grid: Grid, way: int) -> bool:
     lines, length = (grid.rows, grid.columns) if way == _BY_ROW else (grid.columns, grid.rows)
-    few = 1 < lines <= _MOST_LINES and 1 < length <= _LONGEST_COUNTED
+    # Every place of a line is a turn, whatever the number of lines: few long lines would take long for their bytes.
+    few = 1 < lines <= _MOST_LINES and 1 < length <= min(_LONGEST_COUNTED, max(64, 16 * lines))
     return few and grid.mask is None and lines * length <= _MOST_COUNTED
 
 
@@ -308,6 +309,8 @@ def _by_gaps(coder: Coder, values: np.ndarray | None, count: int, between: bool)
     """
     steps = None if values is None else np.diff(np.flatnonzero(values).astype("<u8"), prepend=np.uint64(2**64 - 1))
     ones = _one_number(coder, None if steps is None else steps.size, count)
+    if 2 * ones > count:  # steps take many times the memory of a mask
+        raise ValueError(f"{ones} gaps in a mask of {count} places")
     size = count.bit_length() + 1
     given = None if steps is None else _bit_lengths(steps)
     lengths = np.zeros(ones, dtype=np.uint8)
@@ -318,11 +321,13 @@ def _by_gaps(coder: Coder, values: np.ndarray | None, count: int, between: bool)
             lengths[here] = _by_neighbours(coder, mine, lengths, size)
         else:
             lengths[here] = _of_one_row(coder, mine, lengths[here].size, size)
-    places = np.cumsum(_below(coder, steps, lengths, 64))
+    places = _below(coder, steps, lengths, 64)
+    np.cumsum(places, out=places)
     if ones and (int(places[-1]) > count or bool((places[1:] <= places[:-1]).any()) or not places[0]):
         raise ValueError(f"ones lie beyond the {count} places of a mask")
     out = np.zeros(count, dtype=np.uint8)
-    out[places.astype(np.int64) - 1] = 1
+    places -= np.uint64(1)
+    out[places.view(np.int64)] = 1
     return out
 
 
@@ -398,7 +403,7 @@ def _plans(values: np.ndarray, size: int, grid: Grid, part: bool = False) -> lis
     plans += _class_plans(values, size, grid, plans[0].bits)
     if size == 2 and grid.mask is None and int(found.min()) >= _FEW and within_limits(grid.rows, grid.columns):
         plans += _mixed_plans(values, grid)
-    if size == 2 and _FEW <= int(found[1]) <= values.size // 2:
+    if size == 2 and _FEW <= int(found[1]) <= values.size // 4:
         plans += _distance_plans(values, grid)
     for plan in plans[1:]:
         if plan.model == _CLASSES:
