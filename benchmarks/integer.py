@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import detent as dt
 from benchmarks import recording
-from benchmarks.training import digit_sets, fit
+from benchmarks.training import digit_sets
 from detent.data import Batches, ImageSet, load_images
+from detent.demo import fit
 from detent.export import Activations, to_integer
 from detent.report.record import summarise
 from papers.models import SmallConvNet, load_checkpoint, resnet32

@@ -62,10 +62,6 @@ def pruned(folder: Path, density: float) -> Iterator[tuple[str, np.ndarray]]:
 # --- ideal models of gaps, in bits --------------------------------------------------------------------------------
 
 
-def _choose(n: int, k: int) -> float:
-    return (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2)
-
-
 def _learned(counts: np.ndarray) -> float:
     """Symbols by counts that start at one half and adapt after each."""
     total, size = int(counts.sum()), counts.size
@@ -79,7 +75,7 @@ def _lengths(values: np.ndarray) -> np.ndarray:
 
 def memoryless(mask: np.ndarray) -> float:
     """Gaps that are geometric, with the density given for nothing: the number of ones, and which pattern of so many."""
-    return math.log2(mask.size + 1) + _choose(mask.size, int(mask.sum()))
+    return math.log2(mask.size + 1) + models._patterns_of(mask.size, int(mask.sum()))
 
 
 def by_row(mask: np.ndarray) -> float:
@@ -88,7 +84,7 @@ def by_row(mask: np.ndarray) -> float:
     ones = matrix.sum(axis=1, dtype=np.int64)
     lengths = _lengths(ones)
     said = _learned(np.bincount(lengths)) + float(np.maximum(lengths - 1, 0).sum())
-    return said + sum(_choose(matrix.shape[1], k) for k in ones.tolist())
+    return said + sum(models._patterns_of(matrix.shape[1], k) for k in ones.tolist())
 
 
 def by_length(mask: np.ndarray, context: bool) -> float:
@@ -131,7 +127,7 @@ def measured(mask: np.ndarray) -> dict[str, Any]:
     """Bytes by the files' models, without those of distance and with them, and which wins; and by each rival."""
     grid = Grid.of(mask.size, mask.shape)
     plans = models._plans(mask.reshape(-1), 2, grid)
-    best = models._best(mask.reshape(-1), 2, grid)
+    best = models._smallest(plans, mask, 2)
     return {
         "ones": int(mask.sum()),
         "before": min(plan.bits for plan in plans if plan.model != models._GAPS) / 8,

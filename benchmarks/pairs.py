@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import detent as dt
 from benchmarks import recording
 from detent.data import Batches, ImageSet, digits
-from detent.recipe import to_spec
+from detent.specs import to_spec
 
 # One sample of every target; what is left of its name in the table is the class.
 TARGETS: dict[str, dt.Target] = {

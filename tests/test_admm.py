@@ -15,7 +15,7 @@ from torch import nn
 import detent as dt
 from detent.mechanisms import Clock
 from detent.mechanisms.base import never_zero
-from detent.recipe import from_spec, to_spec
+from detent.specs import from_spec, to_spec
 
 STEPS = 40
 SGD, ADAM = "SGD", "Adam"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import detent as dt
-from detent.recipe import from_spec, to_spec
+from detent.specs import from_spec, to_spec
 from detent.testing import check_mechanism, check_pair
 
 STEPS = 60

@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import detent as dt
-from detent.recipe import canonical_name, from_spec, to_spec
+from detent.recipe import canonical_name
+from detent.specs import from_spec, to_spec
 
 PRESETS = [
     *(f"psg-w{bits}" for bits in (8, 6, 4, 3, 2)),

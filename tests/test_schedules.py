@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import detent as dt
-from detent.recipe import from_spec, to_spec
 from detent.schedules import step_at, value_at
+from detent.specs import from_spec, to_spec
 
 SHAPES = [dt.Linear, dt.Cosine, dt.Cubic, dt.Exponential]
 _positive = st.floats(0.01, 100.0)

@@ -28,7 +28,8 @@ SRC = ROOT / "src" / "detent"
 # What each part of the package may import, besides itself. "" is the package's own __init__.
 _TARGETS = {"schedules", "grouping"}
 _MECHANISMS = _TARGETS | {"targets"}
-_RECIPE = _MECHANISMS | {"mechanisms", "sharding"}
+_SPECS = _MECHANISMS | {"mechanisms"}
+_RECIPE = _SPECS | {"sharding", "specs"}
 _LIVES = _RECIPE | {"recipe"}
 _ENGINE = _LIVES | {"batchnorm", "lives", "optimizers"}
 _PACK = _ENGINE | {"engine"}
@@ -39,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sharding": set(),
     "targets": _TARGETS,
     "mechanisms": _MECHANISMS,
+    "specs": _SPECS,
     "recipe": _RECIPE,
     "batchnorm": {"recipe"},
     "lives": _LIVES | {"batchnorm"},

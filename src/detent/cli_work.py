@@ -25,9 +25,10 @@ from detent.lives import Encoded, refuse_stages
 from detent.pack import CODINGS, Writer, load, sizes
 from detent.pack.frames import MAGIC
 from detent.pack.header import DTYPES
-from detent.recipe import Plan, Recipe, canonical_name, short
+from detent.recipe import Plan, Recipe, canonical_name
 from detent.report import Export, History, Report, collect_file, run_of_file
 from detent.report.page import figures
+from detent.specs import short
 from detent.targets import Params
 
 __all__ = [

@@ -304,6 +304,48 @@ def _towards_zero(task: _Task) -> PSG:
 # --- training and measuring ---------------------------------------------------------------------------------------
 
 
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    epochs: int,
+    recipe: Recipe | None = None,
+    *,
+    watch: Callable[[int], Callable[[], None]] = lambda steps: lambda: None,
+    look: Callable[[int, nn.Module, Run | None], None] = lambda epoch, model, run: None,
+) -> Run | None:
+    """Trains with a cosine down to zero; the recipe, if any, rides along.
+
+    Args:
+        model: trained in place.
+        optimizer: of its parameters.
+        batches: of the train split.
+        epochs: how often they are gone through, >= 1.
+        recipe: what is attached.
+        watch: told the number of steps; what it gives is called after each.
+        look: called before the first epoch (with 0) and after each.
+
+    Returns:
+        The run of the recipe.
+    """
+    total = epochs * len(batches)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    run = None if recipe is None else attach(model, optimizer, recipe, total_steps=total)
+    advance = watch(total)
+    look(0, model, run)
+    for epoch in range(epochs):
+        model.train()
+        batches.set_epoch(epoch)
+        for x, y in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            schedule.step()
+            advance()
+        look(epoch + 1, model, run)
+    return run
+
+
 class Bench:
     """Trains networks that differ in nothing but recipe and weight decay, and measures them."""
 
@@ -351,23 +393,9 @@ class Bench:
             model.load_state_dict(start)
         batches = self._batches(self.train_set, task.batch_size, training=True)
         epochs, rate = epochs or self.epochs, rate or task.rate
-        total = epochs * len(batches)
         make = make or functools.partial(torch.optim.SGD, momentum=0.9)
         optimizer = make(model.parameters(), lr=rate, weight_decay=decay)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-        run = None if recipe is None else attach(model, optimizer, recipe, total_steps=total)
-        advance = self.watch(label, total)
-        look(0, model, run)
-        for epoch in range(epochs):
-            model.train()
-            batches.set_epoch(epoch)
-            for x, y in batches:
-                optimizer.zero_grad()
-                F.cross_entropy(model(x), y).backward()
-                optimizer.step()
-                schedule.step()
-                advance()
-            look(epoch + 1, model, run)
+        run = fit(model, optimizer, batches, epochs, recipe, watch=functools.partial(self.watch, label), look=look)
         return model, run
 
     def accuracy(self, model: nn.Module) -> float:

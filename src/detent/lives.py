@@ -16,8 +16,9 @@ from detent import sharding
 from detent.batchnorm import Statistics, install, reestimate, rounded, swapped_buffers
 from detent.mechanisms import Clock, Mechanism
 from detent.mechanisms.base import never_zero
-from detent.recipe import Claim, Plan, Recipe, Rule, canonical_name, short
+from detent.recipe import Claim, Plan, Recipe, Rule, canonical_name
 from detent.schedules import Schedule, step_at
+from detent.specs import short
 from detent.targets import Codes, Params, Target
 
 __all__ = [

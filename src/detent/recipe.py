@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import functools
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal
 
-import pydantic
 import torch
 import yaml
 from torch import nn
 
-from detent.grouping import Granularity, Layout
-from detent.mechanisms import ADMM, PSG, STE, CodebookLearning, Mechanism, MirrorDescent, MirrorMap
-from detent.schedules import Moment, Schedule, step_at
+from detent.grouping import Layout
+from detent.mechanisms import ADMM, PSG, STE, CodebookLearning, Mechanism, MirrorDescent
+from detent.schedules import Moment, step_at
+from detent.specs import build, nearest, short, to_spec
 from detent.targets import Binary, KernelCodebook, Target, Ternary, TopK, Uniform, Zero
 
-__all__ = ["Claim", "Plan", "Recipe", "Rule", "Stage", "canonical_name", "from_spec", "to_spec"]
+__all__ = ["Claim", "Plan", "Recipe", "Rule", "Stage", "canonical_name"]
 
 _WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -284,7 +282,7 @@ class Recipe:
         """
         if name not in _PRESETS:
             known = ", ".join(_PRESETS)
-            raise ValueError(f"Recipe.preset({name!r}): unknown{_nearest(name, _PRESETS)}; known: {known}")
+            raise ValueError(f"Recipe.preset({name!r}): unknown{nearest(name, _PRESETS)}; known: {known}")
         return _PRESETS[name]()
 
     @staticmethod
@@ -310,14 +308,14 @@ class Recipe:
             raise ValueError(f"recipe: not YAML: {error}") from None
         for key in data if isinstance(data, dict) else ():
             if key not in ("rules", "stages"):
-                near = _nearest(str(key), ["rules", "stages"])
+                near = nearest(str(key), ["rules", "stages"])
                 raise ValueError(f"recipe: no key {key!r}{near}; a recipe has the one key 'rules', or 'stages'")
         keys = list(data) if isinstance(data, dict) else []
         if len(keys) != 1 or not isinstance(data[keys[0]], list):
             raise ValueError("recipe: must be a mapping with the one key 'rules' (a list of rules), or 'stages'")
         if keys == ["stages"]:
             return Recipe(stages=[_stage(entry, f"stages[{i}]") for i, entry in enumerate(data["stages"])])
-        return Recipe([_build(Rule, entry, f"rules[{i}]") for i, entry in enumerate(data["rules"])])
+        return Recipe([build(Rule, entry, f"rules[{i}]") for i, entry in enumerate(data["rules"])])
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `from_yaml` reads back to an equal recipe.
@@ -569,116 +567,7 @@ def _passed_over(name: str, parameter: nn.Parameter, module: nn.Module) -> str:
     return ""
 
 
-# --- Specs: objects as plain data and back -----------------------------------------------------------------------
-
-_BASES: tuple[type, ...] = (Target, Mechanism, Schedule, Granularity, MirrorMap)
-
-
-def _kinds() -> dict[str, type]:
-    """Every final class a spec may name; third-party subclasses register by being defined."""
-    found: dict[str, type] = {}
-    todo = list(_BASES)
-    while todo:
-        cls = todo.pop()
-        todo.extend(cls.__subclasses__())
-        if dataclasses.is_dataclass(cls) and not getattr(cls, "__abstractmethods__", None):
-            found[cls.__name__] = cls
-    return found
-
-
-def short(obj: object) -> str:
-    """A dataclass as it would be written by hand: only the fields that differ from their defaults.
-
-    Example:
-        >>> short(Uniform(bits=4))
-        'Uniform(bits=4)'
-    """
-    parts = []
-    for f in dataclasses.fields(obj):  # type: ignore[arg-type]
-        value = getattr(obj, f.name)
-        if f.default is dataclasses.MISSING or value != f.default:
-            parts.append(f"{f.name}={short(value) if dataclasses.is_dataclass(value) else repr(value)}")
-    return f"{type(obj).__name__}({', '.join(parts)})"
-
-
-def to_spec(obj: Any) -> Any:
-    """An object of a recipe as plain data: `{"kind": class name, field: value, ...}`, defaults left out.
-
-    Example:
-        >>> to_spec(Uniform(bits=4))
-        {'kind': 'Uniform', 'bits': 4}
-    """
-    if isinstance(obj, (list, tuple)):
-        return [to_spec(value) for value in obj]
-    if not dataclasses.is_dataclass(obj) or isinstance(obj, type):
-        return obj
-    spec: dict[str, Any] = {"kind": type(obj).__name__}
-    for f in dataclasses.fields(obj):
-        value = getattr(obj, f.name)
-        if f.default is dataclasses.MISSING or value != f.default:
-            spec[f.name] = to_spec(value)
-    return spec
-
-
-def from_spec(spec: Any, where: str = "spec", bases: tuple[type, ...] = _BASES) -> Any:
-    """The inverse of `to_spec`, checked.
-
-    Args:
-        where: where it stands, for errors, which name what derives from one of the `bases`.
-
-    Raises:
-        ValueError: an unknown kind or key (with the nearest valid name), or a value of the wrong type or range.
-
-    Example:
-        >>> from_spec({"kind": "Uniform", "bits": 4}).bits
-        4
-        >>> from_spec({"kind": "Uniform", "bit": 4})
-        Traceback (most recent call last):
-        ...
-        ValueError: spec: Uniform has no field 'bit'; did you mean 'bits'?
-    """
-    if isinstance(spec, (list, tuple)):
-        return [from_spec(value, f"{where}[{i}]", bases) for i, value in enumerate(spec)]
-    if not isinstance(spec, dict):
-        return spec
-    kinds, kind = _kinds(), spec.get("kind")
-    if not isinstance(kind, str) or kind not in kinds:
-        fit = sorted(name for name, cls in kinds.items() if issubclass(cls, bases) and not name.startswith("_"))
-        raise ValueError(f"{where}: unknown kind {kind!r}{_nearest(str(kind), fit)}; known: {', '.join(fit)}")
-    return _build(kinds[kind], {k: v for k, v in spec.items() if k != "kind"}, where)
-
-
-@functools.cache
-def _bases_of(cls: type, key: str) -> tuple[type, ...]:
-    """Which of the bases a field takes, by its annotation; all of them if it names none."""
-    hints = [get_type_hints(cls)[key]]
-    for hint in hints:
-        hints += get_args(hint)
-    return tuple(h for h in hints if isinstance(h, type) and issubclass(h, _BASES)) or _BASES
-
-
-@functools.cache
-def _adapter(cls: type) -> pydantic.TypeAdapter[Any]:
-    """Built once a class: it takes a hundred times as long as one check."""
-    return pydantic.TypeAdapter(cls)
-
-
-def _build(cls: type, values: Any, where: str) -> Any:
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: must be a mapping, not {type(values).__name__}")
-    known = {f.name for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in known:
-            raise ValueError(f"{where}: {cls.__name__} has no field {key!r}{_nearest(str(key), known)}")
-    built = {key: from_spec(value, f"{where}.{key}", _bases_of(cls, key)) for key, value in values.items()}
-    try:
-        return _adapter(cls).validate_python(built)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        field_name = ".".join(str(part) for part in first["loc"][:1])
-        message = first["msg"].removeprefix("Value error, ")
-        place = f"{where}: {cls.__name__}.{field_name}" if field_name else where
-        raise ValueError(f"{place}: {message}") from None
+# --- Stages as plain data ---------------------------------------------------------------------------------------------
 
 
 def _stage(values: Any, where: str) -> Stage:
@@ -686,19 +575,14 @@ def _stage(values: Any, where: str) -> Stage:
         raise ValueError(f"{where}: must be a mapping with share, rules (a list) and, if wanted, name")
     for key in values:
         if key not in ("name", "share", "rules"):
-            raise ValueError(f"{where}: Stage has no field {key!r}{_nearest(str(key), ('name', 'share', 'rules'))}")
+            raise ValueError(f"{where}: Stage has no field {key!r}{nearest(str(key), ('name', 'share', 'rules'))}")
     if "share" not in values or isinstance(values["share"], bool) or not isinstance(values["share"], (int, float)):
         raise ValueError(f"{where}.share: must be given, a number in (0, 1]")
-    rules = [_build(Rule, entry, f"{where}.rules[{i}]") for i, entry in enumerate(values["rules"])]
+    rules = [build(Rule, entry, f"{where}.rules[{i}]") for i, entry in enumerate(values["rules"])]
     try:
         return Stage(rules=rules, share=values["share"], name=str(values.get("name", "")))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-def _nearest(word: str, known: Any) -> str:
-    near = difflib.get_close_matches(word, list(known), 1, 0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 # --- Presets ------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 from detent.engine import Run, attach
 from detent.grouping import Layout
 from detent.mechanisms import PSG, Mechanism
-from detent.recipe import Recipe, Rule, from_spec, to_spec
+from detent.recipe import Recipe, Rule
+from detent.specs import from_spec, to_spec
 from detent.targets import Codes, Params, Target
 
 __all__ = ["Sample", "awkward_samples", "check_mechanism", "check_pair", "check_target"]

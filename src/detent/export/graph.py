@@ -14,7 +14,8 @@ from torch import Tensor
 from detent.export.forms import Codewords, Form, Grid, Half, Plain, Table
 from detent.grouping import Channel, Group, Layout
 from detent.lives import Encoded
-from detent.recipe import canonical_name, short
+from detent.recipe import canonical_name
+from detent.specs import short
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -47,7 +47,7 @@ from detent.pack.header import (
     specs_of,
     write_head,
 )
-from detent.recipe import to_spec
+from detent.specs import to_spec
 from detent.targets import Codes, Params, Stream, Target
 
 __all__ = ["Reader", "Writer", "check_form", "unfit", "unpack"]

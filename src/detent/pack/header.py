@@ -16,7 +16,7 @@ import torch
 from detent.grouping import Layout
 from detent.pack.coding import Spec
 from detent.pack.dictionary import DICTIONARY
-from detent.recipe import from_spec, short
+from detent.specs import from_spec, short
 from detent.targets import Target
 
 __all__ = [

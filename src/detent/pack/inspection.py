@@ -15,7 +15,7 @@ from torch import Tensor
 from detent.pack.coding import Coding, Piece, encode_tensor
 from detent.pack.container import Reader
 from detent.pack.header import BUFFER, Row
-from detent.recipe import short
+from detent.specs import short
 from detent.targets import Target
 
 __all__ = ["Inspection", "distances", "entropy_bits", "inspect", "says_where"]

@@ -388,8 +388,12 @@ def _line_ones(coder: Coder, ones: np.ndarray | None, lines: int, length: int) -
 
 
 def _best(values: np.ndarray, size: int, grid: Grid, part: bool = False) -> _Plan:
+    return _smallest(_plans(values, size, grid, part), values, size)
+
+
+def _smallest(plans: list[_Plan], values: np.ndarray, size: int) -> _Plan:
     large = size == 2 and values.size > _SMALL
-    return min(_plans(values, size, grid, part), key=lambda plan: plan.cost if large else plan.bits)
+    return min(plans, key=lambda plan: plan.cost if large else plan.bits)
 
 
 def _plans(values: np.ndarray, size: int, grid: Grid, part: bool = False) -> list[_Plan]:

@@ -24,8 +24,8 @@ from detent.pack import Inspection, inspect, read_header, save
 from detent.pack.coding import Coding
 from detent.pack.header import Header
 from detent.pack.inspection import distances
-from detent.recipe import short
 from detent.report.card import Card, card_of
+from detent.specs import short
 from detent.targets import Params, Target
 
 __all__ = [

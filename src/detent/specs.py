@@ -1,0 +1,135 @@
+"""Objects of a recipe as plain data and back, by the names of their classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from typing import Any, get_args, get_type_hints
+
+import pydantic
+
+from detent.grouping import Granularity
+from detent.mechanisms import Mechanism, MirrorMap
+from detent.schedules import Schedule
+from detent.targets import Target
+
+__all__ = ["build", "from_spec", "nearest", "short", "to_spec"]
+
+_BASES: tuple[type, ...] = (Target, Mechanism, Schedule, Granularity, MirrorMap)
+
+
+def _kinds() -> dict[str, type]:
+    """Every final class a spec may name; third-party subclasses register by being defined."""
+    found: dict[str, type] = {}
+    todo = list(_BASES)
+    while todo:
+        cls = todo.pop()
+        todo.extend(cls.__subclasses__())
+        if dataclasses.is_dataclass(cls) and not getattr(cls, "__abstractmethods__", None):
+            found[cls.__name__] = cls
+    return found
+
+
+def short(obj: object) -> str:
+    """A dataclass as it would be written by hand: only the fields that differ from their defaults.
+
+    Example:
+        >>> from detent.targets import Uniform
+        >>> short(Uniform(bits=4))
+        'Uniform(bits=4)'
+    """
+    parts = []
+    for f in dataclasses.fields(obj):  # type: ignore[arg-type]
+        value = getattr(obj, f.name)
+        if f.default is dataclasses.MISSING or value != f.default:
+            parts.append(f"{f.name}={short(value) if dataclasses.is_dataclass(value) else repr(value)}")
+    return f"{type(obj).__name__}({', '.join(parts)})"
+
+
+def to_spec(obj: Any) -> Any:
+    """An object of a recipe as plain data: `{"kind": class name, field: value, ...}`, defaults left out.
+
+    Example:
+        >>> from detent.targets import Uniform
+        >>> to_spec(Uniform(bits=4))
+        {'kind': 'Uniform', 'bits': 4}
+    """
+    if isinstance(obj, (list, tuple)):
+        return [to_spec(value) for value in obj]
+    if not dataclasses.is_dataclass(obj) or isinstance(obj, type):
+        return obj
+    spec: dict[str, Any] = {"kind": type(obj).__name__}
+    for f in dataclasses.fields(obj):
+        value = getattr(obj, f.name)
+        if f.default is dataclasses.MISSING or value != f.default:
+            spec[f.name] = to_spec(value)
+    return spec
+
+
+def from_spec(spec: Any, where: str = "spec", bases: tuple[type, ...] = _BASES) -> Any:
+    """The inverse of `to_spec`, checked.
+
+    Args:
+        where: where it stands, for errors, which name what derives from one of the `bases`.
+
+    Raises:
+        ValueError: an unknown kind or key (with the nearest valid name), or a value of the wrong type or range.
+
+    Example:
+        >>> from_spec({"kind": "Uniform", "bits": 4}).bits
+        4
+        >>> from_spec({"kind": "Uniform", "bit": 4})
+        Traceback (most recent call last):
+        ...
+        ValueError: spec: Uniform has no field 'bit'; did you mean 'bits'?
+    """
+    if isinstance(spec, (list, tuple)):
+        return [from_spec(value, f"{where}[{i}]", bases) for i, value in enumerate(spec)]
+    if not isinstance(spec, dict):
+        return spec
+    kinds, kind = _kinds(), spec.get("kind")
+    if not isinstance(kind, str) or kind not in kinds:
+        fit = sorted(name for name, cls in kinds.items() if issubclass(cls, bases) and not name.startswith("_"))
+        raise ValueError(f"{where}: unknown kind {kind!r}{nearest(str(kind), fit)}; known: {', '.join(fit)}")
+    return build(kinds[kind], {k: v for k, v in spec.items() if k != "kind"}, where)
+
+
+@functools.cache
+def _bases_of(cls: type, key: str) -> tuple[type, ...]:
+    """Which of the bases a field takes, by its annotation; all of them if it names none."""
+    hints = [get_type_hints(cls)[key]]
+    for hint in hints:
+        hints += get_args(hint)
+    return tuple(h for h in hints if isinstance(h, type) and issubclass(h, _BASES)) or _BASES
+
+
+@functools.cache
+def _adapter(cls: type) -> pydantic.TypeAdapter[Any]:
+    """Built once a class: it takes a hundred times as long as one check."""
+    return pydantic.TypeAdapter(cls)
+
+
+def build(cls: type, values: Any, where: str) -> Any:
+    """A dataclass from a mapping of its fields; what `from_spec` makes of one that names its kind."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: must be a mapping, not {type(values).__name__}")
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{where}: {cls.__name__} has no field {key!r}{nearest(str(key), known)}")
+    built = {key: from_spec(value, f"{where}.{key}", _bases_of(cls, key)) for key, value in values.items()}
+    try:
+        return _adapter(cls).validate_python(built)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field_name = ".".join(str(part) for part in first["loc"][:1])
+        message = first["msg"].removeprefix("Value error, ")
+        place = f"{where}: {cls.__name__}.{field_name}" if field_name else where
+        raise ValueError(f"{place}: {message}") from None
+
+
+def nearest(word: str, known: Any) -> str:
+    """A question for a misspelt word, or nothing."""
+    near = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
