@@ -525,7 +525,9 @@ class Trainer:
         if not file.exists():
             return False
         state = torch.load(file, map_location=self.device, weights_only=True)
-        was, now = json.loads(state["experiment"]), json.loads(self.experiment.model_dump_json())
+        # through the class, so that what it has learnt since then has the default it had in effect
+        was = json.loads(Experiment.model_validate_json(state["experiment"]).model_dump_json())
+        now = json.loads(self.experiment.model_dump_json())
         differs = sorted(k for k in was.keys() | now.keys() if k not in FREE_TO_CHANGE and was.get(k) != now.get(k))
         if differs or state["seed"] != self.seed:
             raise ValueError(f"{file} is of another experiment: {differs or 'seed'} differ; choose another --out")

@@ -127,30 +127,34 @@ def prune_published(mechanism: dt.Mechanism, rate: float | None = None) -> dt.Re
     return dt.Recipe(stages=stages)
 
 
-def quantize(target: dt.Target, mechanism: dt.Mechanism) -> dt.Recipe:
-    """The paper's two steps: all layers but the first and last, then those two."""
+def quantize(target: dt.Target, mechanism: dt.Mechanism, share: float = 1.0) -> list[dt.Stage]:
+    """The paper's two steps, as a share of a training: all layers but the first and last, then those two."""
     ends = ("@first", "@last")
     body = [
         *(dt.Rule(match=end, keep=True) for end in ends),
         dt.Rule(match=r"weight$", target=target, mechanism=mechanism),
     ]
     last = [dt.Rule(match=end, target=target, mechanism=mechanism) for end in ends]
-    return dt.Recipe(
-        stages=[
-            dt.Stage(rules=body, share=0.6, name="all but the ends"),
-            dt.Stage(rules=last, share=0.4, name="the ends"),
-        ]
-    )
+    return [
+        dt.Stage(rules=body, share=0.6 * share, name="all but the ends"),
+        dt.Stage(rules=last, share=0.4 * share, name="the ends"),
+    ]
 
 
-def binary() -> dt.Recipe:
-    """One bit a weight and one scale a tensor, in all layers.
+def binary(admm_share: float) -> dt.Recipe:
+    """One bit a weight and one scale a tensor, in all layers: ADMM for a share of the training, then straight-through.
 
-    The last rounds are small: what is snapped in one can only be made good by what is still free, and the tenth that
-    a round from 0.9 to 1 would snap are the weights farthest from their sign (LeNet-5 lost a point in it).
+    The last rounds of ADMM are small: what is snapped in one can only be made good by what is still free, and the
+    tenth that a round from 0.9 to 1 would snap are the weights farthest from their sign (LeNet-5 lost a point in it).
+    Straight-through lets signs change again that the rounds have frozen.
     """
     rounds = (0.5, 0.75, 0.9, 0.96, 0.985, 0.995, 1.0)
-    return quantize(dt.Binary(), admm(rho=1e-3, growth=2.0, rounds=rounds, metric="euclidean"))
+    pull = admm(rho=1e-3, growth=2.0, rounds=rounds, metric="euclidean")
+    stages = quantize(dt.Binary(), pull, admm_share) if admm_share else []
+    if admm_share < 1:
+        rule = dt.Rule(match=r"weight$", target=dt.Binary(), mechanism=dt.STE())
+        stages.append(dt.Stage(rules=[rule], share=1 - admm_share, name="straight-through"))
+    return dt.Recipe(stages=stages)
 
 
 def progressive_yaml() -> dt.Recipe:
@@ -165,7 +169,16 @@ JOBS: dict[str, Job] = {
         recipe=lambda: prune_published(admm()),
         rate=WEIGHTS / sum(PUBLISHED.values()),
     ),
-    "binary": Job(question="Does one bit in all layers cost accuracy against the dense network?", recipe=binary),
+    "binary": Job(
+        question="Does one bit in all layers cost accuracy against the dense network?", recipe=lambda: binary(1.0)
+    ),
+    "binary-then-ste": Job(
+        question="Does one bit in all layers cost accuracy, if straight-through goes on from what ADMM found?",
+        recipe=lambda: binary(0.5),
+    ),
+    "binary-ste": Job(
+        question="How good is one bit in all layers by straight-through alone?", recipe=lambda: binary(0.0)
+    ),
     "file": Job(
         question="How good is 200x by ADMM, then 8 shared values a layer, which a file of 2.7 kB holds?",
         recipe=small_file,
@@ -179,7 +192,7 @@ JOBS: dict[str, Job] = {
         epochs=40,
     ),
 }
-STANDARD = ("dense", "published71", "prune167", "prune246", "prune350", "binary", "prune246-w3")
+STANDARD = ("dense", "published71", "prune167", "prune246", "prune350", "binary", "binary-then-ste", "prune246-w3")
 RIVALS = ("prune246", "oneshot246", "imp246", "magnitude246", "fixed246", "nofinish246")
 _KINDS: dict[str, tuple[str, Callable[[float], dt.Recipe]]] = {
     "prune": ("progressive ADMM", lambda rate: prune(ladder(rate), admm())),

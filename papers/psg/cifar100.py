@@ -8,13 +8,14 @@ Each is measured at full precision and at 8, 6, 4, 3 and 2 bits, data-free and w
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from papers.train import Experiment, all_seeds
+from papers.train import Experiment, Trainer, all_seeds
 
 GRID8 = {"kind": "Uniform", "bits": 8}
 
@@ -45,6 +46,11 @@ def prune(mechanism: dict[str, Any] | None, keep: float = 0.1) -> dict[str, Any]
 
 
 PSG = {"kind": "PSG"}
+# lambda_s for 3 and 2 bits was never published. These give the mean factor that 150 gives at 4 bits; --tune tries
+# each of them times each of TIMES on held-out training images.
+LAMBDA_S = {3: 66.0, 2: 39.0}
+TIMES = (1 / 3, 1.0, 3.0)
+HOLDOUT = 5000
 RIVALS: dict[str, dict[str, Any]] = {
     "sgd": {"recipe": None, "evaluate_recipe": ends_at_8(4, None)},
     "clip-w3": {"recipe": ends_at_8(3, {"kind": "Clip"})},
@@ -53,16 +59,36 @@ RIVALS: dict[str, dict[str, Any]] = {
     "psg-w4": {"recipe": ends_at_8(4, PSG)},
     "psg-w2": {"recipe": ends_at_8(2, PSG)},
     "clip-w2": {"recipe": ends_at_8(2, {"kind": "Clip"})},
-    # lambda_s for 3 and 2 bits was never published: these give the mean factor that 150 gives at 4 bits
-    "paper-w3": {"recipe": paper(3, 66.0)},
-    "paper-w2": {"recipe": paper(2, 39.0), "no_decay": True},
+    "paper-w3": {"recipe": paper(3, LAMBDA_S[3])},
+    "paper-w2": {"recipe": paper(2, LAMBDA_S[2]), "no_decay": True},
     "psg-prune90": {"recipe": prune({"kind": "PSG", "toward": {"kind": "Zero"}})},
 }
 
 
-def experiment(rival: str, epochs: int, seeds: list[int], threads: int | None, milestones: bool) -> Experiment:
-    """The experiment of one rival; `milestones` asks for the published steps instead of a cosine to zero."""
+def experiment(
+    rival: str,
+    epochs: int,
+    seeds: list[int],
+    *,
+    milestones: bool,
+    lambda_s: float | None = None,
+    holdout: int = 0,
+    **extra: Any,
+) -> Experiment:
+    """The experiment of one rival.
+
+    Args:
+        rival: a key of `RIVALS`.
+        epochs: its length.
+        seeds: of order and augmentation.
+        milestones: the published steps of the rate instead of a cosine to zero.
+        lambda_s: instead of the rival's own, for the published form.
+        holdout: training images that are kept apart and measured on after the last epoch.
+        extra: more fields of the experiment.
+    """
     setting = RIVALS[rival]
+    if lambda_s is not None:
+        setting = setting | {"recipe": paper(_width(rival), lambda_s)}
     own = 4 if setting["recipe"] is None else setting["recipe"]["rules"][-1]["target"].get("bits")
     schedule = {"kind": "step", "milestones": [epochs * 40 / 68]} if milestones else {"kind": "cosine"}
     sparse = {"prune90": prune(None), "prune80": prune(None, 0.2)}
@@ -85,6 +111,7 @@ def experiment(rival: str, epochs: int, seeds: list[int], threads: int | None, m
                 "mean": [129.3 / 255, 124.1 / 255, 112.4 / 255],
                 "std": [68.2 / 255, 65.4 / 255, 70.4 / 255],
                 "cache": "runs/cache",
+                "holdout": holdout,
             },
             "recipe": setting["recipe"],
             "evaluate_recipe": setting.get("evaluate_recipe"),
@@ -96,7 +123,6 @@ def experiment(rival: str, epochs: int, seeds: list[int], threads: int | None, m
             "batch_size": 128,
             "epochs": epochs,
             "channels_last": True,
-            "threads": threads,
             "seeds": seeds,
             "evaluate": {
                 "bits": [bits for bits in (8, 6, 4, 3, 2) if bits != own] if own else [],
@@ -105,10 +131,35 @@ def experiment(rival: str, epochs: int, seeds: list[int], threads: int | None, m
                     **(sparse if rival in ("sgd", "psg-prune90") else {}),
                 },
                 "calibrate": 4000,
-                "every": 0,
+                "every": epochs if holdout else 0,
             },
+            **extra,
         }
     )
+
+
+def _width(rival: str) -> int:
+    return int(rival.rpartition("-w")[2])
+
+
+def tuned(rival: str, epochs: int, folder: Path, data_dir: Path, console: Console, **kinds: Any) -> tuple[float, Any]:
+    """The lambda_s with the best compressed life on held-out training images, and what each one gave."""
+    found: dict[str, Any] = {}
+    for times in TIMES:
+        lambda_s = LAMBDA_S[_width(rival)] * times
+        out = folder / f"tune-{lambda_s:.3g}"
+        kept = out / "held-out.json"
+        if not kept.exists():
+            plan = experiment(rival, epochs, [1000], lambda_s=lambda_s, holdout=HOLDOUT, **kinds)
+            trainer = Trainer(plan, 1000, out, data_dir, None, console)
+            trainer.resume()
+            trainer.train()
+            last = trainer.history[-1]["held_out"]
+            life = last["compressed"]["recipe"]["data_free"]
+            kept.write_text(json.dumps({"full": last["full"]["accuracy"], "compressed": life["accuracy"]}))
+        found[f"{lambda_s:.3g}"] = json.loads(kept.read_text())
+    best = max(TIMES, key=lambda t: found[f"{LAMBDA_S[_width(rival)] * t:.3g}"]["compressed"])
+    return LAMBDA_S[_width(rival)] * best, found
 
 
 def main(
@@ -121,16 +172,26 @@ def main(
     milestones: Annotated[
         bool, typer.Option(help="rate / 10 at 40/68 of the run, as published; else cosine to 0")
     ] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the network")] = False,
+    tune: Annotated[
+        int | None,
+        typer.Option(min=1, help="epochs of each trial that chooses lambda_s of paper-w3 and -w2 on held-out images"),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume")] = False,
 ) -> None:
     """Trains the rivals one after another and writes a record for each."""
     console = Console()
+    kinds: dict[str, Any] = {"milestones": milestones, "compile": compiled, "threads": threads}
     for rival in only or list(RIVALS):
         if rival not in RIVALS:
             raise typer.BadParameter(f"--only {rival}: must be one of {', '.join(RIVALS)}")
-        plan = experiment(rival, epochs, seed or [1], threads, milestones)
         folder = out / rival
-        all_seeds(plan, folder, data_dir, folder, resume, console)
+        lambda_s, further = None, {}
+        if tune is not None and rival in ("paper-w3", "paper-w2"):
+            lambda_s, tried = tuned(rival, tune, folder, data_dir, console, **kinds)
+            further = {"tuned": {"lambda_s": lambda_s, "epochs": tune, "held_out": tried}}
+        plan = experiment(rival, epochs, seed or [1], lambda_s=lambda_s, **kinds)
+        all_seeds(plan, folder, data_dir, folder, resume, console, lambda further=further: further)
 
 
 if __name__ == "__main__":
