@@ -120,7 +120,7 @@ def tuned(
     """The rate with the best compressed life on held-out training images, and what each rate gave."""
     found: dict[str, float] = {}
     for lr in rates:
-        out = folder / f"tune-{lr:g}"
+        out = folder / f"tune-{lr:g}-{epochs}"
         kept = out / "held-out.json"
         if kept.exists():
             found[f"{lr:g}"] = json.loads(kept.read_text())
@@ -146,6 +146,7 @@ def main(
     seed: Annotated[list[int] | None, typer.Option(help="may be repeated")] = None,
     lr: Annotated[list[float] | None, typer.Option(help="a rate, or the ones --tune tries; may be repeated")] = None,
     tune: Annotated[bool, typer.Option("--tune", help="choose the rate on held-out training images")] = False,
+    tune_epochs: Annotated[int | None, typer.Option(min=1, help="length of --tune's trials; as --epochs")] = None,
     scale: Annotated[bool, typer.Option("--scale", help="a scale a tensor instead of +-1")] = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="cut every run short: a trial")] = None,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
@@ -161,6 +162,8 @@ def main(
     rates = lr or (list(RATES) if tune else [1e-3])
     if len(rates) > 1 and not tune:
         raise typer.BadParameter("--lr: several rates need --tune")
+    if tune_epochs is not None and not tune:
+        raise typer.BadParameter("--tune-epochs: needs --tune")
     kinds: dict[str, Any] = {"scale": scale, "threads": threads}
     if max_steps is not None:
         kinds["extra"] = {"max_steps": max_steps}
@@ -168,6 +171,7 @@ def main(
         torch.set_num_threads(threads)
     results: dict[str, Any] = {}
     config = {"model": model, "epochs": epochs, "rates": rates, "tuned": tune, "scale": scale, "max_steps": max_steps}
+    config["tune_epochs"] = (tune_epochs or epochs) if tune else None
     record = Record(
         name=record_as or f"md-{model}",
         question="With one bit in every layer, which of mirror descent's family keeps the most accuracy?",
@@ -181,7 +185,7 @@ def main(
             folder = out / model / ("scaled" if scale else "unscaled") / name
             rate, tried = rates[0], {}
             if tune:
-                rate, tried = tuned(name, model, epochs, rates, folder, data_dir, **kinds)
+                rate, tried = tuned(name, model, tune_epochs or epochs, rates, folder, data_dir, **kinds)
             plan = experiment(name, model, epochs, rate, seeds, holdout=0, **kinds)
             runs = [one_seed(plan, n, folder / f"seed{n}", data_dir, folder, resume, console) for n in seeds]
             results[name] = {"lr": rate, "held_out": tried, "summary": summary(runs)}
