@@ -626,7 +626,8 @@ class Trainer:
             and (epoch % settings.every == 0 or last)
         ):
             batches = self._plain_batches(self.held_out)
-            row["held_out"] = evaluate_lives(self.model, self.run, batches, bits=settings.every_bits)
+            run = self._compressible()
+            row["held_out"] = evaluate_lives(self.model, run, batches, bits=settings.every_bits if run else ())
         self.history.append(row)
         text = f"epoch {epoch} done: loss {row['loss']:.4f} accuracy {row['accuracy']:.2f} %"
         if "held_out" in row:
@@ -634,6 +635,13 @@ class Trainer:
             for name, life in row["held_out"]["compressed"].items():
                 text += f", {name} {life['data_free']['accuracy']:.2f} %"
         self.log(text)
+
+    def _compressible(self) -> dt.Run | None:
+        """The run whose lives are measured: of training, or of `evaluate_recipe` on the weights as they are."""
+        if self.run is not None:
+            return self.run
+        recipe = load_recipe(self.experiment.evaluate_recipe, self.folder)
+        return None if recipe is None else dt.compress(self.model, recipe)
 
     def result(self) -> dict[str, Any]:
         """Evaluates the last weights on the test split, writes ``model.safetensors`` and ``result.json``.
@@ -644,10 +652,7 @@ class Trainer:
         if self.step < self.total:
             raise RuntimeError(f"result() at step {self.step} of {self.total}: the test split is read at the end only")
         settings = self.experiment.evaluate
-        run = self.run
-        if run is None:
-            recipe = load_recipe(self.experiment.evaluate_recipe, self.folder)
-            run = None if recipe is None else dt.compress(self.model, recipe)
+        run = self._compressible()
         named = {name: load_recipe(spec, self.folder) for name, spec in settings.recipes.items()}
         test = evaluate_lives(
             self.model,

@@ -105,6 +105,13 @@ def test_resume_refuses_another_experiment_and_seed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="seed"):
         Trainer(tiny(), 2, tmp_path).resume()
     assert Trainer(tiny(notes="only words"), 1, tmp_path).resume()
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    older = json.loads(state["experiment"])
+    del older["data"]["warp"], older["label_smoothing"]  # fields that came later
+    torch.save(state | {"experiment": json.dumps(older)}, tmp_path / "last.pt")
+    assert Trainer(tiny(), 1, tmp_path).resume()
+    with pytest.raises(ValueError, match=r"\['label_smoothing'\]"):
+        Trainer(tiny(label_smoothing=0.1), 1, tmp_path).resume()
 
 
 def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +179,9 @@ def test_a_plain_run_is_rounded_after_training(tmp_path: Path) -> None:
     bare = Trainer(tiny(epochs=1), 0, tmp_path / "bare")
     bare.train()
     assert bare.result()["test"]["compressed"] == {}
+    held_out = [t.history[-1]["held_out"]["compressed"] for t in (trainer, bare)]
+    assert [set(lives) for lives in held_out] == [{"recipe"}, set()]
+    assert same(trainer.model.state_dict(), bare.model.state_dict()), "measuring changes nothing"
 
 
 def test_evaluate_counts_by_hand() -> None:

@@ -46,9 +46,11 @@ def prune(mechanism: dict[str, Any] | None, keep: float = 0.1) -> dict[str, Any]
 
 
 PSG = {"kind": "PSG"}
-# lambda_s for 3 and 2 bits was never published. These give the mean factor that 150 gives at 4 bits; --tune tries
-# each of them times each of TIMES on held-out training images.
+# lambda_s for 3 and 2 bits was never published: these give the mean factor that 150 gives at 4 bits.
 LAMBDA_S = {3: 66.0, 2: 39.0}
+# Towards zero PSG lets small weights be, and weight decay takes them the rest of the way (docs/psg.md).
+PRUNE_DECAY = 5e-3
+# What --tune tries instead of the number in RIVALS, each times the same three factors.
 TIMES = (1 / 3, 1.0, 3.0)
 HOLDOUT = 5000
 RIVALS: dict[str, dict[str, Any]] = {
@@ -59,10 +61,12 @@ RIVALS: dict[str, dict[str, Any]] = {
     "psg-w4": {"recipe": ends_at_8(4, PSG)},
     "psg-w2": {"recipe": ends_at_8(2, PSG)},
     "clip-w2": {"recipe": ends_at_8(2, {"kind": "Clip"})},
-    "paper-w3": {"recipe": paper(3, LAMBDA_S[3])},
-    "paper-w2": {"recipe": paper(2, LAMBDA_S[2]), "no_decay": True},
-    "psg-prune90": {"recipe": prune({"kind": "PSG", "toward": {"kind": "Zero"}})},
+    "paper-w3": {"recipe": paper(3, LAMBDA_S[3]), "lambda_s": LAMBDA_S[3]},
+    "paper-w2": {"recipe": paper(2, LAMBDA_S[2]), "lambda_s": LAMBDA_S[2], "decay": 0.0},
+    "sgd-prune90": {"recipe": None, "evaluate_recipe": prune(None), "decay": PRUNE_DECAY},
+    "psg-prune90": {"recipe": prune({"kind": "PSG", "toward": {"kind": "Zero"}}), "decay": PRUNE_DECAY},
 }
+TUNED = {"paper-w3": "lambda_s", "paper-w2": "lambda_s", "sgd-prune90": "decay", "psg-prune90": "decay"}
 
 
 def experiment(
@@ -71,7 +75,7 @@ def experiment(
     seeds: list[int],
     *,
     milestones: bool,
-    lambda_s: float | None = None,
+    knob: float | None = None,
     holdout: int = 0,
     **extra: Any,
 ) -> Experiment:
@@ -82,13 +86,15 @@ def experiment(
         epochs: its length.
         seeds: of order and augmentation.
         milestones: the published steps of the rate instead of a cosine to zero.
-        lambda_s: instead of the rival's own, for the published form.
+        knob: instead of the rival's own number for what `TUNED` names.
         holdout: training images that are kept apart and measured on after the last epoch.
         extra: more fields of the experiment.
     """
     setting = RIVALS[rival]
-    if lambda_s is not None:
-        setting = setting | {"recipe": paper(_width(rival), lambda_s)}
+    if knob is not None:
+        setting = setting | {TUNED[rival]: knob}
+        if TUNED[rival] == "lambda_s":
+            setting["recipe"] = paper(int(rival.removeprefix("paper-w")), knob)
     own = 4 if setting["recipe"] is None else setting["recipe"]["rules"][-1]["target"].get("bits")
     schedule = {"kind": "step", "milestones": [epochs * 40 / 68]} if milestones else {"kind": "cosine"}
     sparse = {"prune90": prune(None), "prune80": prune(None, 0.2)}
@@ -117,7 +123,7 @@ def experiment(
             "evaluate_recipe": setting.get("evaluate_recipe"),
             "optimizer": {
                 "name": "SGD",
-                "args": {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.0 if setting.get("no_decay") else 1e-4},
+                "args": {"lr": 0.01, "momentum": 0.9, "weight_decay": setting.get("decay", 1e-4)},
             },
             "schedule": schedule,
             "batch_size": 128,
@@ -127,8 +133,8 @@ def experiment(
             "evaluate": {
                 "bits": [bits for bits in (8, 6, 4, 3, 2) if bits != own] if own else [],
                 "recipes": {
-                    **rounding,
-                    **(sparse if rival in ("sgd", "psg-prune90") else {}),
+                    **({} if rival.endswith("prune90") else rounding),
+                    **(sparse if rival == "sgd" else {}),
                 },
                 "calibrate": 4000,
                 "every": epochs if holdout else 0,
@@ -138,28 +144,24 @@ def experiment(
     )
 
 
-def _width(rival: str) -> int:
-    return int(rival.rpartition("-w")[2])
-
-
 def tuned(rival: str, epochs: int, folder: Path, data_dir: Path, console: Console, **kinds: Any) -> tuple[float, Any]:
-    """The lambda_s with the best compressed life on held-out training images, and what each one gave."""
-    found: dict[str, Any] = {}
+    """The number with the best data-free compressed life on held-out training images, and what each one gave."""
+    found: dict[float, Any] = {}
     for times in TIMES:
-        lambda_s = LAMBDA_S[_width(rival)] * times
-        out = folder / f"tune-{lambda_s:.3g}"
+        knob = RIVALS[rival][TUNED[rival]] * times
+        out = folder / f"tune-{knob:.3g}"
         kept = out / "held-out.json"
         if not kept.exists():
-            plan = experiment(rival, epochs, [1000], lambda_s=lambda_s, holdout=HOLDOUT, **kinds)
+            plan = experiment(rival, epochs, [1000], knob=knob, holdout=HOLDOUT, **kinds)
             trainer = Trainer(plan, 1000, out, data_dir, None, console)
             trainer.resume()
             trainer.train()
             last = trainer.history[-1]["held_out"]
             life = last["compressed"]["recipe"]["data_free"]
             kept.write_text(json.dumps({"full": last["full"]["accuracy"], "compressed": life["accuracy"]}))
-        found[f"{lambda_s:.3g}"] = json.loads(kept.read_text())
-    best = max(TIMES, key=lambda t: found[f"{LAMBDA_S[_width(rival)] * t:.3g}"]["compressed"])
-    return LAMBDA_S[_width(rival)] * best, found
+        found[knob] = json.loads(kept.read_text())
+    best = max(found, key=lambda knob: found[knob]["compressed"])
+    return best, {f"{knob:.3g}": lives for knob, lives in found.items()}
 
 
 def main(
@@ -175,7 +177,7 @@ def main(
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the network")] = False,
     tune: Annotated[
         int | None,
-        typer.Option(min=1, help="epochs of each trial that chooses lambda_s of paper-w3 and -w2 on held-out images"),
+        typer.Option(min=1, help="epochs of each trial that chooses the number in TUNED on held-out train images"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume")] = False,
 ) -> None:
@@ -186,11 +188,11 @@ def main(
         if rival not in RIVALS:
             raise typer.BadParameter(f"--only {rival}: must be one of {', '.join(RIVALS)}")
         folder = out / rival
-        lambda_s, further = None, {}
-        if tune is not None and rival in ("paper-w3", "paper-w2"):
-            lambda_s, tried = tuned(rival, tune, folder, data_dir, console, **kinds)
-            further = {"tuned": {"lambda_s": lambda_s, "epochs": tune, "held_out": tried}}
-        plan = experiment(rival, epochs, seed or [1], lambda_s=lambda_s, **kinds)
+        knob, further = None, {}
+        if tune is not None and rival in TUNED:
+            knob, tried = tuned(rival, tune, folder, data_dir, console, **kinds)
+            further = {"tuned": {TUNED[rival]: knob, "epochs": tune, "held_out": tried}}
+        plan = experiment(rival, epochs, seed or [1], knob=knob, **kinds)
         all_seeds(plan, folder, data_dir, folder, resume, console, lambda further=further: further)
 
 
