@@ -499,8 +499,9 @@ class GDTanh(_Descent):
 
         w = tanh(beta a),    a <- a - lr * beta (1 - w^2) dL/dw
 
-    Weights that have hardened no longer move, as the factor is nearly zero there. For more than two levels the shifted
-    tanh, as in `MirrorDescent`. The levels in the factor are those fitted at the start of the step.
+    Weights that have hardened no longer move, as the factor is nearly zero there; between levels it is up to beta, so
+    that plain SGD takes ever larger steps: use it with Adam or its kin. For more than two levels the shifted tanh, as
+    in `MirrorDescent`. The levels in the factor are those fitted at the start of the step.
 
     Args:
         beta: sharpness, > 0, by schedule.
@@ -528,7 +529,7 @@ class PMF(_Descent):
         w = sum_q u_q q,  u = softmax(-beta (a - q)^2 / 2),    a <- a - lr * beta (sum_q u_q q^2 - w^2) dL/dw
 
     One latent serves all levels, where the published form keeps one a level; for two levels under SGD that is the same
-    at half the rate.
+    at half the rate. The factor is up to beta: use it with Adam or its kin, as plain SGD takes ever larger steps.
 
     Args:
         jacobian: "true" as above, or "paper": the released code's `beta (I - u u^T)`, here `beta (sum_q q^2 - w^2)`,

@@ -1,0 +1,76 @@
+"""Draws accuracy and distance to the target by epoch, for the rivals of `papers.admm.lenet --rivals --holdout N`.
+
+python -m papers.admm.curves [--records benchmarks/records] [--out docs/pictures/admm-rivals.png]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks import RECORDS
+from detent.demo import pyplot
+
+NAMES = {
+    "prune": "progressive ADMM",
+    "oneshot": "one-shot ADMM",
+    "imp": "iterative magnitude pruning",
+    "magnitude": "one-shot magnitude pruning",
+    "fixed": "progressive ADMM, rho fixed",
+    "nofinish": "one-shot ADMM, no feasibility steps",
+}
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def curves(record: dict[str, Any]) -> dict[str, list[float]]:
+    """By epoch, of the first seed: accuracies of both lives on held-out images, and |w - q| / |w| over all weights."""
+    lives: dict[str, list[float]] = {"full": [], "compressed": [], "distance": []}
+    for row in record["results"]["seeds"][0]["history"]:
+        seen = row["held_out"]
+        lives["full"].append(seen["full"]["accuracy"])
+        lives["compressed"].append(seen["compressed"]["recipe"]["data_free"]["accuracy"])
+        errors = [part["error"] for part in row["weights"].values()]
+        lives["distance"].append(math.sqrt(sum(errors) / len(errors)))
+    return lives
+
+
+def main(
+    records: Annotated[Path, typer.Option(help="folder of the records")] = RECORDS,
+    out: Annotated[Path, typer.Option(help="the picture")] = ROOT / "docs" / "pictures" / "admm-rivals.png",
+) -> None:
+    """Reads every record of a rival with held-out curves and writes the picture.
+
+    Raises:
+        typer.BadParameter: no such record.
+    """
+    found = {}
+    for kind, name in NAMES.items():
+        for path in sorted(records.glob(f"admm-lenet-{kind}[0-9]*-holdout*.json")):
+            found[name] = curves(json.loads(path.read_text(encoding="utf-8")))
+    if not found:
+        raise typer.BadParameter(f"--records {records}: no record admm-lenet-*-holdout* there")
+    plt = pyplot()
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9.6, 7.2), dpi=110, sharex=True, layout="constrained")
+    for number, (name, lives) in enumerate(found.items()):
+        epochs = range(1, len(lives["full"]) + 1)
+        top.plot(epochs, lives["compressed"], color=f"C{number}", label=name)
+        top.plot(epochs, lives["full"], color=f"C{number}", linestyle=":", linewidth=1)
+        # a weight that lies in its target has distance 0, which a logarithm cannot show
+        bottom.plot(epochs, [max(d, 1e-4) for d in lives["distance"]], color=f"C{number}")
+    top.set_ylim(96, 99.6)
+    top.set_ylabel("held-out accuracy, %\n(compressed; dotted: full)")
+    top.legend(fontsize=8, ncols=2, loc="lower left")
+    bottom.set_yscale("log")
+    bottom.set_ylabel("|w - q| / |w|, root mean square\nover layers (1e-4: in the target)")
+    bottom.set_xlabel("epoch")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    typer.run(main)
