@@ -50,8 +50,8 @@ PSG = {"kind": "PSG"}
 LAMBDA_S = {3: 66.0, 2: 39.0}
 # Towards zero PSG lets small weights be, and weight decay takes them the rest of the way (docs/psg.md).
 PRUNE_DECAY = 5e-3
-# What --tune tries instead of the number in RIVALS, each times the same three factors.
-TIMES = (1 / 3, 1.0, 3.0)
+# --tune tries the number in RIVALS and this many times more and less of it, and goes on where the best is at the edge.
+STEP = 3.0
 HOLDOUT = 5000
 RIVALS: dict[str, dict[str, Any]] = {
     "sgd": {"recipe": None, "evaluate_recipe": ends_at_8(4, None)},
@@ -145,10 +145,12 @@ def experiment(
 
 
 def tuned(rival: str, epochs: int, folder: Path, data_dir: Path, console: Console, **kinds: Any) -> tuple[float, Any]:
-    """The number with the best data-free compressed life on held-out training images, and what each one gave."""
-    found: dict[float, Any] = {}
-    for times in TIMES:
-        knob = RIVALS[rival][TUNED[rival]] * times
+    """The number with the best data-free compressed life on held-out training images, and what each one gave.
+
+    While the best is the smallest or largest tried, one more is tried beyond it.
+    """
+
+    def trial(knob: float) -> dict[str, float]:
         out = folder / f"tune-{knob:.3g}"
         kept = out / "held-out.json"
         if not kept.exists():
@@ -159,9 +161,16 @@ def tuned(rival: str, epochs: int, folder: Path, data_dir: Path, console: Consol
             last = trainer.history[-1]["held_out"]
             life = last["compressed"]["recipe"]["data_free"]
             kept.write_text(json.dumps({"full": last["full"]["accuracy"], "compressed": life["accuracy"]}))
-        found[knob] = json.loads(kept.read_text())
-    best = max(found, key=lambda knob: found[knob]["compressed"])
-    return best, {f"{knob:.3g}": lives for knob, lives in found.items()}
+        return json.loads(kept.read_text())
+
+    start = RIVALS[rival][TUNED[rival]]
+    found = {start * times: trial(start * times) for times in (1 / STEP, 1.0, STEP)}
+    while True:
+        best = max(found, key=lambda knob: found[knob]["compressed"])
+        beyond = best * STEP if best == max(found) else best / STEP if best == min(found) else None
+        if beyond is None:
+            return best, {f"{knob:.3g}": found[knob] for knob in sorted(found)}
+        found[beyond] = trial(beyond)
 
 
 def main(
