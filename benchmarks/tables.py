@@ -18,7 +18,8 @@ RECORDS = ROOT / "benchmarks" / "records"
 BLOCK = re.compile(r"<!-- table:(?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- /table -->", re.DOTALL)
 NOTHING = "*No record yet.*\n"
 WIDTHS = (8, 6, 4, 3, 2)
-RIVALS = ("sgd", "clip-w3", "clip-w2", "paper-w4", "paper-w3", "paper-w2", "psg-w4", "psg-w3", "psg-w2", "psg-prune90")
+_WIDE = ("sgd", "clip-w3", "clip-w2", "paper-w4", "paper-w3", "paper-w2", "psg-w4", "psg-w3", "psg-w2")
+RIVALS = (*_WIDE, "sgd-prune90", "psg-prune90")
 
 Make = Callable[[Path], str]
 TABLES: dict[str, Make] = {}
@@ -539,7 +540,21 @@ def psg_cifar100(records: Path) -> str:
         rows.append(row)
     columns = [f"W{bits}{how}" for bits in WIDTHS for how in ("", " BN")]
     text = "Test accuracy (%); W4: rounded to 4 bits without data; BN: BatchNorm re-estimated on training images.\n\n"
-    return text + markdown(["rival", "full", *columns], rows) + origins(found)
+    text += markdown(["rival", "full", *columns], rows)
+    return text + "".join(choice(rival, record) for rival, record in found.items()) + origins(found)
+
+
+def choice(rival: str, record: dict[str, Any]) -> str:
+    """What was tuned for a rival, and what each try gave."""
+    tuned = record["results"].get("tuned")
+    if tuned is None:
+        return ""
+    what = next(key for key in tuned if key not in ("epochs", "held_out"))
+    tries = ", ".join(f"{value}: {lives['compressed']:.1f}" for value, lives in tuned["held_out"].items())
+    return (
+        f"\n`{rival}`: {what} {tuned[what]:.3g}, the best after {tuned['epochs']} epoch on images held out from the "
+        f"train split (the checkpoint has seen them); accuracy (%) of the compressed life, data-free: {tries}.\n"
+    )
 
 
 @table("psg-cifar100-weights")

@@ -194,7 +194,9 @@ def grid(bits: int) -> dict[str, Any]:
     return {"rules": [{"target": {"kind": "Uniform", "bits": bits}}]}
 
 
-def cifar_record(folder: Path, rival: str, recipe: dict[str, Any] | None, lives: dict[str, float]) -> None:
+def cifar_record(
+    folder: Path, rival: str, recipe: dict[str, Any] | None, lives: dict[str, float], **further: Any
+) -> None:
     """A record as papers.train writes it, with one accuracy a life and BatchNorm 1 point better, over two seeds."""
     summary = {"full.accuracy": summarise([70.0, 71.0])}
     for life, accuracy in lives.items():
@@ -210,16 +212,23 @@ def cifar_record(folder: Path, rival: str, recipe: dict[str, Any] | None, lives:
         command="python -m papers.psg.cifar100",
         seeds=[1, 2],
         config={"recipe": recipe, "evaluate_recipe": grid(4), "epochs": 3},
-        results={"seeds": [], "summary": summary},
+        results={"seeds": [], "summary": summary, **further},
     )
 
 
 def test_table_of_the_papers_experiment(tmp_path: Path) -> None:
     cifar_record(tmp_path, "psg-w3", grid(3), {"recipe": 60.0, "8": 64.0})
     cifar_record(tmp_path, "sgd", None, {"recipe": 50.0, "3": 10.0, "minmax-w4": 5.0})
-    cifar_record(tmp_path, "psg-prune90", {"rules": [{"target": {"kind": "TopK", "keep": 0.1}}]}, {"recipe": 40.0})
+    tries = {"0.002": {"full": 65.0, "compressed": 30.5}, "0.005": {"full": 64.0, "compressed": 39.25}}
+    tuned = {"decay": 0.005, "epochs": 1, "held_out": tries}
+    sparse = {"rules": [{"target": {"kind": "TopK", "keep": 0.1}}]}
+    cifar_record(tmp_path, "psg-prune90", sparse, {"recipe": 40.0}, tuned=tuned)
     lines = tables.TABLES["psg-cifar100"](tmp_path).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    chosen = [line for line in lines if "held out" in line]
+    assert len(chosen) == 1
+    assert chosen[0].startswith("`psg-prune90`: decay 0.005, the best after 1 epoch")
+    assert chosen[0].endswith("0.002: 30.5, 0.005: 39.2.")
     spread = f"70.50 ± {summarise([70.0, 71.0])['std']:.2f}"
     zero = " ± 0.00"
     gap = ["–", "–"]
