@@ -550,7 +550,8 @@ def choice(rival: str, record: dict[str, Any]) -> str:
     if tuned is None:
         return ""
     what = next(key for key in tuned if key not in ("epochs", "held_out"))
-    tries = ", ".join(f"{value}: {lives['compressed']:.1f}" for value, lives in tuned["held_out"].items())
+    found = sorted((float(value), lives["compressed"]) for value, lives in tuned["held_out"].items())
+    tries = ", ".join(f"{value:g}: {accuracy:.1f}" for value, accuracy in found)
     return (
         f"\n`{rival}`: {what} {tuned[what]:.3g}, the best after {tuned['epochs']} epoch on images held out from the "
         f"train split (the checkpoint has seen them); accuracy (%) of the compressed life, data-free: {tries}.\n"
