@@ -50,7 +50,8 @@ PSG = {"kind": "PSG"}
 LAMBDA_S = {3: 66.0, 2: 39.0}
 # Towards zero PSG lets small weights be, and weight decay takes them the rest of the way (docs/psg.md).
 PRUNE_DECAY = 5e-3
-# --tune tries the number in RIVALS and this many times more and less of it, and goes on where the best is at the edge.
+# --tune tries the number in RIVALS times these, and goes on in such steps where the best is at the edge.
+TIMES = (1 / 3, 1.0, 3.0, 9.0, 27.0)
 STEP = 3.0
 HOLDOUT = 5000
 RIVALS: dict[str, dict[str, Any]] = {
@@ -164,7 +165,7 @@ def tuned(rival: str, epochs: int, folder: Path, data_dir: Path, console: Consol
         return json.loads(kept.read_text())
 
     start = RIVALS[rival][TUNED[rival]]
-    found = {start * times: trial(start * times) for times in (1 / STEP, 1.0, STEP)}
+    found = {start * times: trial(start * times) for times in TIMES}
     while True:
         best = max(found, key=lambda knob: found[knob]["compressed"])
         beyond = best * STEP if best == max(found) else best / STEP if best == min(found) else None
