@@ -91,9 +91,9 @@ def experiment(
         holdout: training images that are kept apart and measured on after the last epoch.
         extra: more fields of the experiment.
     """
-    setting = RIVALS[rival]
+    setting: dict[str, Any] = dict(RIVALS[rival])
     if knob is not None:
-        setting = setting | {TUNED[rival]: knob}
+        setting[TUNED[rival]] = knob
         if TUNED[rival] == "lambda_s":
             setting["recipe"] = paper(int(rival.removeprefix("paper-w")), knob)
     own = 4 if setting["recipe"] is None else setting["recipe"]["rules"][-1]["target"].get("bits")
