@@ -552,8 +552,9 @@ def choice(rival: str, record: dict[str, Any]) -> str:
     what = next(key for key in tuned if key not in ("epochs", "held_out"))
     found = sorted((float(value), lives["compressed"]) for value, lives in tuned["held_out"].items())
     tries = ", ".join(f"{value:g}: {accuracy:.1f}" for value, accuracy in found)
+    epochs = f"{tuned['epochs']} epoch{'s' if tuned['epochs'] > 1 else ''}"
     return (
-        f"\n`{rival}`: {what} {tuned[what]:.3g}, the best after {tuned['epochs']} epoch on images held out from the "
+        f"\n`{rival}`: {what} {tuned[what]:.3g}, the best after {epochs} on images held out from the "
         f"train split (the checkpoint has seen them); accuracy (%) of the compressed life, data-free: {tries}.\n"
     )
 

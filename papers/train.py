@@ -526,9 +526,9 @@ class Trainer:
             return False
         state = torch.load(file, map_location=self.device, weights_only=True)
         # through the class, so that what it has learnt since then has the default it had in effect
-        was = json.loads(Experiment.model_validate_json(state["experiment"]).model_dump_json())
-        now = json.loads(self.experiment.model_dump_json())
-        differs = sorted(k for k in was.keys() | now.keys() if k not in FREE_TO_CHANGE and was.get(k) != now.get(k))
+        was = Experiment.model_validate_json(state["experiment"]).model_dump(mode="json")
+        now = self.experiment.model_dump(mode="json")
+        differs = sorted(k for k in now if k not in FREE_TO_CHANGE and was[k] != now[k])
         if differs or state["seed"] != self.seed:
             raise ValueError(f"{file} is of another experiment: {differs or 'seed'} differ; choose another --out")
         # the model first: the engine checks its latent state, in the optimizer's file, against the weights
@@ -747,6 +747,32 @@ def all_seeds(
             one_seed(plan, number, out / f"seed{number}", data_dir, folder, resume, console) for number in plan.seeds
         ]
     record.write(out / "record.json", {"seeds": results, "summary": summary(results), **further()})
+
+
+def held_out(plan: Experiment, out: Path, data_dir: Path | None, console: Console | None = None) -> dict[str, float]:
+    """Accuracies (%) of both lives on held-out training images after the last epoch: a trial that chooses a number.
+
+    Args:
+        plan: the experiment, with images held out; its first seed is trained. The test split is not read.
+        out: a folder of its own, from which an unfinished trial is resumed and a finished one read.
+        data_dir: as for `Trainer`.
+        console: where progress goes.
+
+    Returns:
+        "full", and "compressed" (data-free) if there is such a life.
+    """
+    kept = out / "held-out.json"
+    if not kept.exists():
+        plan = plan.model_copy(update={"evaluate": plan.evaluate.model_copy(update={"every": plan.epochs})})
+        trainer = Trainer(plan, plan.seeds[0], out, data_dir, None, console)
+        trainer.resume()
+        trainer.train()
+        last = trainer.history[-1]["held_out"]
+        found = {"full": last["full"]["accuracy"]}
+        if last["compressed"]:
+            found["compressed"] = last["compressed"]["recipe"]["data_free"]["accuracy"]
+        kept.write_text(json.dumps(found))
+    return json.loads(kept.read_text())
 
 
 def one_seed(

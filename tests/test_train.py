@@ -20,6 +20,7 @@ from papers.train import (
     Trainer,
     evaluate,
     evaluate_lives,
+    held_out,
     learning_rate,
     load_experiment,
     main,
@@ -182,6 +183,20 @@ def test_a_plain_run_is_rounded_after_training(tmp_path: Path) -> None:
     held_out = [t.history[-1]["held_out"]["compressed"] for t in (trainer, bare)]
     assert [set(lives) for lives in held_out] == [{"recipe"}, set()]
     assert same(trainer.model.state_dict(), bare.model.state_dict()), "measuring changes nothing"
+
+
+def test_a_trial_reads_held_out_images_alone_and_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "_test_batches", lambda self: pytest.fail("a trial must not read the test split"))
+    plan = tiny(evaluate_recipe="psg-w4", evaluate={"every": 0}, epochs=2, seeds=[5])
+    lives = held_out(plan, tmp_path / "trial", None)
+    trainer = Trainer(tiny(evaluate_recipe="psg-w4", epochs=2), 5, tmp_path / "same")
+    trainer.train()
+    seen = trainer.history[-1]["held_out"]
+    assert lives["full"] == seen["full"]["accuracy"]
+    assert lives["compressed"] == seen["compressed"]["recipe"]["data_free"]["accuracy"]
+    assert set(held_out(tiny(epochs=1), tmp_path / "bare", None)) == {"full"}
+    monkeypatch.setattr(Trainer, "train", lambda self: pytest.fail("a finished trial is read"))
+    assert held_out(plan, tmp_path / "trial", None) == lives
 
 
 def test_evaluate_counts_by_hand() -> None:

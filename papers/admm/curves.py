@@ -1,6 +1,6 @@
 """Draws accuracy and distance to the target by epoch, for the rivals of `papers.admm.lenet --rivals --holdout N`.
 
-python -m papers.admm.curves [--records benchmarks/records] [--out docs/pictures/admm-rivals.png]
+python -m papers.admm.curves [--records benchmarks/records] [--holdout 5000] [--out docs/pictures/admm-rivals.png]
 """
 
 from __future__ import annotations
@@ -12,22 +12,13 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import RECORDS
+from benchmarks import PICTURES, RECORDS
 from detent.demo import pyplot
-
-NAMES = {
-    "prune": "progressive ADMM",
-    "oneshot": "one-shot ADMM",
-    "imp": "iterative magnitude pruning",
-    "magnitude": "one-shot magnitude pruning",
-    "fixed": "progressive ADMM, rho fixed",
-    "nofinish": "one-shot ADMM, no feasibility steps",
-}
-ROOT = Path(__file__).resolve().parent.parent.parent
+from papers.admm.lenet import KINDS, RIVALS
 
 
 def curves(record: dict[str, Any]) -> dict[str, list[float]]:
-    """By epoch, of the first seed: accuracies of both lives on held-out images, and |w - q| / |w| over all weights."""
+    """By epoch, of the first seed: accuracies of both lives on held-out images, and |w - q| / |w|, RMS over layers."""
     lives: dict[str, list[float]] = {"full": [], "compressed": [], "distance": []}
     for row in record["results"]["seeds"][0]["history"]:
         seen = row["held_out"]
@@ -40,19 +31,21 @@ def curves(record: dict[str, Any]) -> dict[str, list[float]]:
 
 def main(
     records: Annotated[Path, typer.Option(help="folder of the records")] = RECORDS,
-    out: Annotated[Path, typer.Option(help="the picture")] = ROOT / "docs" / "pictures" / "admm-rivals.png",
+    holdout: Annotated[int, typer.Option(help="images that were held out")] = 5000,
+    out: Annotated[Path, typer.Option(help="the picture")] = PICTURES / "admm-rivals.png",
 ) -> None:
-    """Reads every record of a rival with held-out curves and writes the picture.
+    """Reads the record of every rival that has one and writes the picture.
 
     Raises:
         typer.BadParameter: no such record.
     """
     found = {}
-    for kind, name in NAMES.items():
-        for path in sorted(records.glob(f"admm-lenet-{kind}[0-9]*-holdout*.json")):
-            found[name] = curves(json.loads(path.read_text(encoding="utf-8")))
+    for rival in RIVALS:
+        path = records / f"admm-lenet-{rival}-holdout{holdout}.json"
+        if path.exists():
+            found[KINDS[rival.rstrip("0123456789")][0]] = curves(json.loads(path.read_text(encoding="utf-8")))
     if not found:
-        raise typer.BadParameter(f"--records {records}: no record admm-lenet-*-holdout* there")
+        raise typer.BadParameter(f"--records {records}: no record admm-lenet-*-holdout{holdout} there")
     plt = pyplot()
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9.6, 7.2), dpi=110, sharex=True, layout="constrained")
     for number, (name, lives) in enumerate(found.items()):

@@ -194,7 +194,7 @@ JOBS: dict[str, Job] = {
 }
 STANDARD = ("dense", "published71", "prune167", "prune246", "prune350", "binary", "binary-then-ste", "prune246-w3")
 RIVALS = ("prune246", "oneshot246", "imp246", "magnitude246", "fixed246", "nofinish246")
-_KINDS: dict[str, tuple[str, Callable[[float], dt.Recipe]]] = {
+KINDS: dict[str, tuple[str, Callable[[float], dt.Recipe]]] = {
     "prune": ("progressive ADMM", lambda rate: prune(ladder(rate), admm())),
     "ratio": ("progressive ADMM with the published layers' parts", lambda rate: prune_published(admm(), rate)),
     "oneshot": ("one-shot ADMM", lambda rate: prune([rate], admm())),
@@ -225,11 +225,11 @@ def job_of(name: str) -> Job:
     if name in JOBS:
         return JOBS[name]
     found = re.fullmatch(r"([a-z]+)(\d+)", name)
-    if found is None or found[1] not in _KINDS or not 1 < int(found[2]) <= 5000:
-        known = ", ".join([*JOBS, *(f"{kind}<rate>" for kind in _KINDS)])
+    if found is None or found[1] not in KINDS or not 1 < int(found[2]) <= 5000:
+        known = ", ".join([*JOBS, *(f"{kind}<rate>" for kind in KINDS)])
         raise typer.BadParameter(f"{name}: known are {known}")
     rate = float(found[2])
-    what, make = _KINDS[found[1]]
+    what, make = KINDS[found[1]]
     return Job(question=f"How accurate is {what} at {rate:g}x?", recipe=lambda: make(rate), rate=rate)
 
 

@@ -11,7 +11,6 @@ train split, the best goes into the run that reads the test split, once, at the 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +21,7 @@ from torch import nn
 
 from detent.report.record import Record
 from papers import models
-from papers.train import Experiment, Trainer, one_seed, summary
+from papers.train import Experiment, held_out, one_seed, summary
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECORDS = ROOT / "benchmarks" / "records"
@@ -120,20 +119,9 @@ def tuned(
     """The rate with the best compressed life on held-out training images, and what each rate gave."""
     found: dict[str, float] = {}
     for lr in rates:
-        out = folder / f"tune-{lr:g}-{epochs}"
-        kept = out / "held-out.json"
-        if kept.exists():
-            found[f"{lr:g}"] = json.loads(kept.read_text())
-            continue
         plan = experiment(rival, model, epochs, lr, [1000], holdout=300 if model == "digits" else HOLDOUT, **kinds)
-        plan = plan.model_copy(update={"evaluate": plan.evaluate.model_copy(update={"every": epochs})})
-        trainer = Trainer(plan, 1000, out, data_dir)
-        trainer.resume()
-        trainer.train()
-        last = trainer.history[-1]["held_out"]
-        life = last["compressed"]["recipe"]["data_free"] if last["compressed"] else last["full"]
-        found[f"{lr:g}"] = life["accuracy"]
-        kept.write_text(json.dumps(life["accuracy"]))
+        lives = held_out(plan, folder / f"tune-{lr:g}-{epochs}", data_dir)
+        found[f"{lr:g}"] = lives.get("compressed", lives["full"])
     return max(rates, key=lambda lr: found[f"{lr:g}"]), found
 
 
@@ -171,7 +159,8 @@ def main(
         torch.set_num_threads(threads)
     results: dict[str, Any] = {}
     config = {"model": model, "epochs": epochs, "rates": rates, "tuned": tune, "scale": scale, "max_steps": max_steps}
-    config["tune_epochs"] = (tune_epochs or epochs) if tune else None
+    length = tune_epochs or epochs
+    config["tune_epochs"] = length if tune else None
     record = Record(
         name=record_as or f"md-{model}",
         question="With one bit in every layer, which of mirror descent's family keeps the most accuracy?",
@@ -185,7 +174,7 @@ def main(
             folder = out / model / ("scaled" if scale else "unscaled") / name
             rate, tried = rates[0], {}
             if tune:
-                rate, tried = tuned(name, model, tune_epochs or epochs, rates, folder, data_dir, **kinds)
+                rate, tried = tuned(name, model, length, rates, folder, data_dir, **kinds)
             plan = experiment(name, model, epochs, rate, seeds, holdout=0, **kinds)
             runs = [one_seed(plan, n, folder / f"seed{n}", data_dir, folder, resume, console) for n in seeds]
             results[name] = {"lr": rate, "held_out": tried, "summary": summary(runs)}

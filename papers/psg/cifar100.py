@@ -8,14 +8,13 @@ Each is measured at full precision and at 8, 6, 4, 3 and 2 bits, data-free and w
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from papers.train import Experiment, Trainer, all_seeds
+from papers.train import Experiment, all_seeds, held_out
 
 GRID8 = {"kind": "Uniform", "bits": 8}
 
@@ -46,8 +45,6 @@ def prune(mechanism: dict[str, Any] | None, keep: float = 0.1) -> dict[str, Any]
 
 
 PSG = {"kind": "PSG"}
-# lambda_s for 3 and 2 bits was never published: these give the mean factor that 150 gives at 4 bits.
-LAMBDA_S = {3: 66.0, 2: 39.0}
 # Towards zero PSG lets small weights be, and weight decay takes them the rest of the way (docs/psg.md).
 PRUNE_DECAY = 5e-3
 # --tune tries the number in RIVALS times these, and goes on in such steps where the best is at the edge.
@@ -58,16 +55,20 @@ RIVALS: dict[str, dict[str, Any]] = {
     "sgd": {"recipe": None, "evaluate_recipe": ends_at_8(4, None)},
     "clip-w3": {"recipe": ends_at_8(3, {"kind": "Clip"})},
     "psg-w3": {"recipe": ends_at_8(3, PSG)},
-    "paper-w4": {"recipe": paper(4, 150.0)},
+    "paper-w4": {"paper": 4, "lambda_s": 150.0},
     "psg-w4": {"recipe": ends_at_8(4, PSG)},
     "psg-w2": {"recipe": ends_at_8(2, PSG)},
     "clip-w2": {"recipe": ends_at_8(2, {"kind": "Clip"})},
-    "paper-w3": {"recipe": paper(3, LAMBDA_S[3]), "lambda_s": LAMBDA_S[3]},
-    "paper-w2": {"recipe": paper(2, LAMBDA_S[2]), "lambda_s": LAMBDA_S[2], "decay": 0.0},
-    "sgd-prune90": {"recipe": None, "evaluate_recipe": prune(None), "decay": PRUNE_DECAY},
-    "psg-prune90": {"recipe": prune({"kind": "PSG", "toward": {"kind": "Zero"}}), "decay": PRUNE_DECAY},
+    # lambda_s for 3 and 2 bits was never published: these give the mean factor that 150 gives at 4 bits
+    "paper-w3": {"paper": 3, "lambda_s": 66.0, "tune": "lambda_s"},
+    "paper-w2": {"paper": 2, "lambda_s": 39.0, "tune": "lambda_s", "decay": 0.0},
+    "sgd-prune90": {"recipe": None, "evaluate_recipe": prune(None), "decay": PRUNE_DECAY, "tune": "decay"},
+    "psg-prune90": {
+        "recipe": prune({"kind": "PSG", "toward": {"kind": "Zero"}}),
+        "decay": PRUNE_DECAY,
+        "tune": "decay",
+    },
 }
-TUNED = {"paper-w3": "lambda_s", "paper-w2": "lambda_s", "sgd-prune90": "decay", "psg-prune90": "decay"}
 
 
 def experiment(
@@ -87,16 +88,15 @@ def experiment(
         epochs: its length.
         seeds: of order and augmentation.
         milestones: the published steps of the rate instead of a cosine to zero.
-        knob: instead of the rival's own number for what `TUNED` names.
-        holdout: training images that are kept apart and measured on after the last epoch.
+        knob: instead of the rival's own number for what its "tune" names.
+        holdout: training images that are kept apart.
         extra: more fields of the experiment.
     """
-    setting: dict[str, Any] = dict(RIVALS[rival])
+    setting = RIVALS[rival]
     if knob is not None:
-        setting[TUNED[rival]] = knob
-        if TUNED[rival] == "lambda_s":
-            setting["recipe"] = paper(int(rival.removeprefix("paper-w")), knob)
-    own = 4 if setting["recipe"] is None else setting["recipe"]["rules"][-1]["target"].get("bits")
+        setting = {**setting, setting["tune"]: knob}
+    recipe = paper(setting["paper"], setting["lambda_s"]) if "paper" in setting else setting["recipe"]
+    own = 4 if recipe is None else recipe["rules"][-1]["target"].get("bits")
     schedule = {"kind": "step", "milestones": [epochs * 40 / 68]} if milestones else {"kind": "cosine"}
     sparse = {"prune90": prune(None), "prune80": prune(None, 0.2)}
     # Every rival is also read on both grids of the comparison, whatever it trained on: all layers on min-max ranges as
@@ -120,7 +120,7 @@ def experiment(
                 "cache": "runs/cache",
                 "holdout": holdout,
             },
-            "recipe": setting["recipe"],
+            "recipe": recipe,
             "evaluate_recipe": setting.get("evaluate_recipe"),
             "optimizer": {
                 "name": "SGD",
@@ -138,7 +138,7 @@ def experiment(
                     **(sparse if rival == "sgd" else {}),
                 },
                 "calibrate": 4000,
-                "every": epochs if holdout else 0,
+                "every": 0,
             },
             **extra,
         }
@@ -152,19 +152,10 @@ def tuned(rival: str, epochs: int, folder: Path, data_dir: Path, console: Consol
     """
 
     def trial(knob: float) -> dict[str, float]:
-        out = folder / f"tune-{knob:.3g}"
-        kept = out / "held-out.json"
-        if not kept.exists():
-            plan = experiment(rival, epochs, [1000], knob=knob, holdout=HOLDOUT, **kinds)
-            trainer = Trainer(plan, 1000, out, data_dir, None, console)
-            trainer.resume()
-            trainer.train()
-            last = trainer.history[-1]["held_out"]
-            life = last["compressed"]["recipe"]["data_free"]
-            kept.write_text(json.dumps({"full": last["full"]["accuracy"], "compressed": life["accuracy"]}))
-        return json.loads(kept.read_text())
+        plan = experiment(rival, epochs, [1000], knob=knob, holdout=HOLDOUT, **kinds)
+        return held_out(plan, folder / f"tune-{knob:.3g}-{epochs}", data_dir, console)
 
-    start = RIVALS[rival][TUNED[rival]]
+    start = RIVALS[rival][RIVALS[rival]["tune"]]
     found = {start * times: trial(start * times) for times in TIMES}
     while True:
         best = max(found, key=lambda knob: found[knob]["compressed"])
@@ -187,7 +178,7 @@ def main(
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the network")] = False,
     tune: Annotated[
         int | None,
-        typer.Option(min=1, help="epochs of each trial that chooses the number in TUNED on held-out train images"),
+        typer.Option(min=1, help="epochs of each trial that chooses what a rival tunes, on held-out train images"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume")] = False,
 ) -> None:
@@ -199,9 +190,9 @@ def main(
             raise typer.BadParameter(f"--only {rival}: must be one of {', '.join(RIVALS)}")
         folder = out / rival
         knob, further = None, {}
-        if tune is not None and rival in TUNED:
+        if tune is not None and "tune" in RIVALS[rival]:
             knob, tried = tuned(rival, tune, folder, data_dir, console, **kinds)
-            further = {"tuned": {TUNED[rival]: knob, "epochs": tune, "held_out": tried}}
+            further = {"tuned": {RIVALS[rival]["tune"]: knob, "epochs": tune, "held_out": tried}}
         plan = experiment(rival, epochs, seed or [1], knob=knob, **kinds)
         all_seeds(plan, folder, data_dir, folder, resume, console, lambda further=further: further)
 
