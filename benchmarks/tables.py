@@ -778,6 +778,9 @@ def integer(record: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
+REACHED = 50  # % of ten digits
+
+
 @simple("pairs")
 def pairs(record: dict[str, Any]) -> str:
     """Accuracy of every pair, and why the others are refused."""
@@ -791,12 +794,17 @@ def pairs(record: dict[str, Any]) -> str:
             reason = row["refused"].split(": ", 1)[-1] if row["refused"].startswith("Rule(") else row["refused"]
             reason = reason.replace(target.split(",")[0], "this target")  # one sentence for all that it is true of
             return f"[{reasons.setdefault(reason, len(reasons) + 1)}]"
-        exact = row["distance"] == 0 and row["file_agrees"] and row["codes_agree"]
-        return f"{row['compressed']:.0f}" if exact else "**broken**"
+        if not (row["distance"] == 0 and row["file_agrees"] and row["codes_agree"]):
+            return "**broken**"
+        return f"{row['compressed']:.0f}" if row["compressed"] >= REACHED else f"*{row['compressed']:.0f}*"
 
     rows = [[target, *(cell(target, mechanism) for mechanism in mechanisms)] for target in targets]
-    works = sum("refused" not in row for row in found.values())
-    text = f"{works} of {len(found)} pairs work: test accuracy (%) of the compressed life; [n]: refused, see below.\n\n"
+    ends = [row["compressed"] >= REACHED for row in found.values() if "refused" not in row]
+    text = (
+        f"Test accuracy (%) of the compressed life. Of {len(found)} pairs {sum(ends)} end at {REACHED} or above; "
+        f"{len(ends) - sum(ends)} (*in italics*) run, and lie in their target, but at these settings and in this time "
+        f"learn less; [n]: {len(found) - len(ends)} are refused, see below.\n\n"
+    )
     text += markdown(["", *mechanisms], rows)
     return text + "\n" + "".join(f"{number}. {reason}\n" for reason, number in reasons.items())
 

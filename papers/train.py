@@ -149,8 +149,16 @@ class Experiment(Strict):
     extra: ExtraConfig = ExtraConfig()
 
 
+_GAPS = ("error", "wasserstein", "distance")  # between a tensor's two lives
 # what a resumed run may change: nothing here touches a weight
 FREE_TO_CHANGE = {"name", "question", "notes", "evaluate", "evaluate_recipe", "checkpoint_minutes", "threads", "seeds"}
+
+
+def differences(was: str, now: Experiment) -> list[str]:
+    """What of an experiment that was saved as JSON a run of another may not go on from."""
+    # through the class, so that what it has learnt since then has the default it had in effect
+    old, new = Experiment.model_validate_json(was).model_dump(mode="json"), now.model_dump(mode="json")
+    return sorted(k for k in new if k not in FREE_TO_CHANGE and old[k] != new[k])
 
 
 def load_experiment(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Experiment:
@@ -229,7 +237,8 @@ def evaluate_lives(
 
     Returns:
         ``{"full": {accuracy, loss}, "compressed": {life: {"data_free": ..., "batchnorm": ..., "weights": ...}}}`` where
-        life is ``"recipe"``, ``"4"`` (a width) or a name, and weights are means over tensors of ``run.measure``.
+        life is ``"recipe"``, ``"4"`` (a width) or a name, weights are means over tensors of ``run.measure``, and layers
+        what they are means of.
     """
     full = evaluate(model, batches)
     note(f"full {full['accuracy']:.2f} %")
@@ -242,12 +251,14 @@ def evaluate_lives(
     compressed: dict[str, dict[str, Any]] = {}
     for name, life in lives.items():
         with run.compressed(batchnorm=False, **life):
-            result = {"data_free": evaluate(model, batches)}
+            result: dict[str, Any] = {"data_free": evaluate(model, batches)}
         if calibration is not None and has_batchnorm:
             run.recalibrate(calibration, **life)
             with run.compressed(**life):
                 result["batchnorm"] = evaluate(model, batches)
-        result["weights"] = _summary(run.measure(**life))
+        rows = run.measure(**life)
+        result["weights"] = _summary(rows)
+        result["layers"] = {row["name"]: {key: float(row[key]) for key in _GAPS} for row in rows}
         compressed[name] = result
         again = f", BatchNorm re-estimated {result['batchnorm']['accuracy']:.2f} %" if "batchnorm" in result else ""
         note(f"{name}: data-free {result['data_free']['accuracy']:.2f} %{again}")
@@ -258,7 +269,7 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Bits a weight over all claimed weights; error, Wasserstein gap and click distance as means over tensors."""
     weights = sum(row["weights"] for row in rows)
     out = {"bits_per_weight": sum(row["bits_per_weight"] * row["weights"] for row in rows) / weights}
-    for key in ("error", "wasserstein", "distance"):
+    for key in _GAPS:
         out[key] = sum(float(row[key]) for row in rows) / len(rows)
     return out
 
@@ -525,10 +536,7 @@ class Trainer:
         if not file.exists():
             return False
         state = torch.load(file, map_location=self.device, weights_only=True)
-        # through the class, so that what it has learnt since then has the default it had in effect
-        was = Experiment.model_validate_json(state["experiment"]).model_dump(mode="json")
-        now = self.experiment.model_dump(mode="json")
-        differs = sorted(k for k in now if k not in FREE_TO_CHANGE and was[k] != now[k])
+        differs = differences(state["experiment"], self.experiment)
         if differs or state["seed"] != self.seed:
             raise ValueError(f"{file} is of another experiment: {differs or 'seed'} differ; choose another --out")
         # the model first: the engine checks its latent state, in the optimizer's file, against the weights
@@ -693,6 +701,8 @@ def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     gathered: dict[str, list[float]] = {}
     for result in results:
         for path, value in _numbers(result["test"]):
+            if "layers" in path:
+                continue  # there to be looked at seed by seed
             gathered.setdefault(".".join(path), []).append(value)
     return {key: summarise(values) for key, values in gathered.items()}
 
@@ -760,6 +770,9 @@ def held_out(plan: Experiment, out: Path, data_dir: Path | None, console: Consol
 
     Returns:
         "full", and "compressed" (data-free) if there is such a life.
+
+    Raises:
+        ValueError: the folder holds a trial of other settings.
     """
     kept = out / "held-out.json"
     if not kept.exists():
@@ -771,8 +784,12 @@ def held_out(plan: Experiment, out: Path, data_dir: Path | None, console: Consol
         found = {"full": last["full"]["accuracy"]}
         if last["compressed"]:
             found["compressed"] = last["compressed"]["recipe"]["data_free"]["accuracy"]
-        kept.write_text(json.dumps(found))
-    return json.loads(kept.read_text())
+        kept.write_text(json.dumps({"experiment": plan.model_dump_json(), "accuracy": found}))
+    trial = json.loads(kept.read_text())
+    differs = differences(trial["experiment"], plan) if "experiment" in trial else ["all settings, which it lacks,"]
+    if differs:
+        raise ValueError(f"{kept} is of another trial: {differs} differ; choose another --out, or remove it")
+    return trial["accuracy"]
 
 
 def one_seed(

@@ -118,7 +118,7 @@ def test_the_force_of_the_dual_survives_a_change_of_rho(balance: bool) -> None:
         w, gradients = _start()
         layer = _layer(w)
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
-        mechanism = dt.ADMM(rho=0.01, growth=growth, every=3, until=None, balance=balance)
+        mechanism = dt.ADMM(rho=0.01, growth=growth, every=3, until=None, balance=balance and growth > 1)
         run = _run(layer, optimizer, mechanism, dt.TopK(keep=9))
         for gradient in gradients[:3]:
             layer.weight.grad = torch.from_numpy(gradient.copy())
@@ -229,6 +229,10 @@ def test_periodic_rate() -> None:
         (lambda: _rule(dt.TopK(keep=5), dt.ADMM(finish="freeze")), "the survivors of TopK have none to go to"),
         (lambda: _rule(dt.Uniform(bits=4), dt.ADMM(finish="mask")), "Uniform leaves no weight free"),
         (lambda: dt.periodic_rate(_sgd(), 0), "periodic_rate(every=0)"),
+        (lambda: dt.periodic_rate(_sgd(), dt.Recipe.preset("admm-prune-10x")), "needs total="),
+        (lambda: dt.periodic_rate(_sgd(), 5, retrain=0.0), "periodic_rate(retrain=0.0)"),
+        (lambda: dt.periodic_rate(_sgd(), 5, floor=2.0), "periodic_rate(floor=2.0)"),
+        (lambda: dt.ADMM(balance=True, growth=1.0), "balancing moves rho by growth"),
         (lambda: dt.periodic_rate(_sgd(), 5, gamma=0.0), "gamma=0.0"),
         (lambda: dt.periodic_rate(_sgd(), 5, milestones=(1.0,)), "must lie in (0, 1)"),
         (lambda: dt.periodic_rate(_sgd(), 5, until=9, total=9), "the mapping must come before the end"),
@@ -612,8 +616,75 @@ def test_the_files_beside_the_script_are_recipes() -> None:
             made().resolve(LeNet5())
     recipe = job_of("prune246").recipe
     assert recipe is not None
-    factors = [rate_factor(t, recipe(), 400) for t in range(400)]
+    factors = [*map(rate_factor(recipe(), 400), range(400))]
     assert recipe().bounds(400) == [(0, 60), (60, 160), (160, 400)]
     assert factors[0] == factors[6] == factors[60] == factors[160] == 1.0  # a period of the first stage has 6 steps
     assert factors[30] == factors[110] == factors[280] == max(factors) == RETRAIN  # after the mapping
     assert factors[5] == pytest.approx(0.01) and min(factors) >= 0.01 - 1e-12
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_rounds_after_a_pruning_count_survivors(staged: bool) -> None:
+    """Zeros lie nearest of all: a share of all weights leaves every survivor to the last round."""
+    layer = nn.Linear(50, 40, bias=False).double()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+    levels = dt.Uniform(bits=3, range="minmax", zero=False)
+    sparse = dt.TopK(keep="nonzero" if staged else 100)
+    joint = dt.SparseLevels(sparse=sparse, survivors=levels)
+    snap = dt.ADMM(rho=0.01, every=5, until=10, rounds=(0.5, 0.75, 0.9, 1.0), freeze_every=5)
+    rule = dt.Rule(match="weight", target=joint, mechanism=snap)
+    if staged:
+        first = dt.Rule(match="weight", target=dt.TopK(keep=100), mechanism=dt.Masked())
+        recipe = dt.Recipe(stages=[dt.Stage(rules=[first], share=0.25), dt.Stage(rules=[rule], share=0.75)])
+    else:
+        recipe = dt.Recipe([rule])
+    begin = 10 if staged else 0
+    run = dt.attach(layer, optimizer, recipe, total_steps=40 if staged else 30)
+    seen = []
+    for step in range(begin + 26):
+        layer.weight.grad = torch.randn(40, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+        if step >= begin + 9 and (step - begin) % 5 == 4:
+            state = _state(run)
+            seen.append(int((state["frozen"] & (state["held"] != 0)).sum()))
+    assert seen == [50, 75, 90, 100]
+
+
+@pytest.mark.parametrize("per_level", [True, False])
+def test_what_a_round_has_frozen_stays_frozen(per_level: bool) -> None:
+    """Free weights leave their level between rounds: a share of what is left of it may be less than is held there."""
+    torch.manual_seed(0)
+    layer = nn.Linear(20, 20, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    freeze = dt.PartialFreeze(rounds=(0.5, 0.6, 0.7, 0.8, 1.0), every=3, per_level=per_level)
+    run = _run(layer, optimizer, freeze, dt.Binary())
+    before = _state(run)["frozen"].clone()
+    for step in range(12):
+        generator = torch.Generator().manual_seed(step)
+        layer.weight.grad = torch.rand(20, 20, generator=generator)  # all of them drift to one side
+        optimizer.step()
+        frozen = _state(run)["frozen"]
+        assert not bool((before & ~frozen).any()), f"step {step} released weights"
+        before = frozen.clone()
+
+
+def test_the_periodic_rate_reads_every_stage_of_a_recipe() -> None:
+    def stage(share: float, mechanism: dt.Mechanism) -> dt.Stage:
+        return dt.Stage(rules=[dt.Rule(match="weight", target=dt.TopK(keep=0.5), mechanism=mechanism)], share=share)
+
+    recipe = dt.Recipe(
+        stages=[
+            stage(0.5, dt.ADMM(every=0.25, until=0.5)),
+            stage(0.25, dt.Masked(start=2)),
+            stage(0.25, dt.HardProjection()),
+        ]
+    )
+    rate, seen = dt.periodic_rate(_sgd(), recipe, total=32, milestones=(0.5,), retrain=2.0, floor=0.1), []
+    for _ in range(32):
+        seen.append(rate.get_last_lr()[0] / _sgd().param_groups[0]["lr"])
+        rate.optimizer.step()
+        rate.step()
+    down = [2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * i / 8))) for i in range(8)]
+    short = [2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * i / 6))) for i in range(6)]
+    plain = [factor / 2 for factor in down]
+    assert np.allclose(seen, [1, 1, 0.1, 0.1] * 2 + down + [1, 1] + short + plain)

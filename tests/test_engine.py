@@ -307,6 +307,32 @@ def test_weights_loaded_behind_our_back_are_noticed(mechanism: dt.Mechanism) -> 
     assert run.clock == 3
 
 
+@pytest.mark.parametrize("attached", [True, False])
+def test_weights_replaced_behind_our_back_are_noticed(attached: bool, tmp_path: Path) -> None:
+    """`assign=True` leaves the run, and the optimizer, with tensors that the model does not compute with any more."""
+    model, loaded = net(), everything(net())
+    optimizer = sgd(model)
+    run = dt.attach(model, optimizer, recipe(), total_steps=STEPS) if attached else dt.compress(model, recipe())
+    model.load_state_dict({name: 3 * value for name, value in loaded.items()}, assign=True)
+    advice = r"give the optimizer the new one" if attached else r"rebind\(adopt=True\)"
+
+    def look() -> None:
+        with run.compressed():
+            pass
+
+    asked: list[Callable[[], Any]] = [look, run.finalize, run.measure, lambda: dt.save(run, tmp_path / "model.detent")]
+    for ask in [*asked, lambda: train(model, optimizer, [0])] if attached else asked:
+        with pytest.raises(RuntimeError, match=rf"'0.weight' of the model is another tensor now.*{advice}"):
+            ask()
+    assert not list(tmp_path.iterdir())
+    if not attached:
+        run.rebind(adopt=True)
+        with run.compressed():
+            grid = dt.Uniform(bits=3, range="minmax")
+            wanted = 3 * loaded["0.weight"]
+            assert torch.equal(model[0].weight, grid.project(wanted, grid.fit(wanted)))
+
+
 @pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE()], ids=["psg", "ste"])
 def test_adopting_after_the_fit_is_over_keeps_the_grid(mechanism: dt.Mechanism) -> None:
     model = net()
@@ -700,8 +726,6 @@ def test_compressed_shows_the_codes_and_gives_the_full_life_back_bitwise(mechani
             assert len(value.unique()) <= 7
         model.train()
         model(batch(0)[0])  # a forward pass in training mode writes BatchNorm's statistics
-        with torch.no_grad():
-            model[0].weight.zero_()  # and even a write is undone
     assert_same(everything(model), before)
     with pytest.raises(KeyError, match="evaluation failed"), run.compressed():
         raise KeyError("evaluation failed")
@@ -738,13 +762,45 @@ def test_steps_and_lives_inside_a_life_are_refused() -> None:
     with run.compressed():
         with pytest.raises(RuntimeError, match="inside run.compressed"):
             optimizer.step()
-        with pytest.raises(RuntimeError, match="leave the first one"), run.compressed():
+        with pytest.raises(RuntimeError, match="leave that life first"), run.compressed():
             pass
-        for ask in (run.finalize, run.encoded, run.measure, lambda: run.recalibrate([])):
-            with pytest.raises(RuntimeError, match="leave the first one"):
+        states = run.state_dict(), optimizer.state_dict()
+        asked = (run.finalize, run.encoded, run.measure, lambda: run.recalibrate([]), lambda: run.rebind(adopt=True))
+        for ask in (*asked, lambda: run.load_state_dict(states[0]), lambda: optimizer.load_state_dict(states[1])):
+            with pytest.raises(RuntimeError, match="leave that life first"):
                 ask()
     assert_same(everything(model), before)
     assert run.clock == 3
+
+
+def test_what_is_written_inside_a_life_is_refused_on_leaving() -> None:
+    """Leaving puts the full life back, so that a checkpoint loaded inside would be gone without a word."""
+    model, optimizer, run = trained()
+    before = everything(model)
+    with pytest.raises(RuntimeError, match=r"'0.weight' was written inside run.compressed\(\)"), run.compressed():
+        model.load_state_dict({name: 2 * value for name, value in before.items()})
+    for name in ("0.weight", "3.weight"):
+        assert torch.equal(model.get_parameter(name), before[name])
+    with pytest.raises(KeyError, match="mine"), run.compressed():
+        raise KeyError("mine")
+    train(model, optimizer, [3])
+    assert run.clock == 4
+
+
+def test_infinite_weights_are_named_by_what_would_keep_them(tmp_path: Path) -> None:
+    model = net()
+    optimizer = sgd(model)
+    free = recipe(dt.PSG(clip=False), fit_until=1)
+    run = dt.attach(model, optimizer, free, total_steps=STEPS, nonfinite="ignore")
+    train(model, optimizer, range(2))
+    assert model[2].weight.grad is not None
+    model[2].weight.grad[0, 0] = float("inf")
+    optimizer.step()
+    for ask in (run.finalize, run.encoded, lambda: dt.save(run, tmp_path / "model.detent")):
+        with pytest.raises(ValueError, match=r"'2.weight' holds NaN or infinite weights"):
+            ask()
+    assert not list(tmp_path.iterdir())
+    assert bool(torch.isfinite(model[0].weight).all())
 
 
 def test_other_widths_and_other_recipes() -> None:
@@ -946,6 +1002,51 @@ def test_a_pull_that_starts_late_goes_to_a_grid_fitted_then():
     run.rebind(adopt=True)
     _one_step(model, optimizer)
     assert not torch.equal(run.state_dict()["weights"]["weight"]["pull"]["scale"], held)
+
+
+LATE = {
+    "start": dt.PSG(start=50, clip=False),
+    "start-and-clip": dt.PSG(start=50, clip_start=50),
+    "clip": dt.PSG(clip_start=0.5, gain=1.0),
+    "schedule": dt.PSG(strength=dt.Linear(first=0.0, last=1.0, begin=0.5, end=0.6), clip=False),
+    "clip-alone": dt.Clip(start=0.5),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_what_sets_in_after_the_fit_is_frozen_fits_afresh(name: str) -> None:
+    """A grid of the first weights would cut weights that have grown since to their first size, or pull them there."""
+    model = nn.Linear(6, 5, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rule = dt.Rule(match="weight", target=dt.Uniform(bits=3, range="minmax"), mechanism=LATE[name])
+    run = dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=100)
+    for step in range(53):
+        if step == 40:
+            with torch.no_grad():
+                model.weight.mul_(3)
+            run.rebind(adopt=True)
+        largest = float(model.weight.detach().abs().max())
+        model.weight.grad = torch.full((5, 6), 1e-6)
+        optimizer.step()
+        assert float(model.weight.detach().abs().max()) == pytest.approx(largest, abs=1e-4), f"cut at step {step}"
+    scale = run.state_dict()["weights"]["weight"]["pull"]["scale"]
+    assert float(scale) == pytest.approx(float(model.weight.detach().abs().max()) / 3, abs=1e-4)
+
+
+def test_a_freeze_that_the_recipe_asks_for_holds_whatever_sets_in_later() -> None:
+    model = nn.Linear(6, 5, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rule = dt.Rule(match="weight", target=dt.Uniform(bits=3), mechanism=dt.PSG(start=50, clip=False), fit_until=10)
+    run = dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=100)
+    first = run.state_dict()["weights"]["weight"]["pull"]["scale"].clone()
+    for step in range(53):
+        if step == 40:
+            with torch.no_grad():
+                model.weight.mul_(3)
+            run.rebind(adopt=True)
+        model.weight.grad = torch.full((5, 6), 1e-12)
+        optimizer.step()
+    assert torch.equal(run.state_dict()["weights"]["weight"]["pull"]["scale"], first)
 
 
 def test_lazy_parameters_and_unknown_recipe_keys_are_named():

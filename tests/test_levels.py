@@ -427,15 +427,23 @@ def test_a_code_beyond_the_levels_is_refused() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from the kernel")
-@pytest.mark.parametrize("target", ["dt.LearnedLevels(k=16)", "dt.Ternary()"])
-def test_a_fit_takes_a_few_copies_of_the_weights(target: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "shape"),
+    [
+        ("dt.LearnedLevels(k=16)", (10_000_000,)),
+        ("dt.Ternary()", (10_000_000,)),
+        ("dt.KernelCodebook(size=4)", (1000, 1000, 3, 3)),
+        ("dt.VectorCodebook(block=4, size=4)", (1000, 10_000)),
+    ],
+)
+def test_a_fit_takes_a_few_copies_of_the_weights(target: str, shape: tuple[int, ...]) -> None:
     """Sorting with positions, or sums in float64 beside it, would take more than five."""
     code = (
         "import resource, torch, detent as dt\n"
         "peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"target = {target}\n"
-        "target.fit(torch.randn(100_000))\n"
-        "w = torch.empty(10_000_000).normal_()\n"
+        f"target.fit(torch.randn({(10, *shape[1:]) if len(shape) > 1 else (100_000,)}))\n"
+        f"w = torch.empty({shape}).normal_()\n"
         "before = peak()\n"
         "target.fit(w)\n"
         "print((peak() - before) / (4 * w.numel()))\n"

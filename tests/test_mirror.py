@@ -661,3 +661,15 @@ def test_true_and_published_pmf_under_sgd_are_the_copies_at_twice_the_rate() -> 
         moved = jacobian @ (g * np.array(TWO))
         one = float(reference.softmax_jacobian(np.array([a]), TWO, beta, published)[0]) * g
         assert (moved[1] - moved[0]) / 2 == pytest.approx(one / 2)
+
+
+@pytest.mark.parametrize("mirror", [TanhMap(), SoftmaxMap()])
+@pytest.mark.parametrize("levels", [[-1000.0, 1000.0], [-4e4, 0.0, 2e4, 4e4]])
+def test_wide_levels_at_a_huge_beta_give_no_nan(mirror: Any, levels: list[float]) -> None:
+    """beta fits into a float32, beta times half the gap of wide levels does not, and infinity times zero is NaN."""
+    q = torch.tensor(levels)
+    a = torch.cat([q, (q[1:] + q[:-1]) / 2, torch.tensor([-1e30, -1.0, 0.0, 1e-30, 3.0, 1e30])])
+    for beta in (1.0, 1e4, 1e35, 1e36, 3e38):
+        for w in (mirror.forward(a, q, beta), mirror.derivative(a, q, beta)):
+            assert not bool(w.isnan().any()), beta
+        assert bool((mirror.forward(a, q, beta) >= q[0]).all()) and bool((mirror.forward(a, q, beta) <= q[-1]).all())

@@ -125,6 +125,7 @@ FACTORIES: dict[str, Factory] = {
     "adamw-fused": lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, fused=True),
     "muon+adamw": muon_and_adamw,
     "lion": lambda m: Lion(m.parameters(), lr=0.01, weight_decay=0.1),
+    "asgd": lambda m: torch.optim.ASGD(m.parameters(), lr=0.1),
 }
 
 
@@ -693,6 +694,20 @@ def test_master_copies_are_refused_in_words(dtype: torch.dtype, mechanism: dt.Me
         p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError, match=r"second copy of '0.weight' in its state \('master'\)"):
         optimizer.step()
+
+
+def test_a_step_without_gradient_ticks_once_training_has_begun() -> None:
+    """Plain SGD never has state, so state alone cannot tell a dummy step of checkpoint code from a training step."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    run = dt.attach(model, optimizer, grid(dt.PSG()), total_steps=10)
+    clocks = []
+    for size in (0.0, 1e-3, 0.0, 1e-3):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, size)
+        optimizer.step()
+        clocks.append(run.clock)
+    assert clocks == [0, 1, 2, 3]
 
 
 def test_schedule_free_optimizers_are_refused_in_words() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -317,7 +319,8 @@ def test_presets_resolve_and_attach(name, net) -> None:
     plan = recipe.resolve(model)
     weights = {n for n, p in model.named_parameters() if p.dim() > 1}
     claimed = {claim.name for claim in plan.claimed}
-    biases = {"fc.bias"} & {n for n, _ in model.named_parameters()} if "paper" in name else set()
+    linear = {f"{n}.bias" for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.bias is not None}
+    biases = linear if "paper" in name else set()
     assert claimed == weights | biases
     run = dt.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), recipe, total_steps=10)
     with run.compressed():
@@ -328,7 +331,9 @@ def test_presets_resolve_and_attach(name, net) -> None:
 def test_presets_keep_the_ends_wider(bits: int) -> None:
     assert _widths(f"psg-w{bits}", mlp()) == {"0.weight": 8, "2.weight": bits, "4.weight": 8}
     paper = _widths(f"psg-paper-w{bits}", mlp())
-    assert paper == ({"0.weight": 8, "2.weight": bits, "4.weight": 8} if bits <= 3 else dict.fromkeys(paper, bits))
+    ends = 8 if bits <= 3 else bits
+    layers = {"0": ends, "2": bits, "4": ends}  # a bias has the width of its layer
+    assert paper == {f"{layer}.{kind}": width for layer, width in layers.items() for kind in ("weight", "bias")}
 
 
 def _widths(name: str, model: nn.Module) -> dict[str, int]:
@@ -470,3 +475,54 @@ def test_a_rule_may_ask_for_a_weight_decay_and_attach_holds_the_optimizer_to_it(
     assert run.clock == 0
     with pytest.raises(ValueError, match=r"weight_decay=-1"):
         dt.Rule(match="w", target=dt.Uniform(bits=4), weight_decay=-1)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: dt.Rule(match="w", target=dt.Uniform), "must be a Target, Uniform(...), not the class"),
+        (lambda: dt.Rule(match="w", target=U4, mechanism=dt.PSG), "must be a Mechanism, PSG(...), not the class"),
+        (lambda: dt.Rule(match="w", target="psg"), "must be a Target, not 'psg'"),
+        (lambda: dt.Rule(match=3, target=U4), "Rule(match=3): must be a string"),
+        (lambda: dt.Rule(match="w", target=U4, include="@x("), "Rule(include='@x('): names with @ are \"@linear\""),
+        (lambda: dt.Rule(match="w", target=U4, fit_every=2.5), "Rule(fit_every=2.5): must be a whole number"),
+        (lambda: dt.PSG(gain="4"), "PSG(gain='4'): must be a finite number > 0"),
+        (lambda: dt.PSG(strength="x"), "PSG(strength='x'): must be a number or a schedule"),
+        (lambda: dt.PSG(eps=None), "PSG(eps=None): must be a number or a schedule"),
+        (lambda: dt.PSG(clip="no"), "PSG(clip='no'): must be True or False"),
+        (lambda: dt.PSG(toward=3), "PSG(toward=3): must be a Target or None"),
+        (lambda: dt.PSG(start=1.5), "PSG.start=1.5: a fraction of training must lie in [0, 1]"),
+        (lambda: dt.PSG(clip_start=-1), "PSG.clip_start=-1: a step number must be >= 0"),
+        (lambda: dt.Clip(start="late"), "Clip.start='late': must be a step number"),
+        (lambda: dt.PSG.paper(lambda_s=-1), "PSG.paper(lambda_s=-1): must be a number > 0"),
+        (lambda: dt.compress(small_net(), "uniform-w4"), "give detent.Recipe.preset('uniform-w4')"),
+        (lambda: dt.attach(small_net(), torch.optim.SGD([torch.zeros(1)]), "psg-w4"), "preset('psg-w4')"),
+    ],
+)
+def test_what_has_the_wrong_type_is_named(make: Callable[[], Any], says: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        make()
+    assert says in str(caught.value)
+
+
+class WithTokens(nn.Module):
+    """Parameters of the model's own come before, and after, those of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.randn(1, 6, 4))
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.body = nn.Conv2d(4, 4, 3)
+        self.fc = nn.Linear(4, 2)
+        self.mask_token = nn.Parameter(torch.randn(2, 3, 3, 3))
+
+
+def test_first_last_and_kernels_are_those_of_layers() -> None:
+    grid = dt.Uniform(bits=8)
+    rules = [
+        dt.Rule(match="@first", target=grid),
+        dt.Rule(match="@last", target=dt.Uniform(bits=7), include="@linear"),
+        dt.Rule(match="@kernels", target=dt.KernelCodebook(size=4)),
+    ]
+    plan = dt.Recipe(rules).resolve(WithTokens())
+    assert {c.name: c.rule for c in plan.claimed} == {"conv.weight": 0, "body.weight": 2, "fc.weight": 1, "fc.bias": 1}

@@ -31,7 +31,7 @@ _MECHANISMS = _TARGETS | {"targets"}
 _SPECS = _MECHANISMS | {"mechanisms"}
 _RECIPE = _SPECS | {"sharding", "specs"}
 _LIVES = _RECIPE | {"recipe"}
-_ENGINE = _LIVES | {"batchnorm", "lives", "optimizers"}
+_ENGINE = _LIVES | {"batchnorm", "claimed", "lives", "optimizers"}
 _PACK = _ENGINE | {"engine"}
 _CORE = _PACK | {"pack"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -43,7 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "specs": _SPECS,
     "recipe": _RECIPE,
     "batchnorm": {"recipe"},
-    "lives": _LIVES | {"batchnorm"},
+    "claimed": _LIVES,
+    "lives": _LIVES | {"batchnorm", "claimed"},
     "optimizers": {"sharding"},
     "engine": _ENGINE,
     "pack": _PACK,

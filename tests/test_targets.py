@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -261,9 +262,10 @@ def test_scales_are_rounded_before_anything_is_projected(param_dtype: str) -> No
     assert params["scale"].dtype == getattr(torch, param_dtype)
 
 
-def test_at_bits_is_never_worse_than_a_fresh_fit() -> None:
+@pytest.mark.parametrize("fitted", ["minmax", "ema", "mse", "alternate", "interval"])
+def test_at_bits_is_never_worse_than_a_fresh_fit(fitted: Any) -> None:
     w = torch.randn(30, 4)
-    trained = dt.Uniform(bits=3)
+    trained = dt.Uniform(bits=3, range=fitted)
     params = trained.fit(w)
     clicked = trained.project(w, params)
     finer, finer_params = trained.at_bits(clicked, params, 4)
@@ -271,7 +273,7 @@ def test_at_bits_is_never_worse_than_a_fresh_fit() -> None:
     assert torch.equal(finer.project(clicked, finer_params), clicked), "a 3-bit grid lies inside a 4-bit one"
     for bits in (2, 4, 6):
         at, at_params = trained.at_bits(w, params, bits)
-        fresh = dt.Uniform(bits=bits)
+        fresh = dt.Uniform(bits=bits, range=fitted)
         error = float((at.project(w, at_params) - w).square().sum())
         assert error <= float((fresh.project(w, fresh.fit(w)) - w).square().sum()) * (1 + 1e-6)
     same, same_params = trained.at_bits(w, params, 3)

@@ -11,14 +11,13 @@ measured on those held out: that is how settings are looked for, and how the riv
 from __future__ import annotations
 
 import json
-import math
 import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -71,9 +70,9 @@ def admm(**changes: Any) -> dt.ADMM:
     return replace(dt.ADMM(rho=5e-3, growth=1.5, every=UNTIL / PERIODS, until=UNTIL, metric="fisher"), **changes)
 
 
-def masked() -> dt.Masked:
-    """The plain rival, its survivors chosen in the same metric."""
-    return dt.Masked(start=0.05, metric="fisher")
+def masked(metric: Literal["euclidean", "fisher"]) -> dt.Masked:
+    """The plain rival: by magnitude, or its survivors chosen in the same metric as ADMM's."""
+    return dt.Masked(start=0.05, metric=metric)
 
 
 def ladder(rate: float) -> list[float]:
@@ -193,16 +192,24 @@ JOBS: dict[str, Job] = {
     ),
 }
 STANDARD = ("dense", "published71", "prune167", "prune246", "prune350", "binary", "binary-then-ste", "prune246-w3")
-RIVALS = ("prune246", "oneshot246", "imp246", "magnitude246", "fixed246", "nofinish246")
+RIVALS = (
+    *("prune246", "oneshot246", "onemagnitude246", "impfisher246", "imp246", "magnitude246", "fixed246"),
+    "nofinish246",
+)
 KINDS: dict[str, tuple[str, Callable[[float], dt.Recipe]]] = {
     "prune": ("progressive ADMM", lambda rate: prune(ladder(rate), admm())),
     "ratio": ("progressive ADMM with the published layers' parts", lambda rate: prune_published(admm(), rate)),
     "oneshot": ("one-shot ADMM", lambda rate: prune([rate], admm())),
-    "imp": ("iterative magnitude pruning", lambda rate: prune(ladder(rate), masked())),
-    "magnitude": ("one-shot magnitude pruning, then masked retraining", lambda rate: prune([rate], masked())),
+    "onemagnitude": ("one-shot ADMM, survivors by magnitude", lambda rate: prune([rate], admm(metric="euclidean"))),
+    "imp": ("iterative magnitude pruning", lambda rate: prune(ladder(rate), masked("euclidean"))),
+    "impfisher": ("iterative Fisher pruning", lambda rate: prune(ladder(rate), masked("fisher"))),
+    "magnitude": (
+        "one-shot magnitude pruning, then masked retraining",
+        lambda rate: prune([rate], masked("euclidean")),
+    ),
     "fixed": ("progressive ADMM with rho fixed at its geometric mean", lambda rate: prune(ladder(rate), fixed())),
     "nofinish": (
-        "one-shot ADMM to the end, with no feasibility steps",
+        "one-shot ADMM to the end, survivors by magnitude, with no feasibility steps",
         lambda rate: prune([rate], admm(until=None, every=1 / PERIODS, metric="euclidean")),
     ),
     "nogrowth": ("one-shot ADMM with rho fixed at its first value", lambda rate: prune([rate], admm(growth=1.0))),
@@ -236,27 +243,12 @@ def job_of(name: str) -> Job:
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def rate_factor(step: int, recipe: dt.Recipe | None, total: int) -> float:
-    """The learning rate's factor: in every stage, periods of 1, 0.1, 0.01 up to the mapping, then a cosine down.
-
-    Without ADMM in the stage (dense training, masks alone) it is the cosine over the whole stage.
-    """
-    first, past, until, every = 0, total, 0, 1
-    if recipe is not None:
-        for (begin, end), rules in zip(recipe.bounds(total), recipe.stage_rules(), strict=True):
-            assert end is not None
-            if begin <= step < end:
-                pulls = [m for i in rules if isinstance(m := recipe.rules[i].mechanism, dt.ADMM)]
-                first, past = begin, end
-                if pulls:
-                    length = end - begin
-                    until = length if pulls[0].until is None else round(pulls[0].until * length)
-                    every = max(round(pulls[0].every * length), 1)
-    at = step - first
-    if at < until:
-        return 0.1 ** int(3 * (at % every) / every)
-    base = RETRAIN if until else 1.0
-    return base * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (at - until) / max(past - first - until, 1))))
+def rate_factor(recipe: dt.Recipe | None, total: int) -> Callable[[int], float]:
+    """The learning rate's factor by step: ADMM's periods up to every mapping, cosines down after it."""
+    scratch = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    if recipe is None:
+        return dt.periodic_rate(scratch, total, until=0, total=total, floor=0.01).lr_lambdas[0]
+    return dt.periodic_rate(scratch, recipe, total=total, retrain=RETRAIN, floor=0.01).lr_lambdas[0]
 
 
 class LeNetTrainer(Trainer):
@@ -266,9 +258,10 @@ class LeNetTrainer(Trainer):
         super().__init__(experiment, *args, **kwargs)
         self.recipe = recipe
         self.base = [group["lr"] for group in self.optimizer.param_groups]
+        self.factor = rate_factor(recipe, self.total)
 
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
-        factor = rate_factor(self.step, self.recipe, self.total)
+        factor = self.factor(self.step)
         for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
             group["initial_lr"] = base * factor
         return super()._step(x, y)
@@ -421,7 +414,7 @@ def record(name: str, options: Options, folder: Path, command: str) -> Path | No
         seeds=[r["seed"] for r in results],
         config=config,
         results={"summary": summary, "seeds": results},
-        notes=f"Retraining after the mapping at {RETRAIN:g} times the rate. "
+        notes=f"Retraining after a mapping at {RETRAIN:g} times the rate (ADMM's and plain masks' alike). "
         "Accuracies in % on the test split, read once after the last epoch; every seed starts from a dense "
         "network of its own. Settings were chosen on images held out from the train split. Rates count weights, "
         "not indices, of the 430,500; bytes are those of the file, indices and biases included. Seconds are those of "

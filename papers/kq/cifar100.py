@@ -113,7 +113,29 @@ def cluster_errors(kernels: list[Tensor], seed: int) -> list[dict[str, Any]]:
                 "error": gap / energy,
             }
         )
+    rows += [_unit_norm(kernels, size, seed) for size in (64, 256)]
     return rows
+
+
+def _unit_norm(kernels: list[Tensor], size: int, seed: int) -> dict[str, Any]:
+    """Kernels of norm 1 out of one codebook, each with a sign and a norm of 4 bits (a grid a layer): does it pay?"""
+    flat = [w.reshape(-1, 9) for w in kernels]
+    norms = [w.norm(dim=1, keepdim=True).clamp_min(1e-12) for w in flat]
+    largest = [w.gather(1, w.abs().argmax(1, keepdim=True)) for w in flat]
+    signs = [torch.where(x < 0, -1.0, 1.0) for x in largest]
+    alike = torch.cat([w / n * s for w, n, s in zip(flat, norms, signs, strict=True)]).reshape(-1, 1, 3, 3)
+    book = dt.KernelCodebook(size=size, book="layer", codebook_bits=None, seed=seed)
+    directions = book.project(alike, book.fit(alike)).reshape(-1, 9).split([len(w) for w in flat])
+    gap, grid = 0.0, dt.Uniform(bits=5, zero=False)  # 16 positive levels of a symmetric grid: 4 bits
+    for w, direction, sign in zip(flat, directions, signs, strict=True):
+        unit = direction * sign
+        scale = ((w * unit).sum(1) / unit.square().sum(1).clamp_min(1e-12)).clamp_min(1e-12)
+        gap += float((grid.project(scale, grid.fit(scale))[:, None] * unit - w).double().square().sum())
+    units, weights = len(alike), sum(w.numel() for w in kernels)
+    bits = units * (math.ceil(math.log2(size)) + 1 + 4) + 32 * (size * 9 + len(kernels))
+    energy = sum(float(w.double().square().sum()) for w in kernels)
+    name = f"global K={size}, unit norm, sign, 4-bit scale"
+    return {"scheme": name, "codebook_bits": None, "bits_per_weight": bits / weights, "error": gap / energy}
 
 
 @app.command()
@@ -161,7 +183,7 @@ EIGHT_REST = {
     "pinned": True,
 }
 LEARN = {"kind": "CodebookLearning"}
-# Weight by weight at about as many bits: 1 bit a weight and log2 3 = 1.58, each with a scale a channel.
+# Weight by weight, a scale a channel: 1 bit, and three levels (1.58; 2 bits where codes are not entropy coded).
 BINARY = {"kind": "Binary", "granularity": "channel"}
 TERNARY = {"kind": "Ternary", "granularity": "channel"}
 RIVALS: dict[str, dict[str, Any] | None] = {
@@ -169,6 +191,7 @@ RIVALS: dict[str, dict[str, Any] | None] = {
     "kq-512": kernels(codebook(512), LEARN),
     "kq-512-sum": kernels(codebook(512), {**LEARN, "reduce": "sum"}),
     "kq-2048": kernels(codebook(2048), LEARN),
+    "kq-2304": kernels(codebook(2304), LEARN),
     "ste-w1": kernels(BINARY, {"kind": "STE"}),
     "ste-w1.58": kernels(TERNARY, {"kind": "STE"}),
 }

@@ -1,12 +1,14 @@
 """Mirror descent and its rivals with one bit (or a trit) in every layer: CIFAR-10, or digits in minutes.
 
     python -m papers.md.cifar10 --data-dir ../shared --model resnet20 --epochs 100 [--only md-tanh] [--resume]
+    python -m papers.md.cifar10 --data-dir ../shared --model resnet18 --paper --precision bf16 --only md-tanh [--resume]
     python -m papers.md.cifar10 --model digits --epochs 15 --tune --seed 0 --seed 1 --seed 2
 
 The paper's mode: BatchNorm without gain and shift, Xavier weights, every tensor that is left, biases included, on
 {-1, 1} without a scale; `--scale` gives each tensor its own. Every rival has the same data, order, epochs, network and
 optimizer (Adam) and as many trials of its learning rate: `--tune` reads each of `--lr` on images held out from the
-train split, the best goes into the run that reads the test split, once, at the last epoch.
+train split, the best goes into the run that reads the test split, once, at the last epoch. `--paper` is the published
+recipe instead: 100,000 steps, the rate times 0.3 every 30,000 of them, beta times 1.02 every 200.
 """
 
 from __future__ import annotations
@@ -67,20 +69,41 @@ def network(name: str, classes: int = 10) -> nn.Module:
     return made
 
 
-def recipe(rival: str, scale: bool) -> dict[str, Any] | None:
+# Published for ResNet-18 on CIFAR-10 (MD-tanh-S and PMF; GD-tanh as MD): beta times a factor every so many steps.
+GROWTH = {
+    "md-tanh": {"kind": "Growth", "factor": 1.02, "every": 200, "last": 1e35},
+    "gd-tanh": {"kind": "Growth", "factor": 1.02, "every": 200, "last": 1e35},
+    "pmf": {"kind": "Growth", "factor": 1.1, "every": 1000, "last": 1e4},
+}
+PAPER_EPOCHS = 285  # 100,000 steps of 128 out of the 45,000 images that are not held out
+
+
+def recipe(rival: str, scale: bool, paper: bool) -> dict[str, Any] | None:
     """Every tensor on the levels, biases too."""
     mechanism = RIVALS[rival]
     if mechanism is None:
         return None
+    if paper and rival in GROWTH:
+        mechanism = {k: v for k, v in mechanism.items() if k != "hard_start"} | {"beta": GROWTH[rival]}
     kind = "Ternary" if rival.endswith("ternary") else "Binary"
     target = {"kind": kind} if scale else {"kind": kind, "scale": None}
     return {"rules": [{"match": "(weight|bias)$", "include": "bias$", "target": target, "mechanism": mechanism}]}
 
 
 def experiment(
-    rival: str, model: str, epochs: int, lr: float, seeds: list[int], *, scale: bool, holdout: int, **extra: Any
+    rival: str,
+    model: str,
+    epochs: int,
+    lr: float,
+    seeds: list[int],
+    *,
+    scale: bool,
+    holdout: int,
+    paper: bool = False,
+    **extra: Any,
 ) -> Experiment:
     """One rival at one rate; `holdout` images of the train split are kept apart."""
+    steps = {"kind": "step", "milestones": [n * 30_000 / 352 for n in (1, 2, 3)], "gamma": 0.3}
     images: dict[str, Any] = {
         "name": "data/cifar10",
         "label": "label",
@@ -100,9 +123,9 @@ def experiment(
             "model": "papers.md.cifar10:network",
             "model_args": {"name": model},
             "data": images | {"holdout": holdout},
-            "recipe": recipe(rival, scale),
+            "recipe": recipe(rival, scale, paper),
             "optimizer": {"name": "Adam", "args": {"lr": lr}},
-            "schedule": {"kind": "cosine"},
+            "schedule": steps if paper else {"kind": "cosine"},
             "batch_size": 64 if model == "digits" else 128,
             "epochs": epochs,
             "channels_last": model != "digits",
@@ -128,7 +151,7 @@ def tuned(
 def main(
     data_dir: Annotated[Path | None, typer.Option(help="folder with data/cifar10", envvar="DETENT_SHARED")] = None,
     model: Annotated[str, typer.Option(help="resnet8, resnet20, resnet18 or digits")] = "resnet20",
-    epochs: Annotated[int, typer.Option(min=1)] = 100,
+    epochs: Annotated[int | None, typer.Option(min=1, help="100 if absent; 285 with --paper")] = None,
     out: Annotated[Path, typer.Option()] = Path("runs/md"),
     only: Annotated[list[str] | None, typer.Option(help=f"one of {', '.join(RIVALS)}; may be repeated")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="may be repeated")] = None,
@@ -138,6 +161,8 @@ def main(
     scale: Annotated[bool, typer.Option("--scale", help="a scale a tensor instead of +-1")] = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="cut every run short: a trial")] = None,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="the published rates and beta of ResNet-18")] = False,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 (autocast) where the CPU has AMX")] = "fp32",
     record_as: Annotated[str | None, typer.Option(help="write benchmarks/records/NAME.json")] = None,
     resume: Annotated[bool, typer.Option("--resume")] = False,
 ) -> None:
@@ -152,7 +177,12 @@ def main(
         raise typer.BadParameter("--lr: several rates need --tune")
     if tune_epochs is not None and not tune:
         raise typer.BadParameter("--tune-epochs: needs --tune")
-    kinds: dict[str, Any] = {"scale": scale, "threads": threads}
+    if paper and (model != "resnet18" or tune):
+        raise typer.BadParameter("--paper: published for --model resnet18, and nothing is tuned")
+    if precision not in ("fp32", "bf16"):
+        raise typer.BadParameter(f"--precision {precision}: must be fp32 or bf16")
+    epochs = epochs or (PAPER_EPOCHS if paper else 100)
+    kinds: dict[str, Any] = {"scale": scale, "threads": threads, "paper": paper, "precision": precision}
     if max_steps is not None:
         kinds["extra"] = {"max_steps": max_steps}
     if threads is not None:
@@ -160,7 +190,7 @@ def main(
     results: dict[str, Any] = {}
     config = {"model": model, "epochs": epochs, "rates": rates, "tuned": tune, "scale": scale, "max_steps": max_steps}
     length = tune_epochs or epochs
-    config["tune_epochs"] = length if tune else None
+    config |= {"tune_epochs": length if tune else None, "paper": paper, "precision": precision}
     record = Record(
         name=record_as or f"md-{model}",
         question="With one bit in every layer, which of mirror descent's family keeps the most accuracy?",
@@ -175,7 +205,7 @@ def main(
             rate, tried = rates[0], {}
             if tune:
                 rate, tried = tuned(name, model, length, rates, folder, data_dir, **kinds)
-            plan = experiment(name, model, epochs, rate, seeds, holdout=0, **kinds)
+            plan = experiment(name, model, epochs, rate, seeds, holdout=HOLDOUT if paper else 0, **kinds)
             runs = [one_seed(plan, n, folder / f"seed{n}", data_dir, folder, resume, console) for n in seeds]
             results[name] = {"lr": rate, "held_out": tried, "summary": summary(runs)}
             console.print(f"{name}: lr {rate:g}, {_line(results[name]['summary'])}")

@@ -44,7 +44,7 @@ RECORDS = ROOT / "benchmarks" / "records"
 WIDTHS = (3, 2, 4)
 CALIBRATE = 1000  # train images for BatchNorm re-estimation
 # A change here can change a number; every row says which version of it made the row.
-CODE = ("src/detent/mechanisms", "src/detent/targets", "src/detent/engine.py", "src/detent/lives.py")
+CODE = tuple(f"src/detent/{part}" for part in ("mechanisms", "targets", "engine.py", "lives.py", "claimed.py"))
 
 
 # --- variants -----------------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from detent.claimed import refuse_stages
 from detent.data import Batches, ImageSet, digits, load_images
 from detent.export import Activations, onnx_latency, to_compressed_tensors, to_onnx
-from detent.lives import Encoded, refuse_stages
+from detent.lives import Encoded
 from detent.pack import CODINGS, Writer, load, sizes
 from detent.pack.frames import MAGIC
 from detent.pack.header import DTYPES

@@ -1,4 +1,4 @@
-"""The engine: attaches a recipe to a model and its optimizers by their own hooks, and owns clock, state and lives."""
+"""The engine: attaches a recipe to a model and its optimizers by their own hooks, and owns clock, state and claimed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from detent import lives, optimizers, sharding
-from detent.lives import Entry, Lives, Statistics, by_rule, fit_pull, fit_target, named_parameters
+from detent import claimed, optimizers, sharding
+from detent.batchnorm import Statistics, install
+from detent.claimed import Entry, by_rule, fit_pull, fit_target, named_parameters
+from detent.lives import Lives
 from detent.mechanisms import Clock, Slot
-from detent.recipe import Plan, Recipe
+from detent.recipe import Plan, Recipe, refuse_no_recipe
 
 __all__ = ["Run", "attach", "compress"]
 
@@ -56,6 +58,12 @@ class _Driver:
     @property
     def params(self) -> list[Tensor]:
         return [entry.param for entry in self.standing]
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether the optimizer still moves the tensors that are known here."""
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return all(id(entry.param) in held for entry in self.standing)
 
     def enter(self, stage: int) -> None:
         """Be in a stage: what it claims is trained, what only earlier ones claimed is kept."""
@@ -116,6 +124,7 @@ def attach(
     given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     if not given:
         raise ValueError("attach(optimizer=[]): give at least one optimizer, or use detent.compress")
+    refuse_no_recipe(recipe, "attach")
     sharding.refuse_flattened(model)
     sharding.reshard(model)
     plan = recipe.resolve(model)
@@ -150,7 +159,8 @@ def compress(model: nn.Module, recipe: Recipe) -> Run:
         ...     print(len(model.weight.unique()) <= 3)
         True
     """
-    lives.refuse_stages(recipe, "compress")
+    refuse_no_recipe(recipe, "compress")
+    claimed.refuse_stages(recipe, "compress")
     # A file of this run must not say that weights were pulled.
     run = Run(model, recipe.without_mechanisms().resolve(model), [], None, "raise")
     fit_target(run._entries)
@@ -187,10 +197,10 @@ class Run(Lives):
         self._drivers = [_Driver(optimizer=each) for each in attached]
         if attached:
             self._bounds = plan.recipe.bounds(total_steps)
-            self._all = [e for i in range(len(plan.stages)) for e in lives.entries_of(model, plan, {}, stage=i)]
+            self._all = [e for i in range(len(plan.stages)) for e in claimed.entries_of(model, plan, {}, stage=i)]
             self._assign()
         else:
-            self._all = lives.entries_of(model, plan, {})
+            self._all = claimed.entries_of(model, plan, {})
         self._refresh()
 
     # --- attaching ------------------------------------------------------------------------------------------------
@@ -216,7 +226,7 @@ class Run(Lives):
             driver.stages[entry.stage].append(entry)
         for driver in self._drivers:
             driver.enter(driver.stage)
-        lives.refuse_split_rules(
+        claimed.refuse_split_rules(
             {e.name: i for i, d in enumerate(self._drivers) for s in d.stages for e in s}, self._all
         )
 
@@ -234,7 +244,7 @@ class Run(Lives):
             for entry in self._all:  # a fraction that cannot be resolved is found now, not at step 3,000
                 entry.check_moments(self._steps_of(entry.stage))
             if not any(entry.param.is_meta for entry in self._all):
-                lives.rehearse(self._all, self.plan)
+                claimed.rehearse(self._all, self.plan)
                 self._open(self._drivers)
         except Exception:
             self.detach()
@@ -359,21 +369,23 @@ class Run(Lives):
     def _before(self, driver: _Driver, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._closed:
             return None
-        if self._inside:
-            raise RuntimeError("optimizer.step() inside run.compressed(): leave the compressed life before training on")
+        self._refuse_inside("optimizer.step()")
         if driver.pending and optimizers.is_nested_step(driver.optimizer):
             driver.nested += 1
             return None
         self._repair(driver)
         seen: list[tuple[Entry, int, bool]] = []
         replay = optimizers.replay_closure(args, kwargs, lambda: any(entry.mark() != (v, g) for entry, v, g in seen))
-        driver.skip = optimizers.moves_nothing(driver.optimizer, driver.params)
+        driver.skip = optimizers.moves_nothing(driver.optimizer, driver.params, fresh=driver.step == 0)
         if driver.skip:
             # A step at rate 0 still writes (w += 0): only what nobody else had written before it stays ours.
             driver.clean = [entry for entry in driver.standing if entry.is_ours]
+            if driver.holds_all:  # no gradient comes to tensors that the model has let go of
+                claimed.refuse_replaced(self.model, driver.standing, attached=True)
             return replay
         self._follow(driver)
-        self._refuse_foreign_writes(driver.standing)
+        claimed.refuse_replaced(self.model, driver.standing, attached=True)
+        claimed.refuse_foreign_writes(driver.standing)
         if self._awaiting_state:
             kept = ", ".join(sorted({m for e in self._all for m in e.mechanism.memory}) or ["the stage it is in"])
             raise RuntimeError(
@@ -445,7 +457,7 @@ class Run(Lives):
             raise RuntimeError("run.after_step() without run.before_step(): call both around one optimizer step")
         if not driver.checked_copies:
             # Before any mechanism moves a weight away from its copy.
-            optimizers.refuse_copies_in_state(driver.optimizer, ((e.name, e.param) for e in driver.entries))
+            optimizers.refuse_copies_in_state(driver.optimizer, [(e.name, e.param, e.group) for e in driver.entries])
             driver.checked_copies = True
         clock = self._clock(driver)
         with torch.no_grad():
@@ -505,6 +517,7 @@ class Run(Lives):
             install=entry.install,
             moments=lambda: optimizers.moments(driver.optimizer, entry.param),
             frozen=self._frozen(driver, entry),
+            pruned=entry.zeros,
             plain=isinstance(driver.optimizer, torch.optim.SGD),
             decay=lambda: optimizers.decoupled_decay(driver.optimizer, entry.group, entry.param.dim(), driver.probed),
             grad_scale=getattr(driver.optimizer, "grad_scale", None),
@@ -550,9 +563,9 @@ class Run(Lives):
                     continue
             elif after:
                 continue
-            wanted = clock.step % every == phase or mine[0].mechanism.wants_fit(clock)
-            due = wanted and (until is None or clock.step < until)
-            if not (missing or due):
+            asked = mine[0].mechanism.wants_fit(clock)
+            open_yet = until is None or clock.step < until or (asked and rule.fit_until is None)
+            if not (missing or (open_yet and (asked or clock.step % every == phase))):
                 continue
             if mine[0].pull.fits_together:
                 mine = [entry for entry in self._all if entry.claim.rule == index]
@@ -595,30 +608,19 @@ class Run(Lives):
         driver.pending, driver.slots, driver.copies = False, [], []
         self._adopt(driver)
 
-    def _refuse_foreign_writes(self, entries: list[Entry]) -> None:
-        for entry in entries:
-            if not entry.is_ours:
-                raise RuntimeError(
-                    f"{entry.name!r} was written by someone else since the last step (a load_state_dict after "
-                    "attach?); call run.rebind(adopt=True) to go on from the new values"
-                )
-
     def _settle(self) -> None:
         """Between steps: repair what raised, and make sure nobody else wrote the claimed weights."""
         for driver in self._drivers:
             self._repair(driver)
-        if not self._drivers and lives.still_fits(self._entries):
+        claimed.refuse_replaced(self.model, self._entries, attached=bool(self._drivers))
+        if not self._drivers and claimed.still_fits(self._entries):
             self._adopt()
-        self._refuse_foreign_writes(self._entries)
+        claimed.refuse_foreign_writes(self._entries)
 
     def _follow(self, driver: _Driver) -> None:
         """Find parameters again that were replaced after attach (FSDP2, accelerate, model.to)."""
-        held = {id(p) for group in driver.optimizer.param_groups for p in group["params"]}
-        if all(id(entry.param) in held for entry in driver.standing) and not any(
-            entry.pull_params is None for entry in driver.entries
-        ):
-            return
-        self.rebind()
+        if not driver.holds_all or any(entry.pull_params is None for entry in driver.entries):
+            self.rebind()
 
     def rebind(self, model: nn.Module | None = None, *, adopt: bool = False) -> None:
         """Find the claimed parameters again by name, after they were replaced or written by someone else.
@@ -640,6 +642,7 @@ class Run(Lives):
             >>> _ = model.load_state_dict({"weight": torch.eye(4), "bias": torch.zeros(4)})
             >>> run.rebind(adopt=True)
         """
+        self._refuse_inside("run.rebind()")
         self.model = self.model if model is None else model
         sharding.reshard(self.model)
         named = named_parameters(self.model)
@@ -705,8 +708,8 @@ class Run(Lives):
             raise ValueError(
                 f"state has {len(state_dict.get('steps', ()))} optimizer clocks, this run has {len(self._drivers)}"
             )
-        claimed = {entry.name for entry in self._all}
-        for odd in sorted(set(state_dict["weights"]) - claimed)[:1]:
+        mine = {entry.name for entry in self._all}
+        for odd in sorted(set(state_dict["weights"]) - mine)[:1]:
             raise ValueError(f"Detent state and recipe disagree: {odd!r} is in only one of them")
         for driver, step in zip(self._drivers, state_dict["steps"], strict=True):
             mine = {entry.name for entries in driver.stages for entry in entries}
@@ -728,6 +731,7 @@ class Run(Lives):
         return rest
 
     def _load_driver(self, driver: _Driver, state: Mapping[str, Any]) -> None:
+        self._refuse_inside("loading a state")
         if state.get("version") != _STATE_VERSION:
             raise ValueError(f"Detent state has version {state.get('version')!r}; this release reads {_STATE_VERSION}")
         step = int(state["step"])
@@ -737,10 +741,10 @@ class Run(Lives):
                 entry.forget()
             driver.enter(stage)
             self._refresh()
-        claimed = {entry.name for entry in driver.standing}
+        mine = {entry.name for entry in driver.standing}
         given = {name for name, value in state["weights"].items() if value is not None}
-        if claimed != given:
-            odd = sorted(claimed ^ given)[0]
+        if mine != given:
+            odd = sorted(mine ^ given)[0]
             raise ValueError(f"Detent state and recipe disagree: {odd!r} is in only one of them")
         for entry in driver.standing:
             entry.check_places(state["weights"][entry.name])
@@ -770,6 +774,8 @@ class Run(Lives):
             3
         """
         life = self._life(None, None)
+        for entry, target, _ in life:
+            claimed.refuse_nonfinite(entry.name, entry.hidden_whole(), target)
         statistics = self.statistics()
         sharding.reshard(self.model)
         with torch.no_grad():
@@ -777,7 +783,7 @@ class Run(Lives):
                 entry.write(entry.map_whole(target.project, target, params, entry.hidden()))
                 entry.state.clear()
             if statistics is not None:
-                lives.install(self.model, statistics)
+                install(self.model, statistics)
         sharding.reshard(self.model)
         self._adopt()
         self.detach()

@@ -99,12 +99,17 @@ def is_nested_step(optimizer: Any) -> bool:
     return found > 1
 
 
-def moves_nothing(optimizer: Any, claimed: Sequence[Tensor]) -> bool:
+def moves_nothing(optimizer: Any, claimed: Sequence[Tensor], *, fresh: bool) -> bool:
     """Whether the step that is due is no training step: it must not tick, and no mechanism may touch it.
 
     That is a step at rate 0 (warm-up, checkpoint code), a step that only makes an optimizer create its state
     (checkpoint code: no state yet, every gradient 0), or a fused step under GradScaler that found an overflow and
     skips inside. Every process that shares a sharded parameter gives the same answer.
+
+    Args:
+        optimizer: the optimizer.
+        claimed: its claimed parameters.
+        fresh: it has made no step yet. Later a step with no gradient is one: weight decay moves the weights in it.
     """
     groups = optimizer.param_groups
     if all(float(group.get("lr", 1.0)) == 0.0 for group in groups):
@@ -112,7 +117,7 @@ def moves_nothing(optimizer: Any, claimed: Sequence[Tensor]) -> bool:
     found = getattr(optimizer, "found_inf", None)
     if found is not None and bool(found):
         return True
-    if getattr(optimizer, "state", True):
+    if not fresh or getattr(optimizer, "state", True):
         return False
     grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     return not sharding.anywhere(any(bool(_values(grad).any()) for grad in grads), claimed)
@@ -145,7 +150,7 @@ def check_finite_gradients(named: Mapping[str, Tensor], claimed: Sequence[Tensor
     if grads:
         norms = torch._foreach_norm(list(grads.values()))
         # A norm may overflow where no entry is bad, so only the entries decide.
-        if not bool(torch.isfinite(torch.stack([norm.float() for norm in norms]).sum())):
+        if not bool(torch.isfinite(torch.stack([norm.float().to(norms[0].device) for norm in norms]).sum())):
             bad = [name for name, grad in grads.items() if not bool(torch.isfinite(grad).all())]
     if sharding.anywhere(bool(bad), claimed):
         what = f"the gradient of {bad[0]!r}" if bad else "a gradient held by another process"
@@ -175,23 +180,56 @@ def refuse_unfollowable(optimizer: Any) -> None:
         )
 
 
-def refuse_copies_in_state(optimizer: Any, named: Iterable[tuple[str, Tensor]]) -> None:
-    """After the first step, look for a master copy: state that equals the weight itself.
+def refuse_copies_in_state(optimizer: Any, named: Iterable[tuple[str, Tensor, int]]) -> None:
+    """After the first step, look for a master copy: state that equals the weight itself, and that steps start from.
+
+    Args:
+        optimizer: the optimizer.
+        named: name, parameter and index of its group.
 
     Raises:
         RuntimeError: naming the parameter and the key of its copy.
     """
-    for name, param in named:
+    for name, param, group in named:
         own = getattr(optimizer, "state", {}).get(param, {})
         w = sharding.local(param)
         for key, value in own.items():
             if isinstance(value, Tensor) and value.shape == param.shape and value.is_floating_point():
                 same = sharding.local(value).to(w.dtype)
-                if same.data_ptr() != w.data_ptr() and bool(w.any()) and torch.equal(same, w):
+                alike = same.data_ptr() != w.data_ptr() and bool(w.any()) and torch.equal(same, w)
+                if alike and not _starts_from_the_weight(optimizer, group, param.dim()):
                     raise RuntimeError(
                         f"{type(optimizer).__name__} keeps a second copy of {name!r} in its state "
                         f"({key!r}), so the weights Detent sees are not the ones it moves; not supported yet"
                     )
+
+
+def _starts_from_the_weight(optimizer: Any, group: int, dims: int) -> bool:
+    """Whether a step starts from the weight as it is (ASGD, whose state is an average of it), found by trying.
+
+    A weight that was moved between two steps without a gradient stays moved, unless a copy of it is written back.
+    """
+    scratch = nn.Parameter(torch.ones((2,) * max(dims, 1), dtype=torch.float64))
+    scratch.grad = torch.zeros_like(scratch)
+    try:
+        probe = _scratch_optimizer(optimizer, optimizer.param_groups[group], scratch, rate=1e-3, decay=0.0)
+        probe.step()
+        with torch.no_grad():
+            scratch.add_(1.0)
+        probe.step()
+    except Exception:
+        return False  # what cannot be tried is taken for what it looks like
+    return bool((scratch.detach() > 1.5).all())
+
+
+def _scratch_optimizer(
+    optimizer: Any, options: Mapping[str, Any], scratch: nn.Parameter, rate: float, decay: float
+) -> Any:
+    """A fresh optimizer of the same class and options on a weight of our own."""
+    left_out = ("params", "fused", "foreach", "capturable", "initial_lr")
+    kept = {k: v for k, v in options.items() if k not in left_out}
+    kept |= {"lr": rate, **({"weight_decay": decay} if "weight_decay" in kept else {})}
+    return type(optimizer)([{**kept, "params": [scratch]}], lr=rate)
 
 
 def moments(optimizer: Any, param: Tensor) -> dict[str, Tensor]:
@@ -238,7 +276,6 @@ def decay_is_decoupled(optimizer: Any, group: Mapping[str, Any], dims: int) -> b
         RuntimeError: no such optimizer can be built, or its decay is proportional to w but not lr * decay.
     """
     rate = decay = 0.1  # not the group's: either may be zero just now, or too small to tell
-    kept = {k: v for k, v in group.items() if k not in ("params", "fused", "foreach", "capturable", "initial_lr")}
     shape = (2,) * max(dims, 1)
     start = torch.arange(1.0, 2 ** len(shape) + 1, dtype=torch.float64).reshape(shape)
     scratch = nn.Parameter(start.clone())
@@ -246,7 +283,7 @@ def decay_is_decoupled(optimizer: Any, group: Mapping[str, Any], dims: int) -> b
     advice = "put a key decoupled_weight_decay=True or False in its param_groups, or use PSG(form='gradient')"
     name = type(optimizer).__name__
     try:
-        probe = type(optimizer)([{**kept, "lr": rate, "weight_decay": decay, "params": [scratch]}], lr=rate)
+        probe = _scratch_optimizer(optimizer, group, scratch, rate, decay)
         probe.step()
         first = scratch.detach() / start
         probe.step()

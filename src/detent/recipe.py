@@ -33,11 +33,13 @@ class Rule:
 
     Args:
         match: regular expression searched in the canonical parameter name, or "@first" / "@last" for the first /
-            last weight of the model that a rule may claim, or "@kernels" for every convolution larger than 1 x 1.
+            last weight of the model that a rule may claim (named so, as `fc.weight`; and its bias, where `include`
+            names it), or "@kernels" for every convolution larger than 1 x 1.
         target: where the weights may end; not with `keep`.
         mechanism: how training pulls them there; `None` only for `detent.compress`.
         keep: leave the parameters in full precision.
-        include: regular expression of names to claim although they are biases or normalisation weights.
+        include: regular expression of names to claim although they are biases or normalisation weights, or "@linear"
+            for the biases of all linear layers.
         pinned: `run.compressed(bits=...)` leaves this rule's target as it is.
         fit_every: steps between fits of the target, >= 1; `None` for the mechanism's default.
         fit_until: moment after which the fit is frozen; `None` for the mechanism's default.
@@ -46,7 +48,8 @@ class Rule:
         optional: the rule may end up with nothing: for recipes that are meant for any model.
 
     Raises:
-        ValueError: an invalid regular expression, or a rule with both or neither of `target` and `keep`.
+        ValueError: a field of another type, an invalid regular expression, or a rule with both or neither of `target`
+            and `keep`.
 
     Example:
         >>> Rule(match=r"^fc\\.", keep=True).keep
@@ -67,21 +70,30 @@ class Rule:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}
 
     def __post_init__(self) -> None:
-        for name in ("match", "include"):
+        for name, kind in (("target", Target), ("mechanism", Mechanism)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                called = f"{value.__name__}(...), not the class" if isinstance(value, type) else f"not {value!r}"
+                raise ValueError(f"Rule(match={self.match!r}, {name}=...): must be a {kind.__name__}, {called}")
+        for name, known in (("match", ("@first", "@last", "@kernels")), ("include", ("@linear",))):
             pattern = getattr(self, name)
-            if pattern is not None and not pattern.startswith("@"):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(f"Rule({name}={pattern!r}): not a regular expression: {error}") from None
-        if self.match.startswith("@") and self.match not in ("@first", "@last", "@kernels"):
-            raise ValueError(f'Rule(match={self.match!r}): names with @ are "@first" and "@last", and "@kernels"')
+            if pattern is None and name == "include":
+                continue
+            if not isinstance(pattern, str):
+                raise ValueError(f"Rule({name}={pattern!r}): must be a string")
+            if pattern.startswith("@") and pattern not in known:
+                names = " and ".join(f'"{each}"' for each in known)
+                raise ValueError(f"Rule({name}={pattern!r}): names with @ are {names}")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"Rule({name}={pattern!r}): not a regular expression: {error}") from None
         if self.keep == (self.target is not None):
             raise ValueError(f"Rule(match={self.match!r}): give either target= or keep=True")
         if self.mechanism is not None and self.target is None:
             raise ValueError(f"Rule(match={self.match!r}): a mechanism needs a target")
-        if self.fit_every is not None and self.fit_every < 1:
-            raise ValueError(f"Rule(fit_every={self.fit_every}): must be >= 1 step")
+        if self.fit_every is not None and not (isinstance(self.fit_every, int) and self.fit_every >= 1):
+            raise ValueError(f"Rule(fit_every={self.fit_every}): must be a whole number >= 1 of steps")
         if self.fit_until is not None:
             step_at(self.fit_until, 1, "Rule.fit_until")
         if self.weight_decay is not None and not self.weight_decay >= 0:
@@ -381,9 +393,14 @@ class Recipe:
         found = list(_parameters(model))
         for odd in [name for name, times in Counter(p.name for p in found).items() if times > 1][:1]:
             raise ValueError(f"two parameters of this model have the canonical name {odd!r}; rename one of the modules")
-        eligible = [p.name for p in found if not p.passed_over]
-        special = {"@first": {*eligible[:1]}, "@last": {*eligible[-1:]}}
-        special["@kernels"] = {p.name for p in found if math.prod(p.layout.shape[2:]) > 1}
+        eligible = [p for p in found if not p.passed_over]
+        # A position embedding or a class token of the model's own is no layer.
+        eligible = [p for p in eligible if "weight" in p.name.rsplit(".", 1)[-1]] or eligible
+        special: dict[str, set[str]] = {}
+        for where, end in (("@first", eligible[:1]), ("@last", eligible[-1:])):
+            special[where] = {p.name for p in end}
+            special[f"beside {where}"] = {p.name for p in found if p.passed_over and p.layer in {e.layer for e in end}}
+        special["@kernels"] = {p.name for p in found if p.convolution and math.prod(p.layout.shape[2:]) > 1}
         matched, taken = [0] * len(self.rules), [0] * len(self.rules)
         by_stage = [tuple(self._decide(p, mine, special, matched, taken) for p in found) for mine in self.stage_rules()]
         names = [name for p in found for name in (p.name, *p.aliases)]
@@ -407,8 +424,9 @@ class Recipe:
         passed = ""
         for i in mine:
             rule = self.rules[i]
+            named = p.linear_bias if rule.include == "@linear" else re.search(rule.include or "(?!)", p.name)
             if rule.match.startswith("@"):
-                hit = p.name in special[rule.match]
+                hit = p.name in special[rule.match] or (named and p.name in special.get(f"beside {rule.match}", ()))
             else:
                 hit = any(re.search(rule.match, name) for name in (p.name, *p.aliases))
             if not hit:
@@ -420,7 +438,6 @@ class Recipe:
                 taken[i] += 1
                 decided = (None, f"kept by rule {i} (match={rule.match!r})")
                 continue
-            named = rule.include is not None and re.search(rule.include, p.name)
             if p.passed_over and not named:
                 passed = passed or f"passed over: {p.passed_over}; name it in include= to claim it"
                 continue
@@ -515,6 +532,20 @@ class _Found:
     layout: Layout
     dtype: torch.dtype
     passed_over: str
+    layer: int
+    convolution: bool
+    linear_bias: bool
+
+
+def refuse_no_recipe(recipe: Any, who: str) -> None:
+    """Refuse what is no recipe, above all the name of one.
+
+    Raises:
+        ValueError: saying what to give instead.
+    """
+    if not isinstance(recipe, Recipe):
+        advice = f"detent.Recipe.preset({recipe!r})" if isinstance(recipe, str) else "a detent.Recipe"
+        raise ValueError(f"{who}(recipe={recipe!r}): must be a Recipe; give {advice}")
 
 
 def canonical_name(name: str) -> str:
@@ -554,6 +585,9 @@ def _parameters(model: nn.Module) -> Iterator[_Found]:
                 conv_groups=int(module.groups) if transposed else 1,  # type: ignore[arg-type]
             ),
             passed_over=_passed_over(first, parameter, module),
+            layer=id(module),
+            convolution=isinstance(module, nn.modules.conv._ConvNd) and parameter is module.weight,
+            linear_bias=isinstance(module, nn.Linear) and parameter is module.bias,
         )
 
 
@@ -606,7 +640,7 @@ def _paper_preset(bits: int) -> Callable[[], Recipe]:
                 match=match,
                 target=Uniform(bits=width, range="ema"),
                 mechanism=PSG.paper(lambda_s=150),
-                include=r"(fc|linear|classifier|head)\.?.*bias$",
+                include="@linear",
                 pinned=pinned,
                 fit_every=1,
                 fit_until=1.0,
@@ -640,7 +674,7 @@ def _admm_prune_preset(rate: int) -> Callable[[], Recipe]:
     def make() -> Recipe:
         def stage(kept: float) -> Stage:
             target = TopK(keep=1 / kept, scope="model")
-            rule = Rule(match=r"weight$", target=target, mechanism=ADMM(every=0.1))
+            rule = Rule(match=r"weight$", target=target, mechanism=ADMM(rho=5e-3, growth=1.5, every=0.1))
             return Stage(rules=[rule], share=0.5, name=f"prune {kept:g}x")
 
         return Recipe(stages=[stage(rate / 2), stage(rate)])

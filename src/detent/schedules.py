@@ -22,11 +22,37 @@ __all__ = [
     "Number",
     "Schedule",
     "Sigmoid",
+    "check_moment",
+    "is_number",
     "step_at",
     "value_at",
 ]
 
 Moment: TypeAlias = int | float
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a plain number (True and False are not).
+
+    Example:
+        >>> is_number(1.5), is_number(True), is_number("1.5")
+        (True, False, False)
+    """
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_moment(moment: Moment, field: str) -> None:
+    """Refuse what is no moment of any training.
+
+    Raises:
+        ValueError: another type, a negative step, or a fraction outside [0, 1].
+
+    Example:
+        >>> check_moment(0.3, "PSG.start")
+    """
+    if not is_number(moment):
+        raise ValueError(f"{field}={moment!r}: must be a step number (int) or a fraction of training (float)")
+    step_at(moment, 1, field)
 
 
 def step_at(moment: Moment, total_steps: int | None, field: str) -> int:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from detent.claimed import Entry
 from detent.engine import Run
 from detent.export.channels import CONVS, ChannelGraph, grouped
-from detent.lives import Entry, Lives
+from detent.lives import Lives
 from detent.targets import SparseLevels, Structured, TopK
 
 __all__ = ["Folded", "LayerSize", "Slimmed", "fold_dead_units", "slim"]

@@ -16,6 +16,7 @@ from detent.mechanisms.base import Clock, Mechanism, Slot
 from detent.mechanisms.projection import (
     NEVER,
     WEIGHT,
+    Masked,
     Metric,
     check_metric,
     check_rounds,
@@ -122,6 +123,8 @@ class ADMM(Mechanism):
             raise ValueError(f"ADMM(rho={self.rho}): must be a finite number > 0")
         if not (self.growth >= 1 and math.isfinite(self.growth)):
             raise ValueError(f"ADMM(growth={self.growth}): must be a finite number >= 1")
+        if self.balance and self.growth == 1:
+            raise ValueError("ADMM(balance=True, growth=1.0): balancing moves rho by growth; give one > 1")
         if not self.every > 0:
             raise ValueError(f"ADMM(every={self.every}): must be >= 1 step, or a fraction of training > 0")
         if self.until is not None and not self.until > 0:
@@ -317,14 +320,25 @@ def residuals(run: _Remembers) -> dict[str, dict[str, float]]:
     return found
 
 
+class _Staged(Protocol):
+    @property
+    def rules(self) -> Sequence[Any]: ...
+
+    def bounds(self, total_steps: int | None) -> list[tuple[int, int | None]]: ...
+
+    def stage_rules(self) -> list[range]: ...
+
+
 def periodic_rate(
     optimizer: Optimizer,
-    every: int,
+    every: int | _Staged,
     *,
     until: int | None = None,
     total: int | None = None,
     milestones: Sequence[float] = (1 / 3, 2 / 3),
     gamma: float = 0.1,
+    retrain: float = 1.0,
+    floor: float = 0.0,
 ) -> LambdaLR:
     """The learning rate ADMM wants: at its base after every update of z and u, decayed inside the period.
 
@@ -335,11 +349,15 @@ def periodic_rate(
 
     Args:
         optimizer: the optimizer, with its base learning rates.
-        every: steps of a period, >= 1: what `ADMM(every=...)` says.
-        until: step of the masked mapping, or `None` for periods to the end.
-        total: steps in the whole training, or `None`.
+        every: steps of a period, >= 1: what `ADMM(every=...)` says. Or the recipe: then period and mapping are those of
+            each of its stages, whose retraining ends with it. `Masked` maps at its `start`; a stage that maps nothing
+            has one cosine.
+        until: step of the masked mapping, or `None` for periods to the end; not with a recipe.
+        total: steps in the whole training, or `None`; needed with a recipe.
         milestones: fractions of a period in (0, 1) at which the rate is multiplied by `gamma`.
         gamma: factor in (0, 1].
+        retrain: factor > 0 on the base rate after the mapping: the few weights that are left may want larger steps.
+        floor: where the cosine after the mapping ends, as a part of its beginning, in [0, 1].
 
     Raises:
         ValueError: a value outside its range.
@@ -356,8 +374,15 @@ def periodic_rate(
 
     Reference: the training scripts behind arXiv 1903.09769.
     """
-    if every < 1:
+    recipe = None if isinstance(every, int) else every
+    if isinstance(every, int) and every < 1:
         raise ValueError(f"periodic_rate(every={every}): must be >= 1 step")
+    if recipe is not None and (total is None or until is not None):
+        raise ValueError("periodic_rate(every=recipe): needs total=, and until= is the recipe's own")
+    if not retrain > 0:
+        raise ValueError(f"periodic_rate(retrain={retrain}): must be > 0")
+    if not 0 <= floor <= 1:
+        raise ValueError(f"periodic_rate(floor={floor}): must lie in [0, 1]")
     if not 0 < gamma <= 1:
         raise ValueError(f"periodic_rate(gamma={gamma}): must lie in (0, 1]")
     if not all(0 < m < 1 for m in milestones):
@@ -365,14 +390,58 @@ def periodic_rate(
     if until is not None and total is not None and not until < total:
         raise ValueError(f"periodic_rate(until={until}, total={total}): the mapping must come before the end")
 
+    if recipe is None:
+        parts = [_Periods(first=0, past=total, start=0, every=every, until=until, after=retrain)]  # type: ignore[arg-type]
+    else:
+        parts = _periods_of(recipe, total, retrain)
+
     def factor(step: int) -> float:
-        if until is None or step < until:
-            return gamma ** sum(step % every >= m * every for m in milestones)
-        if total is None:
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * min((step - until) / (total - until), 1.0)))
+        part = next((p for p in parts if p.past is None or step < p.past), parts[-1])
+        at = step - part.first
+        if part.until is None or at < part.until:
+            inside = (at - part.start) % part.every
+            return gamma ** sum(inside >= m * part.every for m in milestones) if at >= part.start else 1.0
+        if part.past is None:
+            return part.after
+        length = max(part.past - part.first - part.until, 1)
+        turn = math.pi * min(at - part.until, length) / length
+        return part.after * (floor + (1 - floor) * 0.5 * (1 + math.cos(turn)))
 
     return LambdaLR(optimizer, factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Periods:
+    """A stage as its learning rate sees it; `start` and `until` count from its first step, `after` is the rate then."""
+
+    first: int
+    past: int | None
+    start: int
+    every: int
+    until: int | None
+    after: float
+
+
+def _periods_of(recipe: _Staged, total: int | None, retrain: float) -> list[_Periods]:
+    parts = []
+    for (first, past), rules in zip(recipe.bounds(total), recipe.stage_rules(), strict=True):
+        end = total if past is None else past
+        assert end is not None
+        length = end - first
+        found = [recipe.rules[i].mechanism for i in rules]
+        pulls = [each for each in found if isinstance(each, ADMM)]
+        masks = [each for each in found if isinstance(each, Masked)]
+        if pulls:
+            pull = pulls[0]
+            start = step_at(pull.start, length, "ADMM.start")
+            every = max(step_at(pull.every, length, "ADMM.every"), 1)
+            until = None if pull.until is None else step_at(pull.until, length, "ADMM.until")
+        else:
+            start, every = 0, NEVER
+            until = step_at(masks[0].start, length, "Masked.start") if masks else 0
+        after = retrain if pulls or masks else 1.0
+        parts.append(_Periods(first=first, past=end, start=start, every=every, until=until, after=after))
+    return parts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,6 +55,7 @@ class Slot:
         plain: the optimizer's step is linear in the gradient (SGD), so a scaled gradient is a scaled step.
         decay: gives what decoupled weight decay takes off in this step, as a fraction of the weight.
         grad_scale: factor the gradients still carry (a fused step under GradScaler), or `None`.
+        pruned: mask of the zeros that earlier stages hold, or `None`.
         state: the mechanism's memory for this weight, saved and resumed by the engine.
         scratch: passing tensors between the two halves of one step, never saved.
     """
@@ -78,6 +79,7 @@ class Slot:
     plain: bool
     decay: Callable[[], float]
     grad_scale: Tensor | None
+    pruned: Tensor | None
     state: dict[str, Tensor]
     scratch: dict[str, Tensor] = field(default_factory=dict)
 
@@ -125,7 +127,10 @@ class Mechanism(abc.ABC):
 
     @property
     def fit_until(self) -> Moment | None:
-        """Default moment after which the fit is frozen (`None`: never); the rule's `fit_until` overrides it."""
+        """Default moment after which the fit is frozen (`None`: never), but for what `wants_fit` asks for.
+
+        The rule's `fit_until` overrides it, and `wants_fit` too.
+        """
         return None
 
     @property
@@ -134,7 +139,7 @@ class Mechanism(abc.ABC):
         return False
 
     def wants_fit(self, clock: Clock) -> bool:
-        """Whether this step needs a fresh fit although its period is not over."""
+        """Whether this step needs a fresh fit although its period is not over, or the default `fit_until` is."""
         return False
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detent.mechanisms.base import Clock, Mechanism, Slot
 from detent.mechanisms.projection import clip_to_range, clipping, clipping_begins
-from detent.schedules import Linear, Moment, Number, Schedule, step_at, value_at
+from detent.schedules import Linear, Moment, Number, Schedule, check_moment, is_number, step_at, value_at
 from detent.targets import Params, Target, Uniform, Zero
 from detent.targets.base import compute_dtype
 
@@ -63,7 +63,7 @@ class PSG(Mechanism):
         clip: keep the weights inside the range of a bounded target, after each step from `clip_start` on.
         clip_start: moment (step or fraction of training) clipping starts, with a fresh fit; `None` for when the fit is
             frozen. While clipping and fitting both go on, a range may still shrink but not grow.
-        start: moment PSG starts; before it the base optimizer runs untouched.
+        start: moment PSG starts, with a fresh fit; before it the base optimizer runs untouched.
         form: "gradient" scales the gradient (the paper), "update" scales the step the optimizer took, "auto" is
             "gradient" under SGD and "update" under every other optimizer: a normalising optimizer divides a scaled
             gradient's scale out again.
@@ -107,14 +107,24 @@ class PSG(Mechanism):
     keeps_full_life: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        for name in ("strength", "eps"):
+            if not (is_number(getattr(self, name)) or isinstance(getattr(self, name), Schedule)):
+                raise ValueError(f"PSG({name}={getattr(self, name)!r}): must be a number or a schedule")
         if not all(0.0 <= end <= 1.0 for end in _ends(self.strength)):
             raise ValueError(f"PSG(strength={self.strength}): must lie in [0, 1]")
-        if not (self.gain > 0 and math.isfinite(self.gain)):
-            raise ValueError(f"PSG(gain={self.gain}): must be a finite number > 0")
+        if not (is_number(self.gain) and self.gain > 0 and math.isfinite(self.gain)):
+            raise ValueError(f"PSG(gain={self.gain!r}): must be a finite number > 0")
         if not all(end >= 0 and math.isfinite(end) for end in _ends(self.eps)):
             raise ValueError(f"PSG(eps={self.eps}): must be a finite number >= 0")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"PSG(clip_norm={self.clip_norm}): must be > 0 or None")
+        if self.clip_norm is not None and not (is_number(self.clip_norm) and self.clip_norm > 0):
+            raise ValueError(f"PSG(clip_norm={self.clip_norm!r}): must be > 0 or None")
+        if not isinstance(self.clip, bool):
+            raise ValueError(f"PSG(clip={self.clip!r}): must be True or False")
+        if self.toward is not None and not isinstance(self.toward, Target):
+            raise ValueError(f"PSG(toward={self.toward!r}): must be a Target or None")
+        check_moment(self.start, "PSG.start")
+        if self.clip_start is not None:
+            check_moment(self.clip_start, "PSG.clip_start")
         if self.form not in ("auto", "gradient", "update"):
             raise ValueError(f'PSG(form={self.form!r}): must be "auto", "gradient" or "update"')
         if self.units not in ("cell", "weight"):
@@ -130,10 +140,15 @@ class PSG(Mechanism):
             lambda_s: strength in 1 / (unit of a weight), > 0; 150 is published for 4 bits.
             eps: 0 in the released code, > 0 in the paper; in the unit of a weight.
 
+        Raises:
+            ValueError: lambda_s that is not > 0.
+
         Example:
             >>> PSG.paper(lambda_s=150).gain
             150.0
         """
+        if not (is_number(lambda_s) and lambda_s > 0):
+            raise ValueError(f"PSG.paper(lambda_s={lambda_s!r}): must be a number > 0")
         return cls(gain=float(lambda_s), eps=eps, clip=False, form="gradient", units="weight")
 
     @property
@@ -146,7 +161,7 @@ class PSG(Mechanism):
 
     @property
     def fit_until(self) -> Moment | None:
-        # A pull that starts late must not go to a grid that was frozen long before.
+        # A pull that starts late goes to a grid fitted then (`wants_fit`), and on for a while as one from step 0 does.
         return min(1.0, max(0.3, self.start + 0.1)) if isinstance(self.start, float) else 0.3
 
     @property
@@ -154,8 +169,12 @@ class PSG(Mechanism):
         return self.clip_norm
 
     def wants_fit(self, clock: Clock) -> bool:
-        starts = clock.step == step_at(self.start, clock.total_steps, "PSG.start")
-        return starts or (self.clip and clipping_begins(self.clip_start, clock))
+        return self._begins(clock) or (self.clip and clipping_begins(self.clip_start, clock))
+
+    def _begins(self, clock: Clock) -> bool:
+        """Whether the pull sets in at this step: at `start`, or where a strength that was 0 until now is no more."""
+        before = (replace(clock, step=step) for step in range(clock.step - 1, -1, -1))
+        return self.active(clock) and not any(map(self.active, before))
 
     def active(self, clock: Clock) -> bool:
         started = clock.step >= step_at(self.start, clock.total_steps, "PSG.start")

@@ -127,9 +127,14 @@ def _cut(beta: Sharpness) -> Sharpness:
     return beta.clamp(max=_SHARPEST) if isinstance(beta, Tensor) else min(beta, _SHARPEST)
 
 
+def _cut_both(x: Tensor) -> Tensor:
+    return x.clamp(-_SHARPEST, _SHARPEST)
+
+
 def _two(a: Tensor, levels: Tensor, slope: Sharpness) -> Tensor:
     """`c + h tanh(slope (a - c))` for two levels c - h and c + h: what both shipped maps are for two levels."""
     low, high = levels.unbind(-1)
+    slope = _cut(slope)  # beta times half a wide gap
     t = torch.tanh(slope * (a - (low + high) / 2))
     w = (low + high) / 2 + (high - low) / 2 * t
     return torch.where(t >= 1, high, torch.where(t <= -1, low, w))
@@ -232,7 +237,7 @@ class SoftmaxMap(MirrorMap):
         for q in levels.unbind(-1):
             off = q - nearest
             # The exponent less that of the nearest level: never positive, exactly zero for that level, no cancellation.
-            weight = torch.exp((beta * off * (a - (q + nearest) / 2)).clamp_max(0))
+            weight = torch.exp((_cut_both(beta * off) * (a - (q + nearest) / 2)).clamp_max(0))
             total = total + weight
             first = first + weight * off
             second = second + weight * off.square()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from detent.mechanisms.base import Clock, Mechanism, Slot, never_zero
-from detent.schedules import Moment, Number, Schedule, step_at, value_at
+from detent.schedules import Moment, Number, Schedule, check_moment, step_at, value_at
 from detent.targets import Params, Target
 from detent.targets.base import compute_dtype
 
@@ -52,6 +52,9 @@ class Clip(Mechanism):
         start: moment (step or fraction of training) clipping starts, with a fresh fit; `None` for when the fit is
             frozen.
 
+    Raises:
+        ValueError: a start that is no moment.
+
     Example:
         >>> import detent as dt
         >>> rule = dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.Clip())
@@ -60,6 +63,10 @@ class Clip(Mechanism):
     start: Moment | None = 0.0
 
     keeps_full_life: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.start is not None:
+            check_moment(self.start, "Clip.start")
 
     @property
     def fit_every(self) -> int:
@@ -216,7 +223,11 @@ def survivors(slot: Slot, project: Callable[[Tensor], Tensor], w: Tensor) -> Ten
 
 
 def freeze_nearest(slot: Slot, share: float, per_level: bool) -> None:
-    """Put the share of weights that lie nearest their place on it, for good; the others stay as they are."""
+    """Put the share of weights that lie nearest their place on it, for good; the others stay as they are.
+
+    Pruned weights are put to zero at once and do not count: they lie nearest of all, and a share of all weights would
+    leave every survivor to the last round.
+    """
     q = slot.project(slot.weight)
     if share >= 1.0:
         # Everything at once, earlier freezes included: only the projection of the whole lies in the set for certain.
@@ -227,10 +238,17 @@ def freeze_nearest(slot: Slot, share: float, per_level: bool) -> None:
         if "frozen" in slot.state:
             distance = distance.masked_fill(slot.state["frozen"], -1.0)
             q = torch.where(slot.state["frozen"], slot.state["held"], q)
+        gone = (q == 0) if slot.target.prunes else torch.zeros_like(q, dtype=torch.bool)
+        gone = gone if slot.pruned is None else gone | slot.pruned
         # Ranks are those of the whole tensor, so that every sharding freezes the same weights.
-        frozen = _nearest(slot.gather(distance), share, slot.gather(q) if per_level else None)
+        counted = slot.gather((~gone).to(q.dtype)) != 0
+        frozen = ~counted
+        places = slot.gather(q)[counted] if per_level else None
+        frozen[counted] = _nearest(slot.gather(distance)[counted], share, places)
         rows = slot.params.layout.rows
         frozen = frozen if rows is None else frozen[slice(*rows)].clone()
+        # Weights may leave a level: its share may then be less than what is held there already.
+        frozen = frozen | slot.state["frozen"] if "frozen" in slot.state else frozen
         slot.weight.copy_(torch.where(frozen, q, slot.weight))
     slot.state["frozen"], slot.state["held"] = frozen, slot.weight.clone()
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from detent import sharding
+from detent.claimed import named_parameters
 from detent.engine import Run
-from detent.lives import Encoded, named_parameters
+from detent.lives import Encoded
 from detent.pack import Inspection, inspect, read_header, save
 from detent.pack.coding import Coding
 from detent.pack.header import Header

@@ -110,6 +110,7 @@ class Target(abc.ABC):
             of the rule at once (`fits_together`), and `project` at the whole tensor.
         has_bits: the target has a bit-width that `at_bits` can change.
         has_codebook: weights take codewords (`assign`, `codebook`, `with_codebook`) that training may move.
+        prunes: zero is where pruned weights lie, not one level among others.
         stored: names of the params that `decode` needs; only these go into a file.
         shared: names, among `stored` and the streams of codes, of what is the same for all tensors of the rule (a
             global codebook): a file holds it once, and `bits_on_disk` leaves it out.
@@ -126,6 +127,7 @@ class Target(abc.ABC):
     is_exact: ClassVar[bool]
     has_bits: ClassVar[bool] = False
     has_codebook: ClassVar[bool] = False
+    prunes: ClassVar[bool] = False
     stored: ClassVar[tuple[str, ...]]
     shared: ClassVar[tuple[str, ...]] = ()
     # Lets a recipe file be checked field by field although fields may hold abstract types.

@@ -168,8 +168,11 @@ class _Codebook(Target):
 
     def _gap(self, w: Tensor, params: Params) -> Tensor:
         """Mean over the units of the RMS distance to their codewords; 1 if all are there (any positive number)."""
-        gap = self.project(w, params).double().sub_(w.detach()).reshape(-1, self._length(params.layout.shape))
-        mean = gap.square().mean(1).sqrt().mean()
+        length = self._length(params.layout.shape)
+        pairs = (x.reshape(-1, length).split(max(1, _CHUNK // length)) for x in (self.project(w, params), w.detach()))
+        # In pieces: in float64 the whole would take twice the weight, and its squares as much again.
+        far = [q.double().sub_(x).square_().mean(1).sqrt_() for q, x in zip(*pairs, strict=True)]
+        mean = torch.cat(far).mean()
         return torch.where(mean > 0, mean, 1.0).clamp(torch.finfo(torch.float32).tiny).float()
 
     # --- projecting -----------------------------------------------------------------------------------------------

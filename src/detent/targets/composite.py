@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -56,6 +56,8 @@ class SparseLevels(Target):
     sparse: Sparse
     survivors: Target
     rounds: int = 4
+
+    prunes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.sparse, Sparse):

@@ -284,8 +284,6 @@ class Uniform(_Scaled):
             return self, params
         target = replace(self, bits=bits, range="minmax" if self.range == "ema" else self.range)
         fresh = target.fit(w, params.layout)
-        if target.range == "minmax":
-            return target, fresh
         groups = granularity_of(self.granularity)
         x = w.detach().to(compute_dtype(w.dtype))
         best = fresh["scale"]

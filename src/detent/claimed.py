@@ -1,0 +1,516 @@
+"""A claimed weight as the engine knows it: where it is, what is fitted to it, what its mechanism remembers of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from detent import sharding
+from detent.mechanisms import Clock, Mechanism
+from detent.mechanisms.base import never_zero
+from detent.recipe import Claim, Plan, Recipe, Rule, canonical_name
+from detent.schedules import Schedule, step_at
+from detent.specs import short
+from detent.targets import Params, Target
+
+__all__ = [
+    "Entry",
+    "by_rule",
+    "entries_of",
+    "fit_pull",
+    "fit_target",
+    "named_parameters",
+    "refuse_foreign_writes",
+    "refuse_nonfinite",
+    "refuse_replaced",
+    "refuse_split_rules",
+    "refuse_stages",
+    "rehearse",
+    "still_fits",
+]
+
+_T = TypeVar("_T")
+_NEARER = 1e-2  # how much smaller survivors are made to see whether a level is 0 whatever the weights are
+
+
+@dataclass(kw_only=True)
+class Entry:
+    """One claimed parameter: what the plan said, and what the engine knows of it now."""
+
+    claim: Claim
+    rule: Rule
+    param: Tensor
+    stage: int = 0
+    staged: bool = False
+    zeros: Tensor | None = None
+    settled: bool = False
+    group: int = -1
+    params: Params | None = None
+    pull_params: Params | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
+    version: int = -1
+    fitted_at: int = -1
+
+    @property
+    def name(self) -> str:
+        return self.claim.name
+
+    @property
+    def mechanism(self) -> Mechanism:
+        assert self.rule.mechanism is not None
+        return self.rule.mechanism
+
+    @property
+    def target(self) -> Target:
+        assert self.rule.target is not None
+        return self.rule.target
+
+    @property
+    def pull(self) -> Target:
+        """The target that training pulls to."""
+        other = self.rule.mechanism.pull if self.rule.mechanism else None
+        return other or self.target
+
+    @property
+    def has_own_fit(self) -> bool:
+        """Whether what training pulls to and what the compressed life lies on are fitted apart."""
+        return self.pull is not self.target or (self.rule.mechanism is not None and bool(self.rule.mechanism.offset))
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether nobody else wrote the weight since the engine last did."""
+        return self.version in (-1, _version_of(self.param))
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the target leaves survivors free, so that only its zeros bind."""
+        return self.target.leaves_free
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the stage is over and the weight stays where it was mapped to."""
+        return self.settled and not self.is_sparse
+
+    def hold(self) -> None:
+        """Put back the zeros of earlier stages."""
+        if self.zeros is not None:
+            sharding.local(self.param).masked_fill_(self.zeros, 0.0)
+            if "latent" in self.state:
+                self.state["latent"].masked_fill_(self.zeros, 0.0)
+
+    def map_into_target(self) -> None:
+        """The stage is over: the weight goes to its nearest place, and the zeros of a sparse target are held."""
+        assert self.params is not None
+        self.write(self.map_whole(self.target.project, self.target, self.params, self.hidden()))
+        self.state.clear()
+        if self.is_sparse:
+            gone = sharding.local(self.param) == 0
+            self.zeros = gone if self.zeros is None else gone | self.zeros
+
+    def forget(self) -> None:
+        """Be as before the first fit."""
+        self.params = self.pull_params = self.zeros = None
+        self.state, self.settled, self.fitted_at = {}, False, -1
+
+    def adopt(self) -> None:
+        """Take the weight as it is now for our own writing."""
+        self.version = _version_of(self.param)
+
+    def mark(self) -> tuple[int, bool]:
+        """What a closure that is evaluated too late would find changed: the weight, and whether it has a gradient."""
+        return self.param._version, self.param.grad is None
+
+    def cadence(self, total_steps: int | None) -> tuple[int, int | None]:
+        """(steps between fits, step from which the fit is frozen)."""
+        every = self.mechanism.fit_every if self.rule.fit_every is None else self.rule.fit_every
+        until = self.mechanism.fit_until if self.rule.fit_until is None else self.rule.fit_until
+        return every, None if until is None else step_at(until, total_steps, f"fit_until of {self.rule.match!r}")
+
+    def check_moments(self, total_steps: int | None) -> None:
+        """Find a fraction of training that cannot be resolved now, not at step 3,000."""
+        self.cadence(total_steps)
+        self.mechanism.active(Clock(step=0, total_steps=total_steps))
+        for name, value in vars(self.mechanism).items():
+            if isinstance(value, Schedule):
+                value(0, total_steps)
+            elif name.endswith("start") and value is not None:  # by convention a moment
+                step_at(value, total_steps, f"{type(self.mechanism).__name__}.{name}")
+
+    def check_decay(self, options: Mapping[str, Any]) -> None:
+        """Refuse a parameter group whose weight decay is not the one that the rule asks for.
+
+        Raises:
+            ValueError: naming the parameter.
+        """
+        asked, given = self.rule.weight_decay, float(options.get("weight_decay", 0.0) or 0.0)
+        if asked is not None and given != asked:
+            raise ValueError(
+                f"{self.name!r} has weight decay {given}, but its rule (match={self.rule.match!r}) asks for {asked}; "
+                "build the optimizer from recipe.param_groups(model, ...)"
+            )
+
+    def follow(self, param: Tensor) -> None:
+        """Go on with another object for the same parameter; memory kept for the whole is cut to what is held here."""
+        if param is not self.param:
+            self.param, self.version = param, _version_of(param)
+        shape = tuple(sharding.local(param).shape)
+        for name, value in self.state.items():
+            if tuple(value.shape) == self.claim.layout.shape != shape:
+                self.state[name] = sharding.from_whole(value, param, self.name).clone()
+        if self.zeros is not None and tuple(self.zeros.shape) == self.claim.layout.shape != shape:
+            self.zeros = sharding.from_whole(self.zeros, param, self.name).clone()
+
+    def hidden(self) -> Tensor:
+        """What is held here of the weights that are fitted and projected."""
+        return self.state.get("latent", sharding.local(self.param))
+
+    def write(self, value: Tensor) -> None:
+        """Write what is held here of the weight."""
+        sharding.local(self.param).copy_(value)
+
+    def hidden_whole(self) -> Tensor:
+        """The whole tensor that the compressed life is fitted to and projected from (a collective under sharding)."""
+        latent = self.state.get("latent")
+        return sharding.whole(self.param if latent is None else sharding.as_sharded(latent, self.param))
+
+    def pulled_whole(self) -> Tensor:
+        """The whole tensor that the pull is fitted to: the hidden one, with a mechanism's offset and its weighing."""
+        key = self.rule.mechanism.offset if self.rule.mechanism else None
+        hidden = self.hidden_whole()
+        if key is not None and key in self.state:
+            hidden = hidden + sharding.whole(sharding.as_sharded(self.state[key], self.param))
+        return self.weighed(hidden)
+
+    def weighed(self, whole: Tensor) -> Tensor:
+        """A whole tensor times what the mechanism weighs its weights with, if it does (a collective under sharding)."""
+        key = self.rule.mechanism.weighing if self.rule.mechanism else None
+        if key is None or key not in self.state:
+            return whole
+        return whole * never_zero(sharding.whole(sharding.as_sharded(self.state[key], self.param)))
+
+    def saved(self, complete: bool) -> dict[str, Any]:
+        """What resuming needs of this weight besides its values.
+
+        Memory that is not formed yet is a placeholder if `complete`: distributed checkpoints read into a template,
+        so the state of a run that has just been attached must have all keys.
+        """
+        held = {name: str(self.state[name].dtype) if name in self.state else "" for name in self.mechanism.memory}
+        memory = dict(self.state)
+        for name in held if complete else ():
+            memory.setdefault(name, torch.zeros_like(sharding.local(self.param)))
+        return {
+            "params": dict(self.params.tensors) if self.params else {},
+            "pull": dict(self.pull_params.tensors) if self.pull_params else {},
+            "state": {name: self._as_held(value) for name, value in memory.items()},
+            "held": held,
+            "places": self._places,
+            **(self._saved_stage() if self.staged else {}),
+        }
+
+    def _saved_stage(self) -> dict[str, Any]:
+        zeros = self.zeros
+        if zeros is None:
+            zeros = torch.zeros_like(sharding.local(self.param), dtype=torch.bool)
+        return {"zeros": sharding.as_sharded(zeros, self.param), "settled": self.settled}
+
+    def _as_held(self, value: Tensor) -> Tensor:
+        """Memory as it is saved: sharded like the parameter, unless it is one number for the whole of it."""
+        return value if value.shape != sharding.local(self.param).shape else sharding.as_sharded(value, self.param)
+
+    @property
+    def _places(self) -> str:
+        return f"{short(self.target)} <- {short(self.pull)}"
+
+    def check_places(self, saved: Mapping[str, Any]) -> None:
+        """Refuse numbers that were fitted for another target.
+
+        Raises:
+            ValueError: naming the parameter.
+        """
+        if saved.get("places") != self._places:
+            raise ValueError(
+                f"the state of {self.name!r} was saved for {saved.get('places')}, this recipe has {self._places}; "
+                "resume with the recipe it was saved with"
+            )
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Take back what `saved` gave, under whatever sharding.
+
+        Raises:
+            ValueError: memory that the saved run had is missing.
+        """
+        device = sharding.local(self.param).device
+
+        def params_of(tensors: Mapping[str, Tensor]) -> Params:
+            moved = {name: t.detach().clone().to(device) for name, t in tensors.items()}
+            return Params(tensors=moved, layout=self.claim.layout)
+
+        self.pull_params = params_of(saved["pull"])
+        self.params = params_of(saved["params"]) if self.has_own_fit else self.pull_params
+        self.settled = bool(saved.get("settled", False))
+        self.zeros = None
+        if saved.get("zeros") is not None:
+            zeros = _localised_state(saved["zeros"], self.param, self.name).to(device)
+            # Whether there are any is asked of the whole: a rank that holds none must still go the way of the others.
+            self.zeros = zeros if bool(sharding.whole(saved["zeros"]).any()) else None
+        self.state = {}
+        for name, dtype in saved["held"].items():
+            if dtype and name not in saved["state"]:
+                raise ValueError(f"the state of {self.name!r} has lost its {name!r}, which the saved run kept")
+            if dtype:
+                value = _localised_state(saved["state"][name], self.param, self.name)
+                self.state[name] = value.to(device, getattr(torch, dtype.removeprefix("torch.")))
+
+    def install(self, params: Params) -> None:
+        """Take numbers that a mechanism has moved itself as the fitted ones."""
+        assert not self.has_own_fit, "a mechanism that moves the numbers pulls towards the rule's own target"
+        self.params = self.pull_params = replace(params, layout=self.claim.layout)
+
+    def localised(self, params: Params) -> Params:
+        rows = sharding.rows_of(self.param, self.name)
+        return params if rows is None else params.local(*rows)
+
+    def map_whole(self, act: Callable[[Tensor, Params], Any], target: Target, params: Params, w: Tensor) -> Any:
+        """Apply a function of whole tensors to what is held here, gathering only where the target needs it."""
+        rows = sharding.rows_of(self.param, self.name)
+        if rows is None:
+            return act(w, params)
+        if target.scope in ("element", "row"):
+            return act(w, params.local(*rows))
+        result = act(sharding.whole(sharding.as_sharded(w, self.param)), params)
+        return None if result is None else result[slice(*rows)].clone()
+
+
+def _version_of(param: Tensor) -> int:
+    """The count of writes to a parameter; one made in inference mode has none, so its writes go unseen (-1)."""
+    return -1 if param.is_inference() else param._version
+
+
+def entries_of(
+    model: nn.Module, plan: Plan, states: Mapping[str, dict[str, Tensor]], stage: int | None = None
+) -> list[Entry]:
+    """The claimed parameters of a plan (or of one stage), with the memory that mechanisms have of them already."""
+    named = named_parameters(model)
+    return [
+        Entry(
+            claim=claim,
+            rule=plan.rule_of(claim),
+            param=named[claim.name],
+            stage=stage or 0,
+            staged=bool(plan.recipe.stages),
+            state=states.get(claim.name, {}),
+        )
+        for claim in (plan.claims if stage is None else plan.stages[stage])
+        if claim.claimed
+    ]
+
+
+def rehearse(entries: list[Entry], plan: Plan) -> None:
+    """Fit every stage to what the ones before would leave of the weights as they are: better refused now than at night.
+
+    Raises:
+        ValueError: a stage whose target cannot take what earlier stages leave, naming stage and parameter.
+    """
+    if len(plan.stages) < 2:
+        return
+    values: dict[str, Tensor] = {}
+    zeros: dict[str, Tensor] = {}
+    for rule in range(len(plan.recipe.rules)):
+        mine = [entry for entry in entries if entry.claim.rule == rule]
+        if not mine:
+            continue
+        whole = [values[e.name] if e.name in values else e.hidden_whole() for e in mine]
+        target, stage = mine[0].target, mine[0].stage
+        try:
+            fitted = _fit_together(target, mine, [None] * len(mine), whole)
+        except ValueError as error:
+            raise ValueError(f"stage {stage}: {error}") from None
+        lost = _lost_zeros(mine, whole, zeros)
+        for entry, params, w in zip(mine, fitted, whole, strict=True):
+            q = target.project(w, params)
+            if entry.name in zeros and (entry.name in lost or bool(q[zeros[entry.name]].any())):
+                raise ValueError(
+                    f"stage {stage}: {short(target)} has no zero for the weights of {entry.name!r} that an earlier "
+                    "stage pruned; use SparseLevels(...) around it"
+                )
+            values[entry.name] = q
+            if entry.is_sparse:
+                zeros[entry.name] = q == 0
+
+
+def _lost_zeros(entries: list[Entry], whole: list[Tensor], zeros: Mapping[str, Tensor]) -> set[str]:
+    """Which weights of a rule lose zeros once some survivors are small.
+
+    Levels that are fitted may have a zero by chance, while only zeros are near it; training moves survivors there.
+    """
+    if not any(entry.name in zeros for entry in entries) or all(entry.is_sparse for entry in entries):
+        return set()
+    nearer = [w.clone() for w in whole]
+    for w in nearer:
+        w[tuple((w != 0).nonzero()[::2].t())] *= _NEARER
+    target = entries[0].target
+    fitted = _fit_together(target, entries, [None] * len(entries), nearer)
+    each = zip(entries, nearer, fitted, strict=True)
+    return {e.name for e, w, p in each if e.name in zeros and bool(target.project(w, p)[zeros[e.name]].any())}
+
+
+def by_rule(slots: list[tuple[Entry, _T]]) -> list[list[tuple[Entry, _T]]]:
+    """The slots of a step, those of one rule together."""
+    found: dict[int | None, list[tuple[Entry, _T]]] = {}
+    for entry, slot in slots:
+        found.setdefault(entry.claim.rule, []).append((entry, slot))
+    return list(found.values())
+
+
+def refuse_split_rules(owner: Mapping[str, int], entries: list[Entry]) -> None:
+    """Refuse a model-wide fit after the step for weights of several optimizers, which do not step at the same time.
+
+    Raises:
+        ValueError: naming two of the parameters.
+    """
+    for group in by_rule([(entry, entry) for entry in entries]):
+        first = group[0][0]
+        if first.rule.mechanism is None or not (first.mechanism.fits_after and first.pull.fits_together):
+            continue
+        other = next((e for e, _ in group if owner[e.name] != owner[first.name]), None)
+        if other is not None:
+            raise ValueError(
+                f"{first.name!r} and {other.name!r} sit in two optimizers, but {short(first.pull)} is fitted to all "
+                f"its weights at once, and {type(first.mechanism).__name__} wants that after the step; give each "
+                "optimizer a rule of its own"
+            )
+
+
+def refuse_stages(recipe: Recipe, who: str) -> None:
+    """Without training there is nothing that stages could follow one another in.
+
+    Raises:
+        ValueError: a recipe with stages.
+    """
+    if recipe.stages:
+        raise ValueError(
+            f"{who}(recipe=...): stages follow one another in a training; give the rules of one, as "
+            "Recipe(recipe.stages[-1].rules), or one target for what they lead to, as SparseLevels(...)"
+        )
+
+
+def fit_pull(entries: list[Entry]) -> None:
+    """Fit what training pulls one rule's weights to; the rule's own target too. A collective under sharding."""
+    previous = [entry.pull_params for entry in entries]
+    fitted = _fit_together(entries[0].pull, entries, previous, [entry.pulled_whole() for entry in entries])
+    for entry, params in zip(entries, fitted, strict=True):
+        entry.pull_params = params
+        if not entry.has_own_fit:
+            entry.params = params
+    if entries[0].has_own_fit:
+        fit_target(entries)
+
+
+def fit_target(entries: list[Entry]) -> None:
+    """Fit the rules' own targets to the weights as they are. A collective under sharding."""
+    by_rule: dict[int | None, list[Entry]] = {}
+    for entry in entries:
+        by_rule.setdefault(entry.claim.rule, []).append(entry)
+    for mine in by_rule.values():
+        whole = [entry.weighed(entry.hidden_whole()) for entry in mine]
+        for entry, params in zip(mine, _fit_together(mine[0].target, mine, [None] * len(mine), whole), strict=True):
+            entry.params = params
+
+
+def still_fits(entries: list[Entry]) -> bool:
+    """Whether a fit to the weights as they are finds the numbers held: written meanwhile, but put back as they were."""
+    if all(entry.is_ours for entry in entries):
+        return True
+    held = [entry.params for entry in entries]
+    fit_target(entries)
+    same = all(
+        old is not None and entry.params is not None and torch.equal(value, entry.params[name])
+        for entry, old in zip(entries, held, strict=True)
+        for name, value in (old.tensors if old else {}).items()
+    )
+    for entry, old in zip(entries, held, strict=True):
+        entry.params = old
+    return same
+
+
+def _fit_together(
+    target: Target, entries: list[Entry], previous: list[Params | None], whole: list[Tensor]
+) -> list[Params]:
+    """Fit one target to the whole tensors of several entries.
+
+    Raises:
+        ValueError: what the target refuses, naming the parameter.
+    """
+    try:
+        with torch.no_grad():
+            return target.fit_model(whole, [e.claim.layout for e in entries], previous)
+    except ValueError as error:
+        finite = [bool(torch.isfinite(w).all()) for w in whole]
+        bad = next((e.name for e, good in zip(entries, finite, strict=True) if not good), entries[0].name)
+        raise ValueError(f"{bad!r}: {error}") from None
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by canonical name, tied ones under each of their names."""
+    return {canonical_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
+
+
+def _replaced(model: nn.Module, entries: list[Entry]) -> str | None:
+    named = named_parameters(model)
+    return next((entry.name for entry in entries if named.get(entry.name) is not entry.param), None)
+
+
+def refuse_replaced(model: nn.Module, entries: list[Entry], *, attached: bool) -> None:
+    """Refuse to go on with tensors that the model does not compute with any more.
+
+    Raises:
+        RuntimeError: naming the parameter.
+    """
+    if _replaced(model, entries) is None:
+        return
+    sharding.reshard(model)  # under FSDP2 gathered copies stand in for the weights between forward and backward
+    name = _replaced(model, entries)
+    if name is not None:
+        advice = (
+            "give the new one to the optimizer and call run.rebind()" if attached else "call run.rebind(adopt=True)"
+        )
+        raise RuntimeError(
+            f"{name!r} of the model is another tensor now than the one this run knows (a load_state_dict with "
+            f"assign=True?); {advice}"
+        )
+
+
+def refuse_foreign_writes(entries: list[Entry]) -> None:
+    """Refuse to go on with weights that someone else wrote.
+
+    Raises:
+        RuntimeError: naming the parameter.
+    """
+    for entry in entries:
+        if not entry.is_ours:
+            raise RuntimeError(
+                f"{entry.name!r} was written by someone else since the last step (a load_state_dict after "
+                "attach?); call run.rebind(adopt=True) to go on from the new values"
+            )
+
+
+def refuse_nonfinite(name: str, whole: Tensor, target: Target) -> None:
+    """Refuse NaN and infinite weights, which lie in no target.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    if not bool(torch.isfinite(whole).all()):
+        raise ValueError(f"{name!r} holds NaN or infinite weights, which have no place in {short(target)}")
+
+
+def _localised_state(value: Tensor, param: Tensor, name: str) -> Tensor:
+    """Saved state for what this process holds of the parameter, whatever sharding it was saved under."""
+    full = sharding.whole(value) if hasattr(value, "full_tensor") else value.detach()
+    if tuple(full.shape) == tuple(param.shape):
+        return sharding.from_whole(full, param, name).clone()
+    return full.clone()
