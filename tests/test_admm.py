@@ -688,3 +688,35 @@ def test_the_periodic_rate_reads_every_stage_of_a_recipe() -> None:
     short = [2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * i / 6))) for i in range(6)]
     plain = [factor / 2 for factor in down]
     assert np.allclose(seen, [1, 1, 0.1, 0.1] * 2 + down + [1, 1] + short + plain)
+
+
+@pytest.mark.parametrize(
+    ("preset", "least"), [("admm-prune-10x", 96.0), ("admm-prune-70x", 93.0), ("admm-binary", 93.0)]
+)
+def test_the_presets_train_a_small_network(preset: str, least: float) -> None:
+    """With a rho that is too small for a short training the last mapping breaks the network (70x ended at 41 %)."""
+    from detent.data import digits
+    from papers.models import SmallConvNet
+
+    torch.manual_seed(0)
+    train, test = digits("train"), digits("test")
+    seen, unseen = ((s.images.float().reshape(-1, 1, 8, 8) / 255 - 0.305) / 0.376 for s in (train, test))
+    model = SmallConvNet(width=32, classes=10)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+
+    def run_for(steps: int) -> None:
+        for _ in range(steps):
+            batch = torch.randint(len(train.labels), (64,))
+            loss = nn.functional.cross_entropy(model(seen[batch]), train.labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    run_for(200)
+    run = dt.attach(model, optimizer, dt.Recipe.preset(preset), total_steps=440)
+    run_for(440)
+    run.finalize()
+    model.eval()
+    with torch.no_grad():
+        right = (model(unseen).argmax(1) == test.labels).double().mean()
+    assert 100 * float(right) >= least
