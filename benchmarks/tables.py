@@ -243,6 +243,12 @@ def md_digits_scale(records: Path) -> str:
     return _mirror(records, "md-digits-scale")
 
 
+@table("md-resnet8")
+def md_resnet8(records: Path) -> str:
+    """CIFAR-10, levels without a scale."""
+    return _mirror(records, "md-resnet8")
+
+
 def _mirror(records: Path, name: str) -> str:
     """Test accuracy of both lives by rival, and its rate."""
     record = read(records, name)
@@ -420,6 +426,13 @@ def coding_speed(record: dict[str, Any]) -> str:
     return text + markdown(["target", "coding", "file (MB)", *what], rows)
 
 
+@simple("demo_times")
+def demo_times(record: dict[str, Any]) -> str:
+    """Seconds by method."""
+    rows = [[f"`--method {method}`", f"{found['seconds']:.0f}"] for method, found in record["results"].items()]
+    return markdown(["demo", "seconds"], rows)
+
+
 @simple("fuzz")
 def fuzz(record: dict[str, Any]) -> str:
     """Outcomes by kind of damage, and what killed saves left."""
@@ -455,8 +468,13 @@ def step_cost(record: dict[str, Any]) -> str:
         return sorted(arms.items(), key=lambda item: (item[0] != "plain", item[0]))
 
     text = f"A training step ({record['config']['training']}), beside plain SGD: median (quartiles) over blocks.\n\n"
-    head = ["arm", "CPU ms a step", "CPU time", "wall time"]
-    text += markdown(head, [[name, f"{1e3 * a['cpu_seconds']:.1f}", *ratio(a)] for name, a in ordered(training)])
+    head = ["arm", "CPU ms a step", "CPU time", "wall time", "peak memory"]
+    peaks = results["training"].get("peak_bytes", {})
+    rows = []
+    for name, arm in ordered(training):
+        peak = f"{peaks[name] / peaks['plain']:.3f}" if name in peaks else "–"
+        rows.append([name, f"{1e3 * arm['cpu_seconds']:.1f}", *ratio(arm), peak])
+    text += markdown(head, rows)
     held, fitting = (training[name]["cpu_ratio"]["median"] for name in ("gradient", "gradient, fit each step"))
     every = results["training"].get("fit_every", 100)
     text += (

@@ -136,9 +136,9 @@ def test_every_table_stands_in_a_page() -> None:
 
 def test_every_record_has_a_table() -> None:
     shown = {"psg_noise", "strength_zero", "warp", "bytes_on_disk", "step_cost", "demo-psg", "admm_quadratic", "fuzz"}
-    shown |= {"slim", "hf_llama", "integer", "onnx_resnet32"}
+    shown |= {"demo_times", "slim", "hf_llama", "integer", "onnx_resnet32"}
     shown |= {"squeezenet", "lenet_bytes", "layer_bytes", "coding_speed", "mask_models"}
-    shown |= {"md_equalities", "md-digits", "md-digits-scale", "pairs", "combination"}
+    shown |= {"md_equalities", "md-digits", "md-digits-scale", "md-resnet8", "pairs", "combination"}
     families = ("psg-cifar100-", "psg-defaults-", "admm-lenet-", "kq-cifar100-")
     assert [p.stem for p in RECORDS if p.stem not in shown and not p.stem.startswith(families)] == []
 
