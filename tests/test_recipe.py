@@ -480,23 +480,23 @@ def test_a_rule_may_ask_for_a_weight_decay_and_attach_holds_the_optimizer_to_it(
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: dt.Rule(match="w", target=dt.Uniform), "must be a Target, Uniform(...), not the class"),
-        (lambda: dt.Rule(match="w", target=U4, mechanism=dt.PSG), "must be a Mechanism, PSG(...), not the class"),
-        (lambda: dt.Rule(match="w", target="psg"), "must be a Target, not 'psg'"),
-        (lambda: dt.Rule(match=3, target=U4), "Rule(match=3): must be a string"),
+        (lambda: dt.Rule(match="w", target=dt.Uniform), "must be a Target, Uniform(...), not the class"),  # type: ignore[arg-type]
+        (lambda: dt.Rule(match="w", target=U4, mechanism=dt.PSG), "must be a Mechanism, PSG(...), not the class"),  # type: ignore[arg-type]
+        (lambda: dt.Rule(match="w", target="psg"), "must be a Target, not 'psg'"),  # type: ignore[arg-type]
+        (lambda: dt.Rule(match=3, target=U4), "Rule(match=3): must be a string"),  # type: ignore[arg-type]
         (lambda: dt.Rule(match="w", target=U4, include="@x("), "Rule(include='@x('): names with @ are \"@linear\""),
-        (lambda: dt.Rule(match="w", target=U4, fit_every=2.5), "Rule(fit_every=2.5): must be a whole number"),
-        (lambda: dt.PSG(gain="4"), "PSG(gain='4'): must be a finite number > 0"),
-        (lambda: dt.PSG(strength="x"), "PSG(strength='x'): must be a number or a schedule"),
-        (lambda: dt.PSG(eps=None), "PSG(eps=None): must be a number or a schedule"),
-        (lambda: dt.PSG(clip="no"), "PSG(clip='no'): must be True or False"),
-        (lambda: dt.PSG(toward=3), "PSG(toward=3): must be a Target or None"),
+        (lambda: dt.Rule(match="w", target=U4, fit_every=2.5), "Rule(fit_every=2.5): must be a whole number"),  # type: ignore[arg-type]
+        (lambda: dt.PSG(gain="4"), "PSG(gain='4'): must be a finite number > 0"),  # type: ignore[arg-type]
+        (lambda: dt.PSG(strength="x"), "PSG(strength='x'): must be a number or a schedule"),  # type: ignore[arg-type]
+        (lambda: dt.PSG(eps=None), "PSG(eps=None): must be a number or a schedule"),  # type: ignore[arg-type]
+        (lambda: dt.PSG(clip="no"), "PSG(clip='no'): must be True or False"),  # type: ignore[arg-type]
+        (lambda: dt.PSG(toward=3), "PSG(toward=3): must be a Target or None"),  # type: ignore[arg-type]
         (lambda: dt.PSG(start=1.5), "PSG.start=1.5: a fraction of training must lie in [0, 1]"),
         (lambda: dt.PSG(clip_start=-1), "PSG.clip_start=-1: a step number must be >= 0"),
-        (lambda: dt.Clip(start="late"), "Clip.start='late': must be a step number"),
+        (lambda: dt.Clip(start="late"), "Clip.start='late': must be a step number"),  # type: ignore[arg-type]
         (lambda: dt.PSG.paper(lambda_s=-1), "PSG.paper(lambda_s=-1): must be a number > 0"),
-        (lambda: dt.compress(small_net(), "uniform-w4"), "give detent.Recipe.preset('uniform-w4')"),
-        (lambda: dt.attach(small_net(), torch.optim.SGD([torch.zeros(1)]), "psg-w4"), "preset('psg-w4')"),
+        (lambda: dt.compress(small_net(), "uniform-w4"), "give detent.Recipe.preset('uniform-w4')"),  # type: ignore[arg-type]
+        (lambda: dt.attach(small_net(), torch.optim.SGD([torch.zeros(1)]), "psg-w4"), "preset('psg-w4')"),  # type: ignore[arg-type]
     ],
 )
 def test_what_has_the_wrong_type_is_named(make: Callable[[], Any], says: str) -> None:
