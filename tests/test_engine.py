@@ -314,7 +314,7 @@ def test_weights_replaced_behind_our_back_are_noticed(attached: bool, tmp_path: 
     optimizer = sgd(model)
     run = dt.attach(model, optimizer, recipe(), total_steps=STEPS) if attached else dt.compress(model, recipe())
     model.load_state_dict({name: 3 * value for name, value in loaded.items()}, assign=True)
-    advice = r"give the optimizer the new one" if attached else r"rebind\(adopt=True\)"
+    advice = r"give the new one to the optimizer" if attached else r"rebind\(adopt=True\)"
 
     def look() -> None:
         with run.compressed():

@@ -34,7 +34,7 @@ class Rule:
     Args:
         match: regular expression searched in the canonical parameter name, or "@first" / "@last" for the first /
             last weight of the model that a rule may claim (named so, as `fc.weight`; and its bias, where `include`
-            names it), or "@kernels" for every convolution larger than 1 x 1.
+            names it), or "@kernels" for every convolution larger than 1 x 1 (weights of three dimensions or more).
         target: where the weights may end; not with `keep`.
         mechanism: how training pulls them there; `None` only for `detent.compress`.
         keep: leave the parameters in full precision.
@@ -356,10 +356,10 @@ class Recipe:
             options: optimizer options that every group gets (lr, weight_decay, ...); a rule's weight decay wins.
 
         Example:
-            >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+            >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 4))
             >>> groups = Recipe.preset("psg-paper-w2").param_groups(net, lr=0.1, weight_decay=1e-4)
             >>> [(len(group["params"]), group["weight_decay"]) for group in groups]
-            [(3, 0.0), (3, 0.0001)]
+            [(4, 0.0), (2, 0.0001)]
         """
         plan = self.resolve(model)
         asked: dict[str, float | None] = {}
@@ -400,7 +400,7 @@ class Recipe:
         for where, end in (("@first", eligible[:1]), ("@last", eligible[-1:])):
             special[where] = {p.name for p in end}
             special[f"beside {where}"] = {p.name for p in found if p.passed_over and p.layer in {e.layer for e in end}}
-        special["@kernels"] = {p.name for p in found if p.convolution and math.prod(p.layout.shape[2:]) > 1}
+        special["@kernels"] = {p.name for p in eligible if math.prod(p.layout.shape[2:]) > 1}
         matched, taken = [0] * len(self.rules), [0] * len(self.rules)
         by_stage = [tuple(self._decide(p, mine, special, matched, taken) for p in found) for mine in self.stage_rules()]
         names = [name for p in found for name in (p.name, *p.aliases)]
@@ -533,7 +533,6 @@ class _Found:
     dtype: torch.dtype
     passed_over: str
     layer: int
-    convolution: bool
     linear_bias: bool
 
 
@@ -586,7 +585,6 @@ def _parameters(model: nn.Module) -> Iterator[_Found]:
             ),
             passed_over=_passed_over(first, parameter, module),
             layer=id(module),
-            convolution=isinstance(module, nn.modules.conv._ConvNd) and parameter is module.weight,
             linear_bias=isinstance(module, nn.Linear) and parameter is module.bias,
         )
 
