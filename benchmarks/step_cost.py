@@ -121,8 +121,7 @@ def training_row(blocks: int, block: int, seed: int) -> dict[str, Any]:
         training_arm("gradient, fit each step", training_recipe("gradient", fit=True), seed),
     ]
     found = take_turns(arms, blocks, block, warmup=1)
-    held = held_bytes() / len(arms)  # all of them hold as much: PSG keeps nothing a weight
-    peaks = {arm.name: held + peak_passing_bytes(arm.step) for arm in arms}
+    peaks = {arm.name: peak_passing_bytes(arm.step) for arm in arms}
     return {"arms": found, "fit_every": FIT_EVERY, "peak_bytes": peaks}
 
 

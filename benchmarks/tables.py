@@ -468,7 +468,7 @@ def step_cost(record: dict[str, Any]) -> str:
         return sorted(arms.items(), key=lambda item: (item[0] != "plain", item[0]))
 
     text = f"A training step ({record['config']['training']}), beside plain SGD: median (quartiles) over blocks.\n\n"
-    head = ["arm", "CPU ms a step", "CPU time", "wall time", "peak memory"]
+    head = ["arm", "CPU ms a step", "CPU time", "wall time", "passing memory, peak"]
     peaks = results["training"].get("peak_bytes", {})
     rows = []
     for name, arm in ordered(training):

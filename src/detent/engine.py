@@ -1,4 +1,4 @@
-"""The engine: attaches a recipe to a model and its optimizers by their own hooks, and owns clock, state and claimed."""
+"""The engine: attaches a recipe to a model and its optimizers by their own hooks, and owns clock, state and lives."""
 
 from __future__ import annotations
 

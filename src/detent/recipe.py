@@ -17,7 +17,7 @@ from torch import nn
 
 from detent.grouping import Layout
 from detent.mechanisms import ADMM, PSG, STE, CodebookLearning, Mechanism, MirrorDescent
-from detent.schedules import Moment, step_at
+from detent.schedules import Moment, is_number, step_at
 from detent.specs import build, nearest, short, to_spec
 from detent.targets import Binary, KernelCodebook, Target, Ternary, TopK, Uniform, Zero
 
@@ -145,7 +145,7 @@ class Stage:
     name: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.share, (int, float)) or not 0.0 < self.share <= 1.0:
+        if not is_number(self.share) or not 0.0 < self.share <= 1.0:
             raise ValueError(f"Stage(share={self.share}): must lie in (0, 1]")
         object.__setattr__(self, "rules", _checked_rules(self.rules, "Stage"))
 
@@ -608,7 +608,7 @@ def _stage(values: Any, where: str) -> Stage:
     for key in values:
         if key not in ("name", "share", "rules"):
             raise ValueError(f"{where}: Stage has no field {key!r}{nearest(str(key), ('name', 'share', 'rules'))}")
-    if "share" not in values or isinstance(values["share"], bool) or not isinstance(values["share"], (int, float)):
+    if not is_number(values.get("share")):
         raise ValueError(f"{where}.share: must be given, a number in (0, 1]")
     rules = [build(Rule, entry, f"{where}.rules[{i}]") for i, entry in enumerate(values["rules"])]
     try:

@@ -124,8 +124,8 @@ class MirrorMap(abc.ABC):
 
 
 def _cut(beta: Sharpness) -> Sharpness:
-    """Beta that neither overflows a float32 nor makes a NaN of zero."""
-    return beta.clamp(max=_SHARPEST) if isinstance(beta, Tensor) else min(beta, _SHARPEST)
+    """Beta, or a product with it, that neither overflows a float32 nor makes a NaN of zero."""
+    return beta.clamp(-_SHARPEST, _SHARPEST) if isinstance(beta, Tensor) else min(beta, _SHARPEST)
 
 
 def _exp(x: Tensor) -> Tensor:
@@ -136,10 +136,6 @@ def _exp(x: Tensor) -> Tensor:
     """
     smallest = math.log(torch.finfo(x.dtype if x.dtype == torch.float64 else torch.float32).tiny) + _SPARE
     return torch.where(x < smallest, 0.0, torch.exp(x))
-
-
-def _cut_both(x: Tensor) -> Tensor:
-    return x.clamp(-_SHARPEST, _SHARPEST)
 
 
 def _two(a: Tensor, levels: Tensor, slope: Sharpness) -> Tensor:
@@ -249,7 +245,7 @@ class SoftmaxMap(MirrorMap):
         for q in levels.unbind(-1):
             off = q - nearest
             # The exponent less that of the nearest level: never positive, exactly zero for that level, no cancellation.
-            weight = _exp((_cut_both(beta * off) * (a - (q + nearest) / 2)).clamp_max(0))
+            weight = _exp((_cut(beta * off) * (a - (q + nearest) / 2)).clamp_max(0))
             total = total + weight
             first = first + weight * off
             second = second + weight * off.square()
