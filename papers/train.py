@@ -759,39 +759,6 @@ def all_seeds(
     record.write(out / "record.json", {"seeds": results, "summary": summary(results), **further()})
 
 
-def held_out(plan: Experiment, out: Path, data_dir: Path | None, console: Console | None = None) -> dict[str, float]:
-    """Accuracies (%) of both lives on held-out training images after the last epoch: a trial that chooses a number.
-
-    Args:
-        plan: the experiment, with images held out; its first seed is trained. The test split is not read.
-        out: a folder of its own, from which an unfinished trial is resumed and a finished one read.
-        data_dir: as for `Trainer`.
-        console: where progress goes.
-
-    Returns:
-        "full", and "compressed" (data-free) if there is such a life.
-
-    Raises:
-        ValueError: the folder holds a trial of other settings.
-    """
-    kept = out / "held-out.json"
-    if not kept.exists():
-        plan = plan.model_copy(update={"evaluate": plan.evaluate.model_copy(update={"every": plan.epochs})})
-        trainer = Trainer(plan, plan.seeds[0], out, data_dir, None, console)
-        trainer.resume()
-        trainer.train()
-        last = trainer.history[-1]["held_out"]
-        found = {"full": last["full"]["accuracy"]}
-        if last["compressed"]:
-            found["compressed"] = last["compressed"]["recipe"]["data_free"]["accuracy"]
-        kept.write_text(json.dumps({"experiment": plan.model_dump_json(), "accuracy": found}))
-    trial = json.loads(kept.read_text())
-    differs = differences(trial["experiment"], plan) if "experiment" in trial else ["all settings, which it lacks,"]
-    if differs:
-        raise ValueError(f"{kept} is of another trial: {differs} differ; choose another --out, or remove it")
-    return trial["accuracy"]
-
-
 def one_seed(
     plan: Experiment, seed: int, out: Path, data_dir: Path | None, folder: Path, resume: bool, console: Console
 ) -> dict[str, Any]:

@@ -280,6 +280,10 @@ ERRORS: dict[str, ErrorCase] = {
     "no such float": ErrorCase(make=lambda: dt.Round(dtype="float8"), says="Round(dtype='float8'): must be one of"),  # type: ignore[arg-type]
     "a negative seed": ErrorCase(make=lambda: dt.KernelCodebook(size=4, seed=-1), says="KernelCodebook(seed=-1)"),
     "no restarts": ErrorCase(make=lambda: dt.KernelCodebook(size=4, restarts=0), says="restarts=0"),
+    "a warm start of 1": ErrorCase(
+        make=lambda: dt.KernelCodebook(size=4, warm_start=1),  # type: ignore[arg-type]
+        says="KernelCodebook(warm_start=1): must be True or False",
+    ),
     "blocks of none": ErrorCase(make=lambda: dt.VectorCodebook(block=0, size=4), says="VectorCodebook(block=0)"),
     "no such reduction": ErrorCase(
         make=lambda: dt.CodebookLearning(reduce="max"),  # type: ignore[arg-type]

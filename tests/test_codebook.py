@@ -96,6 +96,63 @@ def test_projection_is_the_nearest_codeword(book_bits: int | None) -> None:
     assert float(target.typical(params)) == pytest.approx(np.sqrt(far / 9).mean(), rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("times", [1.0, 1e-4, 1e4])
+def test_the_fast_way_to_the_nearest_codeword_is_the_exact_one(dtype: torch.dtype, times: float) -> None:
+    """Ties and neighbours that a matrix product cannot tell apart included."""
+    book = torch.randn(40, 9, dtype=torch.float64).mul(times).to(dtype)
+    book[20:30] = torch.nextafter(book[:10].float(), torch.tensor(9e9)).to(dtype)  # twins, one rounding away
+    halfway = ((book[:10].double() + book[10:20].double()) / 2).to(dtype)
+    far = torch.randn(200, 9).mul(1e3 * times).to(dtype)
+    rows = torch.cat([book, halfway, torch.randn(500, 9).mul(times).to(dtype), far, torch.zeros(3, 9, dtype=dtype)])
+    target = dt.KernelCodebook(size=40, codebook_bits=None, param_dtype="float32")
+    layout = dt.Layout(shape=(len(rows), 1, 3, 3))
+    params = dt.Params(tensors={"book": book}, layout=layout)
+    exact = (rows.double()[:, None] - book.double()).square().sum(-1).sqrt().argmin(1)
+    found = target.assign(rows.reshape(-1, 1, 3, 3), params)
+    gap = [(rows.double() - book.double()[index]).square().sum(1) for index in (found, exact)]
+    assert torch.allclose(gap[0], gap[1], rtol=1e-12, atol=0), "not a nearest one"
+    lonely = (rows.double()[:, None] - book.double()).square().sum(-1).topk(2, largest=False).values
+    clear = lonely[:, 0] < 0.999 * lonely[:, 1]
+    assert torch.equal(found[clear], exact[clear])
+    sure = books._nearest_for_sure(rows, book)
+    assert bool((sure[0] == exact)[~sure[1]].all()) and bool(sure[1][:10].all()), "twins were called sure"
+    clear[:10] = clear[20:30] = False  # on one twin, beside the other
+    assert int(clear.sum()) > 300 and not bool(sure[1][clear].any()), "what is clear needs no second look"
+
+
+def test_a_later_fit_goes_on_from_the_codewords_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = torch.randn(32, 32, 3, 3)
+    target = dt.KernelCodebook(size=32, codebook_bits=None)
+    before = target.fit(w)
+    moved = w + 0.01 * torch.randn_like(w)
+    starts = []
+    spread = books._spread
+    monkeypatch.setattr(books, "_spread", lambda *a: starts.append(1) or spread(*a))
+    warm = target.fit(moved, previous=before)
+    assert not starts
+    gaps = [float((target.project(moved, p) - moved).square().sum()) for p in (warm, before)]
+    assert gaps[0] < gaps[1]
+    near = torch.cdist(warm["book"], before["book"]).amin(1)
+    assert float(near.amax()) < 0.5 * float(torch.cdist(before["book"], before["book"]).fill_diagonal_(9).min())
+    anew = dt.KernelCodebook(size=32, codebook_bits=None, warm_start=False)
+    assert torch.equal(anew.fit(moved, previous=before)["book"], target.fit(moved)["book"]) and len(starts) == 4
+
+
+def test_a_warm_start_fills_up_what_was_missing() -> None:
+    """Few distinct kernels gave a short codebook; when training has made more of them, it grows."""
+    few = torch.randn(5, 3, 3)
+    w = few[torch.randint(0, 5, (30, 20))]
+    for zero in (False, True):
+        target = dt.KernelCodebook(size=16, codebook_bits=None, zero=zero)
+        before = target.fit(w)
+        assert len(before["book"]) == 5 + zero
+        after = target.fit(torch.randn(30, 20, 3, 3), previous=before)
+        assert len(after["book"]) == 16 and (not zero or not bool(after["book"][0].any()))
+    halves = dt.KernelCodebook(size=4, codebook_bits=None)
+    assert len(halves.fit(w, previous=dt.KernelCodebook(size=8, codebook_bits=None).fit(w))["book"]) == 4
+
+
 def test_k_means_finds_planted_kernels_and_is_repeatable() -> None:
     centres = torch.randn(12, 9) * 3
     w = (centres[torch.randint(0, 12, (40 * 20,))] + 1e-3 * torch.randn(800, 9)).reshape(40, 20, 3, 3)

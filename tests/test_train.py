@@ -20,11 +20,11 @@ from papers.train import (
     Trainer,
     evaluate,
     evaluate_lives,
-    held_out,
     learning_rate,
     load_experiment,
     main,
 )
+from papers.tune import held_out
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "papers" / "experiments"
 

@@ -1,11 +1,12 @@
 """Kernel codebooks on CIFAR-100: how far K-means alone goes, and training the codebook beside weights of as many bits.
 
     python -m papers.kq.cifar100 error --data-dir ../shared
-    python -m papers.kq.cifar100 train --data-dir ../shared --epochs 30 [--only kq-512 --only w1-bits] [--resume]
+    python -m papers.kq.cifar100 train --data-dir ../shared --epochs 30 [--tune 1] [--only kq-512] [--resume]
 
 `error` clusters the kernels of the released ResNet-32 checkpoint and needs no data. `train` starts from the same
-checkpoint: every rival gets the same data, order, epochs and learning rates; the weights of the last epoch count and
-nothing is selected. Each is read data-free and with BatchNorm re-estimated.
+checkpoint: every rival gets the same data, order and epochs, and the same learning rate or, with --tune, its own: the
+best of the same rates on held-out training images. The weights of the last epoch count and nothing is selected on test
+images. Each is read data-free and with BatchNorm re-estimated.
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ import detent as dt
 from detent.report.record import Record
 from papers import models
 from papers.train import Experiment, all_seeds, load_recipe
+from papers.tune import held_out, tuned
 
 CHECKPOINT = "checkpoints/cifar100_resnet32_sgd150.safetensors"
 SCHEMES: tuple[tuple[str, int], ...] = (*(("global", k) for k in (64, 256, 512, 1024)), ("layer", 64), ("layer", 256))
 WIDTHS = (4, 3, 2)
 EPOCHS = 30
+RATE = 0.01
+# --tune tries RATE times these, and goes on in such steps where the best is at the edge.
+TIMES, STEP, HOLDOUT = (1 / 3, 1.0, 3.0), 3.0, 5000
 app = typer.Typer(add_completion=False)
 
 
@@ -163,12 +168,12 @@ def error(
 # --- training the codebook ----------------------------------------------------------------------------------------
 
 
-def kernels(target: dict[str, Any] | None, mechanism: dict[str, Any] | None) -> dict[str, Any]:
+def kernels(target: dict[str, Any] | None, mechanism: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
     """`target` for every 3x3 convolution but the first; that one, 1x1 and the head at 8 bits a channel."""
     grid = {"kind": "Uniform", "bits": 8, "granularity": "channel", "range": "minmax"}
     pull = {"mechanism": {"kind": "STE"}} if mechanism else {}
     own = {"mechanism": mechanism} if mechanism else {}
-    body = {"match": "@kernels", "target": target, **own}
+    body = {"match": "@kernels", "target": target, **own, **more}
     return {"rules": [{"match": "@first", "target": grid, "pinned": True, **pull}, body, {**EIGHT_REST, **pull}]}
 
 
@@ -183,6 +188,8 @@ EIGHT_REST = {
     "pinned": True,
 }
 LEARN = {"kind": "CodebookLearning"}
+# Under straight-through the weights behind the codewords go on moving, and the codewords follow them.
+OFTEN = {"fit_every": 10}
 # Weight by weight, a scale a channel: 1 bit, and three levels (1.58; 2 bits where codes are not entropy coded).
 BINARY = {"kind": "Binary", "granularity": "channel"}
 TERNARY = {"kind": "Ternary", "granularity": "channel"}
@@ -190,14 +197,25 @@ RIVALS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "kq-512": kernels(codebook(512), LEARN),
     "kq-512-sum": kernels(codebook(512), {**LEARN, "reduce": "sum"}),
+    "kq-512-again": kernels(codebook(512), {**LEARN, "reassign_every": 20}),
+    "kq-512-ste": kernels(codebook(512), {"kind": "STE"}, **OFTEN),
     "kq-2048": kernels(codebook(2048), LEARN),
     "kq-2304": kernels(codebook(2304), LEARN),
+    "kq-2304-ste": kernels(codebook(2304), {"kind": "STE"}, **OFTEN),
     "ste-w1": kernels(BINARY, {"kind": "STE"}),
     "ste-w1.58": kernels(TERNARY, {"kind": "STE"}),
 }
 
 
-def experiment(rival: str, epochs: int, seeds: list[int], threads: int | None, steps: int | None) -> Experiment:
+def experiment(
+    rival: str,
+    epochs: int,
+    seeds: list[int],
+    threads: int | None,
+    steps: int | None,
+    rate: float = RATE,
+    holdout: int = 0,
+) -> Experiment:
     """The experiment of one rival; "none" only compresses the checkpoint."""
     recipe = RIVALS[rival]
     alone = {f"kq-{size}": kernels(codebook(size), None) for size in (512, 2048)}
@@ -217,10 +235,11 @@ def experiment(rival: str, epochs: int, seeds: list[int], threads: int | None, s
                 "mean": [129.3 / 255, 124.1 / 255, 112.4 / 255],
                 "std": [68.2 / 255, 65.4 / 255, 70.4 / 255],
                 "cache": "runs/cache",
+                "holdout": holdout,
             },
             "recipe": recipe,
             "evaluate_recipe": kernels(codebook(512), None) if recipe is None else None,
-            "optimizer": {"name": "SGD", "args": {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}},
+            "optimizer": {"name": "SGD", "args": {"lr": rate, "momentum": 0.9, "weight_decay": 1e-4}},
             "schedule": {"kind": "cosine"},
             "batch_size": 128,
             "epochs": epochs,
@@ -242,6 +261,10 @@ def train(
     seed: Annotated[list[int] | None, typer.Option(help="may be repeated")] = None,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="stop after so many steps, schedules included")] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(min=1, help="epochs of each trial that chooses a rival's rate, on held-out train images"),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume")] = False,
 ) -> None:
     """Trains the rivals one after another and writes a record for each; "none" trains a plain network as long."""
@@ -249,13 +272,23 @@ def train(
     for rival in only or list(RIVALS):
         if rival not in RIVALS:
             raise typer.BadParameter(f"--only {rival}: must be one of {', '.join(RIVALS)}")
-        plan = experiment(rival, epochs, seed or [1], threads, steps)
         folder = out / rival
+        rate, further = RATE, {}
+        if tune is not None:
 
-        def bits(rival: str = rival) -> dict[str, Any]:
-            return {"bits": rival_bits(rival)}
+            def trial(number: float, rival: str = rival, length: int = tune, folder: Path = folder) -> dict[str, float]:
+                plan = experiment(rival, length, [1000], threads, steps, number, HOLDOUT)
+                return held_out(plan, folder / f"tune-{number:.3g}-{length}", data_dir, console)
 
-        all_seeds(plan, folder, data_dir, folder, resume, console, bits)
+            rate, found = tuned(trial, [RATE * times for times in TIMES], step=STEP)
+            tried = {f"{number:.3g}": lives for number, lives in found.items()}
+            further = {"tuned": {"lr": rate, "epochs": tune, "held_out": tried}}
+        plan = experiment(rival, epochs, seed or [1], threads, steps, rate)
+
+        def more(rival: str = rival, further: dict[str, Any] = further) -> dict[str, Any]:
+            return {"bits": rival_bits(rival), **further}
+
+        all_seeds(plan, folder, data_dir, folder, resume, console, more)
 
 
 def rival_bits(rival: str) -> dict[str, float] | None:

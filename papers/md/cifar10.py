@@ -23,7 +23,8 @@ from torch import nn
 
 from detent.report.record import Record
 from papers import models
-from papers.train import Experiment, held_out, one_seed, summary
+from papers.train import Experiment, one_seed, summary
+from papers.tune import held_out, tuned
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECORDS = ROOT / "benchmarks" / "records"
@@ -136,18 +137,6 @@ def experiment(
     )
 
 
-def tuned(
-    rival: str, model: str, epochs: int, rates: list[float], folder: Path, data_dir: Path | None, **kinds: Any
-) -> tuple[float, dict[str, float]]:
-    """The rate with the best compressed life on held-out training images, and what each rate gave."""
-    found: dict[str, float] = {}
-    for lr in rates:
-        plan = experiment(rival, model, epochs, lr, [1000], holdout=300 if model == "digits" else HOLDOUT, **kinds)
-        lives = held_out(plan, folder / f"tune-{lr:g}-{epochs}", data_dir)
-        found[f"{lr:g}"] = lives.get("compressed", lives["full"])
-    return max(rates, key=lambda lr: found[f"{lr:g}"]), found
-
-
 def main(
     data_dir: Annotated[Path | None, typer.Option(help="folder with data/cifar10", envvar="DETENT_SHARED")] = None,
     model: Annotated[str, typer.Option(help="resnet8, resnet20, resnet18 or digits")] = "resnet20",
@@ -204,7 +193,14 @@ def main(
             folder = out / model / ("scaled" if scale else "unscaled") / name
             rate, tried = rates[0], {}
             if tune:
-                rate, tried = tuned(name, model, length, rates, folder, data_dir, **kinds)
+
+                def trial(number: float, name: str = name, folder: Path = folder) -> dict[str, float]:
+                    kept = 300 if model == "digits" else HOLDOUT
+                    plan = experiment(name, model, length, number, [1000], holdout=kept, **kinds)
+                    return held_out(plan, folder / f"tune-{number:g}-{length}", data_dir)
+
+                rate, found = tuned(trial, rates)
+                tried = {f"{lr:g}": found[lr].get("compressed", found[lr]["full"]) for lr in rates}
             plan = experiment(name, model, epochs, rate, seeds, holdout=HOLDOUT if paper else 0, **kinds)
             runs = [one_seed(plan, n, folder / f"seed{n}", data_dir, folder, resume, console) for n in seeds]
             results[name] = {"lr": rate, "held_out": tried, "summary": summary(runs)}

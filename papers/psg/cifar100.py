@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from papers.train import Experiment, all_seeds, held_out
+from papers.train import Experiment, all_seeds
+from papers.tune import held_out, tuned
 
 GRID8 = {"kind": "Uniform", "bits": 8}
 
@@ -145,26 +146,6 @@ def experiment(
     )
 
 
-def tuned(rival: str, epochs: int, folder: Path, data_dir: Path, console: Console, **kinds: Any) -> tuple[float, Any]:
-    """The number with the best data-free compressed life on held-out training images, and what each one gave.
-
-    While the best is the smallest or largest tried, one more is tried beyond it.
-    """
-
-    def trial(knob: float) -> dict[str, float]:
-        plan = experiment(rival, epochs, [1000], knob=knob, holdout=HOLDOUT, **kinds)
-        return held_out(plan, folder / f"tune-{knob:.3g}-{epochs}", data_dir, console)
-
-    start = RIVALS[rival][RIVALS[rival]["tune"]]
-    found = {start * times: trial(start * times) for times in TIMES}
-    while True:
-        best = max(found, key=lambda knob: found[knob]["compressed"])
-        beyond = best * STEP if best == max(found) else best / STEP if best == min(found) else None
-        if beyond is None:
-            return best, {f"{knob:.3g}": found[knob] for knob in sorted(found)}
-        found[beyond] = trial(beyond)
-
-
 def main(
     data_dir: Annotated[Path, typer.Option(help="folder with data/ and checkpoints/", envvar="DETENT_SHARED")],
     epochs: Annotated[int, typer.Option(min=1)] = 68,
@@ -191,8 +172,15 @@ def main(
         folder = out / rival
         knob, further = None, {}
         if tune is not None and "tune" in RIVALS[rival]:
-            knob, tried = tuned(rival, tune, folder, data_dir, console, **kinds)
-            further = {"tuned": {RIVALS[rival]["tune"]: knob, "epochs": tune, "held_out": tried}}
+            what = RIVALS[rival]["tune"]
+
+            def trial(number: float, rival: str = rival, length: int = tune, folder: Path = folder) -> dict[str, float]:
+                plan = experiment(rival, length, [1000], knob=number, holdout=HOLDOUT, **kinds)
+                return held_out(plan, folder / f"tune-{number:.3g}-{length}", data_dir, console)
+
+            knob, found = tuned(trial, [RIVALS[rival][what] * times for times in TIMES], step=STEP)
+            tried = {f"{number:.3g}": lives for number, lives in found.items()}
+            further = {"tuned": {what: knob, "epochs": tune, "held_out": tried}}
         plan = experiment(rival, epochs, seed or [1], knob=knob, **kinds)
         all_seeds(plan, folder, data_dir, folder, resume, console, lambda further=further: further)
 

@@ -165,7 +165,7 @@ class Target(abc.ABC):
         Args:
             w: the whole tensor, any floating dtype and strides.
             layout: its layout; by default output channels on axis 0.
-            previous: the last params of the same tensor, for running estimates.
+            previous: the last params of the same tensor, for running estimates and warm starts.
 
         Raises:
             ValueError: NaN or infinite weights.

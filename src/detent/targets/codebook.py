@@ -17,9 +17,10 @@ from detent.targets.levels import _PARAM_DTYPES, Uniform
 
 __all__ = ["KernelCodebook", "VectorCodebook"]
 
-_CHUNK = 1 << 22  # distances held at a time: 32 MiB, whatever the number of kernels and codewords
+_CHUNK = 1 << 20  # distances held at a time: 8 MiB, whatever the number of kernels and codewords
 _STALLED = 1e-4  # K-means stops when an iteration takes less than this share off the error
 _FEWEST = 4  # kernels a codeword, so that a codebook costs less than it saves
+_SLACK = 4  # times the rounding of a distance by matrix products: nearer than that, exact differences decide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class _Codebook(Target):
     restarts: int = 2
     iterations: int = 50
     sample: int = 256
+    warm_start: bool = True
 
     is_exact: ClassVar[bool] = True
     has_codebook: ClassVar[bool] = True
@@ -58,6 +60,8 @@ class _Codebook(Target):
         for field in ("restarts", "iterations", "sample"):
             if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
                 raise ValueError(f"{name}({field}={getattr(self, field)}): must be a whole number >= 1")
+        if not isinstance(self.warm_start, bool):
+            raise ValueError(f"{name}(warm_start={self.warm_start!r}): must be True or False")
 
     @property
     def scope(self) -> Scope:
@@ -124,7 +128,7 @@ class _Codebook(Target):
             parts = [weights[i].detach().reshape(-1, length) for i in members]
             if self.few == "refuse" and (reason := self._too_few(sum(map(len, parts)))):
                 raise ValueError(reason)
-            numbers = self._stored(self._learn(parts, dtype), dtype, sort=True)
+            numbers = self._stored(self._learn(parts, dtype, self._before(previous, members)), dtype, sort=True)
             numbers["units"] = torch.tensor(sum(map(len, parts)))
             for i in members:
                 mine = {name: t.to(weights[i].device) for name, t in numbers.items()}
@@ -132,7 +136,16 @@ class _Codebook(Target):
                 found[i] = replace(params, tensors={**mine, "typical": self._gap(weights[i], params)})
         return [found[i] for i in range(len(weights))]
 
-    def _learn(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    def _before(self, previous: Sequence[Params | None], members: list[int]) -> Tensor | None:
+        """The codebook that these weights had at the last fit, if all had the same."""
+        if not self.warm_start:
+            return None
+        books = [None if (old := previous[i]) is None else self.codebook(old) for i in members]
+        first = books[0]
+        same = first is not None and all(book is not None and torch.equal(book, first.to(book)) for book in books)
+        return first if same else None
+
+    def _learn(self, parts: list[Tensor], dtype: torch.dtype, before: Tensor | None = None) -> Tensor:
         """The codewords of some units, in float64. On the CPU, so that every device finds the same ones."""
         x = torch.cat([part.to("cpu", compute_dtype(dtype)) for part in parts])
         # Scaled by a power of two, so that no square over- or underflows and nothing is rounded; in two halves, since
@@ -142,7 +155,10 @@ class _Codebook(Target):
         size = self._codewords(len(x))
         codewords = _distinct(x, size)
         if codewords is None or (self.zero and int((codewords != 0).any(1).sum()) == size):
-            codewords = _k_means(x, size, self)
+            start = None
+            if before is not None and before.shape[1] == x.shape[1] and len(before) <= size:  # else of another target
+                start = before.to("cpu", torch.float64).mul(2.0**-power).to(x.dtype)
+            codewords = _k_means(x, size, self, start)
         return codewords.double() * 2.0**power
 
     def _stored(self, codewords: Tensor, dtype: torch.dtype, *, sort: bool) -> dict[str, Tensor]:
@@ -183,15 +199,18 @@ class _Codebook(Target):
 
     def assign(self, w: Tensor, params: Params) -> Tensor:
         units = w.detach().reshape(-1, self._length(params.layout.shape))
-        # Differences, not a matrix product, and in float64: a weight that is a codeword is at distance 0 from it and
-        # from no other, so that projecting twice is projecting once.
-        entries = self._entries(params, w.dtype).double()
+        entries = self._entries(params, w.dtype)
         step = max(1, _CHUNK // len(entries))
         index = torch.empty(len(units), dtype=torch.long, device=w.device)
         for first in range(0, len(units), step):
-            some = units[first : first + step].double()
-            far = torch.cdist(some, entries, compute_mode="donot_use_mm_for_euclid_dist")
-            index[first : first + step] = far.argmin(1)
+            some = units[first : first + step]
+            found, doubtful = _nearest_for_sure(some, entries)
+            # Differences, not a matrix product, and in float64: a weight that is a codeword is at distance 0 from it
+            # and from no other, so that projecting twice is projecting once.
+            if len(rows := doubtful.nonzero()[:, 0]):
+                far = torch.cdist(some[rows].double(), entries.double(), compute_mode="donot_use_mm_for_euclid_dist")
+                found[rows] = far.argmin(1)
+            index[first : first + step] = found
         return index
 
     def project(self, w: Tensor, params: Params) -> Tensor:
@@ -315,6 +334,8 @@ class KernelCodebook(_Codebook):
         iterations: of K-means, at most, >= 1.
         sample: kernels a codeword that K-means looks at, at most, >= 1; of more, that many are drawn at random, and two
             last iterations see all.
+        warm_start: a later fit in the same training goes on from the codewords of the one before, which takes a few
+            iterations; `False`: K-means starts over each time, with `restarts`.
 
     Raises:
         ValueError: a value outside its range.
@@ -367,6 +388,7 @@ class VectorCodebook(_Codebook):
         restarts: as for `KernelCodebook`.
         iterations: as for `KernelCodebook`.
         sample: as for `KernelCodebook`.
+        warm_start: as for `KernelCodebook`.
 
     Raises:
         ValueError: a value outside its range.
@@ -437,11 +459,15 @@ def _distinct(x: Tensor, most: int) -> Tensor | None:
     return known
 
 
-def _k_means(x: Tensor, size: int, target: _Codebook) -> Tensor:
-    """The best of several restarts; more than `sample` rows a codeword are seen whole only at the end."""
+def _k_means(x: Tensor, size: int, target: _Codebook, start: Tensor | None = None) -> Tensor:
+    """The best of several restarts, or what a start leads to; of many rows, all are seen only at the end."""
     generator = torch.Generator().manual_seed(target.seed)
     most = target.sample * size
     part = x if len(x) <= most else x[torch.randperm(len(x), generator=generator)[:most]]
+    if start is not None:  # codewords that are missing are copies, which nothing is nearest to: empty clusters
+        full = torch.cat([start, start[-1:].expand(size - len(start), -1)])
+        best = _lloyd(part, full, target.iterations, target.zero)[0]
+        return best if part is x else _lloyd(x, best, 2, target.zero)[0]
     best, least = x[:0], math.inf
     for _ in range(target.restarts):
         centres, error = _lloyd(part, _spread(part, size, target.zero, generator), target.iterations, target.zero)
@@ -487,6 +513,21 @@ def _lloyd(x: Tensor, centres: Tensor, iterations: int, zero: bool) -> tuple[Ten
             break
         centres, before = moved, error
     return centres, error
+
+
+def _nearest_for_sure(x: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the nearest entry by matrix products, and the rows where their roundings leave it open."""
+    # In float64, which no setting of the user's lets a matrix product round further (TF32, bfloat16).
+    x, entries = x.double(), entries.double()
+    sizes = entries.square().sum(1)
+    scores = torch.addmm(sizes, x, entries.t(), alpha=-2)
+    least, index = scores.min(1)
+    # |c|^2 - 2 x c is a sum of 2 n products, each at most (|x| + |c|)^2 together: Higham's bound for any order of sums.
+    reach = x.square().sum(1).sqrt_().add_(sizes.amax().sqrt()).square_()
+    bound = least + reach * (_SLACK * (2 * x.shape[1] + 4) * torch.finfo(x.dtype).eps)
+    second = scores.scatter_(1, index[:, None], math.inf).amin(1)
+    # Numbers too small to be squared, and sums too large for a float, leave it open too; so does a NaN.
+    return index, ~((second > bound) & (reach > torch.finfo(x.dtype).tiny * 1e8) & bound.isfinite())
 
 
 def _nearest(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
