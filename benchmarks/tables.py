@@ -19,7 +19,8 @@ BLOCK = re.compile(r"<!-- table:(?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- /table -
 NOTHING = "*No record yet.*\n"
 WIDTHS = (8, 6, 4, 3, 2)
 _WIDE = ("sgd", "clip-w3", "clip-w2", "paper-w4", "paper-w3", "paper-w2", "psg-w4", "psg-w3", "psg-w2")
-RIVALS = (*_WIDE, "sgd-prune90", "psg-prune90")
+_CHANNEL = ("clip-w3-channel", "clip-w2-channel", "psg-w4-channel", "psg-w3-channel", "psg-w2-channel")
+RIVALS = (*_WIDE, *_CHANNEL, "sgd-prune90", "psg-prune90")
 
 Make = Callable[[Path], str]
 TABLES: dict[str, Make] = {}

@@ -20,11 +20,12 @@ from papers.tune import held_out, tuned
 GRID8 = {"kind": "Uniform", "bits": 8}
 
 
-def ends_at_8(bits: int, mechanism: dict[str, Any] | None) -> dict[str, Any]:
-    """First and last weight at 8 bits, the rest at `bits`, MSE ranges, one scale a tensor."""
+def ends_at_8(bits: int, mechanism: dict[str, Any] | None, granularity: str = "tensor") -> dict[str, Any]:
+    """First and last weight at 8 bits, the rest at `bits`, MSE ranges, one scale a tensor or a channel."""
     pull = {} if mechanism is None else {"mechanism": mechanism}
-    ends = [{"match": where, "target": GRID8, "pinned": True, **pull} for where in ("@first", "@last")]
-    return {"rules": [*ends, {"match": "weight$", "target": {"kind": "Uniform", "bits": bits}, **pull}]}
+    fine = {} if granularity == "tensor" else {"granularity": granularity}
+    ends = [{"match": where, "target": {**GRID8, **fine}, "pinned": True, **pull} for where in ("@first", "@last")]
+    return {"rules": [*ends, {"match": "weight$", "target": {"kind": "Uniform", "bits": bits, **fine}, **pull}]}
 
 
 def paper(bits: int, lambda_s: float) -> dict[str, Any]:
@@ -60,6 +61,9 @@ RIVALS: dict[str, dict[str, Any]] = {
     "psg-w4": {"recipe": ends_at_8(4, PSG)},
     "psg-w2": {"recipe": ends_at_8(2, PSG)},
     "clip-w2": {"recipe": ends_at_8(2, {"kind": "Clip"})},
+    # A scale a channel, as most deployments have: clipping to a channel's own range costs the full life less.
+    **{f"psg-w{bits}-channel": {"recipe": ends_at_8(bits, PSG, "channel")} for bits in (4, 3, 2)},
+    **{f"clip-w{bits}-channel": {"recipe": ends_at_8(bits, {"kind": "Clip"}, "channel")} for bits in (3, 2)},
     # lambda_s for 3 and 2 bits was never published: these give the mean factor that 150 gives at 4 bits
     "paper-w3": {"paper": 3, "lambda_s": 66.0, "tune": "lambda_s"},
     "paper-w2": {"paper": 2, "lambda_s": 39.0, "tune": "lambda_s", "decay": 0.0},
@@ -100,10 +104,15 @@ def experiment(
     own = 4 if recipe is None else recipe["rules"][-1]["target"].get("bits")
     schedule = {"kind": "step", "milestones": [epochs * 40 / 68]} if milestones else {"kind": "cosine"}
     sparse = {"prune90": prune(None), "prune80": prune(None, 0.2)}
-    # Every rival is also read on both grids of the comparison, whatever it trained on: all layers on min-max ranges as
-    # published, and first and last at 8 bits on searched ranges as ours.
+    # Every rival with a scale a tensor is also read on both grids of the comparison, whatever it trained on: all layers
+    # on min-max ranges as published, and first and last at 8 bits on searched ranges as ours.
     rounding = {f"minmax-w{bits}": f"psg-paper-w{bits}" for bits in (4, 3, 2)}
     rounding |= {f"ends8-w{bits}": ends_at_8(bits, None) for bits in (4, 3, 2)}
+    channel = {f"channel-w{bits}": ends_at_8(bits, None, "channel") for bits in (4, 3, 2)}
+    if rival.endswith("-channel"):
+        rounding = channel
+    elif rival == "sgd":
+        rounding |= channel
     return Experiment.model_validate(
         {
             "name": f"psg-cifar100-{rival}",
