@@ -8,6 +8,7 @@ part of the train split is looked at; the test split is read once, after the las
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import itertools
@@ -138,6 +139,9 @@ class Experiment(Strict):
     batch_size: int = Field(default=128, ge=1)
     epochs: int = Field(ge=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    distill: float = Field(
+        default=0.0, ge=0, le=1, description="share of the loss that is the divergence from the outputs of `init`"
+    )
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = False
     compile: bool = False
@@ -147,6 +151,12 @@ class Experiment(Strict):
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint_minutes: float = Field(default=5.0, gt=0)
     extra: ExtraConfig = ExtraConfig()
+
+    @model_validator(mode="after")
+    def _someone_to_learn_from(self) -> Experiment:
+        if self.distill and self.init is None:
+            raise ValueError(f"distill={self.distill}: needs `init`, the network whose outputs are learned from")
+        return self
 
 
 _GAPS = ("error", "wasserstein", "distance")  # between a tensor's two lives
@@ -416,6 +426,7 @@ class Trainer:
         self.model.to(self.device).train()
         if experiment.channels_last:
             self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False) if experiment.distill else None
         recipe = load_recipe(experiment.recipe, folder)
         params = self.model.parameters() if recipe is None else recipe.param_groups(self.model)
         self.optimizer: torch.optim.Optimizer = _import(experiment.optimizer.name, torch.optim)(
@@ -601,6 +612,11 @@ class Trainer:
         with context:
             logits = self.forward(x)
             loss = F.cross_entropy(logits.float(), y, label_smoothing=self.experiment.label_smoothing)
+            if self.teacher is not None:
+                with torch.no_grad():
+                    wanted = self.teacher(x).float().log_softmax(1)
+                apart = F.kl_div(logits.float().log_softmax(1), wanted, reduction="batchmean", log_target=True)
+                loss = torch.lerp(loss, apart, self.experiment.distill)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

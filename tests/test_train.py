@@ -199,6 +199,40 @@ def test_a_trial_reads_held_out_images_alone_and_is_kept(tmp_path: Path, monkeyp
     assert held_out(plan, tmp_path / "trial", None) == lives
 
 
+def test_distillation_is_the_divergence_from_the_initial_network(tmp_path: Path) -> None:
+    first = Trainer(tiny(epochs=1), 3, tmp_path / "first")
+    first.train()
+    first.result()
+    init = str(tmp_path / "first" / "model.safetensors")
+    plan = tiny(init=init, distill=0.25, recipe={"rules": [STE]}, epochs=2)
+    trainer = Trainer(plan, 0, tmp_path / "a")
+    assert trainer.teacher is not None
+    before = {name: value.clone() for name, value in trainer.teacher.state_dict().items()}
+    assert same(before, dict(first.model.state_dict())), "the teacher is not what `init` names"
+    x, y = next(iter(trainer.batches))
+    drawn = torch.get_rng_state()
+    logits = trainer.model(x).double()  # the network that trains has dropout and its weights on 3 bits
+    torch.set_rng_state(drawn)
+    loss = trainer._step(x, y)
+    student, wanted = logits.detach().softmax(1), first.model.eval()(x).detach().double().softmax(1)
+    right = -student[torch.arange(len(y)), y].log().mean()
+    apart = (wanted * (wanted / student).log()).sum(1).mean()
+    assert float(loss) == pytest.approx(float(0.75 * right + 0.25 * apart), rel=1e-5)
+    assert float(apart) > 1e-3 and abs(float(apart - right)) > 1e-3, "the test shows nothing"
+
+    whole = Trainer(plan, 0, tmp_path / "b")
+    whole.train()
+    assert whole.teacher is not None and same(before, dict(whole.teacher.state_dict())), "the teacher was trained"
+    cut = Trainer(plan, 0, tmp_path / "c")
+    cut.train(stop_at=7)
+    again = Trainer(plan, 0, tmp_path / "c")
+    assert again.resume()
+    again.train()
+    assert same(dict(whole.model.state_dict()), dict(again.model.state_dict()))
+    with pytest.raises(ValueError, match="distill=0.5: needs `init`"):
+        tiny(distill=0.5)
+
+
 def test_evaluate_counts_by_hand() -> None:
     class Shifted(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

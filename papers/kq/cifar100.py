@@ -215,13 +215,14 @@ def experiment(
     steps: int | None,
     rate: float = RATE,
     holdout: int = 0,
+    distill: float = 0.0,
 ) -> Experiment:
     """The experiment of one rival; "none" only compresses the checkpoint."""
     recipe = RIVALS[rival]
     alone = {f"kq-{size}": kernels(codebook(size), None) for size in (512, 2048)}
     return Experiment.model_validate(
         {
-            "name": f"kq-cifar100-{rival}",
+            "name": f"kq-cifar100-{rival}{'-distilled' if distill else ''}",
             "question": "From the released checkpoint: what is left of it with kernels out of a codebook, and with as "
             "many bits a weight?",
             "model": "resnet32",
@@ -243,6 +244,7 @@ def experiment(
             "schedule": {"kind": "cosine"},
             "batch_size": 128,
             "epochs": epochs,
+            "distill": distill,
             "channels_last": True,
             "threads": threads,
             "seeds": seeds,
@@ -265,6 +267,9 @@ def train(
         int | None,
         typer.Option(min=1, help="epochs of each trial that chooses a rival's rate, on held-out train images"),
     ] = None,
+    distill: Annotated[
+        float, typer.Option(min=0, max=1, help="share of the loss that is the divergence from the checkpoint's outputs")
+    ] = 0.0,
     resume: Annotated[bool, typer.Option("--resume")] = False,
 ) -> None:
     """Trains the rivals one after another and writes a record for each; "none" trains a plain network as long."""
@@ -272,18 +277,18 @@ def train(
     for rival in only or list(RIVALS):
         if rival not in RIVALS:
             raise typer.BadParameter(f"--only {rival}: must be one of {', '.join(RIVALS)}")
-        folder = out / rival
+        folder = out / (f"{rival}-distilled" if distill else rival)
         rate, further = RATE, {}
         if tune is not None:
 
             def trial(number: float, rival: str = rival, length: int = tune, folder: Path = folder) -> dict[str, float]:
-                plan = experiment(rival, length, [1000], threads, steps, number, HOLDOUT)
+                plan = experiment(rival, length, [1000], threads, steps, number, HOLDOUT, distill)
                 return held_out(plan, folder / f"tune-{number:.3g}-{length}", data_dir, console)
 
             rate, found = tuned(trial, [RATE * times for times in TIMES], step=STEP)
             tried = {f"{number:.3g}": lives for number, lives in found.items()}
             further = {"tuned": {"lr": rate, "epochs": tune, "held_out": tried}}
-        plan = experiment(rival, epochs, seed or [1], threads, steps, rate)
+        plan = experiment(rival, epochs, seed or [1], threads, steps, rate, distill=distill)
 
         def more(rival: str = rival, further: dict[str, Any] = further) -> dict[str, Any]:
             return {"bits": rival_bits(rival), **further}
