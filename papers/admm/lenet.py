@@ -297,6 +297,7 @@ def experiment(name: str, job: Job, seed: int, options: Options) -> Experiment:
             "schedule": {"kind": "constant"},
             "batch_size": options.batch,
             "epochs": options.epochs or job.epochs,
+            "distill": 0.0 if recipe is None else options.distill,
             "device": "cpu",
             "channels_last": True,
             "threads": options.threads,
@@ -319,14 +320,16 @@ class Options:
     decay: float = 0.0
     batch: int = 128
     warp: tuple[float, float, float] | None = WARP
+    distill: float = 0.0
     threads: int = 1
     subset: int | None = None
     max_steps: int | None = None
 
     def folder(self, name: str, seed: int) -> Path:
         """Where a job of one seed keeps its files; other settings have other folders."""
-        held = f"-holdout{self.holdout}" if self.holdout else ""
-        return self.out / f"{name}{held}" / f"seed{seed}"
+        tail = "-distilled" if self.distill and job_of(name).recipe is not None else ""
+        tail += f"-holdout{self.holdout}" if self.holdout else ""
+        return self.out / f"{name}{tail}" / f"seed{seed}"
 
 
 def kept(run: dt.Run) -> dict[str, int]:
@@ -435,6 +438,9 @@ def main(
     lr: Annotated[float, typer.Option(help="base learning rate of Adam")] = 2e-3,
     batch: Annotated[int, typer.Option(min=1)] = 128,
     warp: Annotated[tuple[float, float, float], typer.Option(help="degrees, scale and pixels; see Batches")] = WARP,
+    distill: Annotated[
+        float, typer.Option(min=0, max=1, help="share of the loss that is the divergence from the dense network")
+    ] = 0.0,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     subset: Annotated[int | None, typer.Option(min=64, help="train on this many images only")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="stop early, for trying things out")] = None,
@@ -459,6 +465,7 @@ def main(
         lr=lr,
         batch=batch,
         warp=warp,
+        distill=distill,
         threads=threads,
         subset=subset,
         max_steps=max_steps,
