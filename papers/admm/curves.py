@@ -16,6 +16,8 @@ from benchmarks import PICTURES, RECORDS
 from detent.demo import pyplot
 from papers.admm.lenet import KINDS, RIVALS
 
+TICKS = (10, 50, 80, 90, 95, 98, 99)
+
 
 def curves(record: dict[str, Any]) -> dict[str, list[float]]:
     """By epoch, of the first seed: accuracies of both lives on held-out images, and |w - q| / |w|, RMS over layers."""
@@ -47,16 +49,22 @@ def main(
     if not found:
         raise typer.BadParameter(f"--records {records}: no record admm-lenet-*-holdout{holdout} there")
     plt = pyplot()
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9.6, 7.2), dpi=110, sharex=True, layout="constrained")
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9.6, 8.2), dpi=110, sharex=True, layout="constrained")
     for number, (name, lives) in enumerate(found.items()):
         epochs = range(1, len(lives["full"]) + 1)
-        top.plot(epochs, lives["compressed"], color=f"C{number}", label=name)
-        top.plot(epochs, lives["full"], color=f"C{number}", linestyle=":", linewidth=1)
+        wrong = {life: [max(100 - accuracy, 0.01) for accuracy in lives[life]] for life in ("compressed", "full")}
+        top.plot(epochs, wrong["compressed"], color=f"C{number}", label=name)
+        top.plot(epochs, wrong["full"], color=f"C{number}", linestyle=":", linewidth=1)
         # a weight that lies in its target has distance 0, which a logarithm cannot show
         bottom.plot(epochs, [max(d, 1e-4) for d in lives["distance"]], color=f"C{number}")
-    top.set_ylim(96, 99.6)
+    # Errors on a logarithm, upside down: rivals that end at 11 and at 99.2 % are in one picture.
+    top.set_yscale("log")
+    top.set_ylim(95, 0.6)
+    top.set_yticks([100 - accuracy for accuracy in TICKS], [f"{accuracy:g}" for accuracy in TICKS])
+    top.yaxis.set_minor_locator(plt.NullLocator())
+    top.grid(axis="y", linewidth=0.3)
     top.set_ylabel("held-out accuracy, %\n(compressed; dotted: full)")
-    top.legend(fontsize=8, ncols=2, loc="lower left")
+    figure.legend(fontsize=8, ncols=2, loc="outside upper center")
     bottom.set_yscale("log")
     bottom.set_ylabel("|w - q| / |w|, root mean square\nover layers (1e-4: in the target)")
     bottom.set_xlabel("epoch")
