@@ -61,8 +61,9 @@ class PSG(Mechanism):
             4 is what the published lambda_s = 150 amounts to at 4 bits; a net with BatchNorm may take more.
         eps: smallest distance, as a fraction of the cell, >= 0. Number or schedule; ending at 0 lets clusters close.
         clip: keep the weights inside the range of a bounded target, after each step from `clip_start` on.
-        clip_start: moment (step or fraction of training) clipping starts, with a fresh fit; `None` for when the fit is
-            frozen. While clipping and fitting both go on, a range may still shrink but not grow.
+        clip_start: moment (step or fraction of training) clipping starts, with a fresh fit that is the last one, unless
+            the rule says `fit_until`; `None` for when the fit is frozen otherwise, after 30 % of training. A range that
+            was fitted to what it has clipped would be smaller every time.
         start: moment PSG starts, with a fresh fit; before it the base optimizer runs untouched.
         form: "gradient" scales the gradient (the paper), "update" scales the step the optimizer took, "auto" is
             "gradient" under SGD and "update" under every other optimizer: a normalising optimizer divides a scaled
@@ -161,6 +162,8 @@ class PSG(Mechanism):
 
     @property
     def fit_until(self) -> Moment | None:
+        if self.clip and self.clip_start is not None:
+            return self.clip_start
         # A pull that starts late goes to a grid fitted then (`wants_fit`), and on for a while as one from step 0 does.
         return min(1.0, max(0.3, self.start + 0.1)) if isinstance(self.start, float) else 0.3
 

@@ -49,8 +49,8 @@ class Clip(Mechanism):
     The plain rival of PSG: a few outliers hold most of the rounding error, and this alone removes them.
 
     Args:
-        start: moment (step or fraction of training) clipping starts, with a fresh fit; `None` for when the fit is
-            frozen.
+        start: moment (step or fraction of training) clipping starts, with a fresh fit that is the last one, unless the
+            rule says `fit_until`; `None` for when the fit is frozen otherwise, after 30 % of training.
 
     Raises:
         ValueError: a start that is no moment.
@@ -74,7 +74,7 @@ class Clip(Mechanism):
 
     @property
     def fit_until(self) -> Moment | None:
-        return 0.3
+        return 0.3 if self.start is None else self.start
 
     def wants_fit(self, clock: Clock) -> bool:
         return clipping_begins(self.start, clock)
