@@ -447,6 +447,42 @@ def test_cutting_a_large_weight_into_pieces_changes_no_bit(monkeypatch, form, me
     assert torch.equal(train(1 << 30), train(17))
 
 
+@pytest.mark.parametrize("target", [dt.Uniform(bits=2), dt.Uniform(bits=4, granularity="channel"), dt.Ternary()])
+@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.Clip(), dt.PSG(start=0.05), dt.PSG(clip_start=0.1)])
+def test_clipping_does_not_shrink_weights_that_nothing_moves(target: dt.Target, mechanism: dt.Mechanism) -> None:
+    """A range that is fitted again to what it has clipped is smaller each time: the naive way ends at a fraction."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(32, 32, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-7)
+    rule = dt.Rule(match="weight", target=target, mechanism=mechanism)
+    dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=3000)
+    norms = []
+    for _ in range(1000):
+        model.weight.grad = torch.randn(32, 32)
+        optimizer.step()
+        norms.append(float(model.weight.detach().norm()))
+    clipped = norms[310]
+    assert clipped < norms[0] or mechanism in (dt.PSG(), dt.Clip()), "nothing was ever clipped: the test shows nothing"
+    assert norms[-1] == pytest.approx(clipped, rel=1e-3) and clipped > 0.7 * norms[0]
+
+
+def test_a_channel_of_zeros_may_still_train() -> None:
+    model = torch.nn.Linear(8, 4, bias=False)
+    with torch.no_grad():
+        model.weight[0] = 0.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rule = dt.Rule(match="weight", target=dt.Uniform(bits=4, granularity="channel"), mechanism=dt.Clip())
+    run = dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=100)
+    limit = model.weight.detach()[1:].abs().amax(1)
+    for _ in range(10):
+        model.weight.grad = -torch.ones(4, 8)
+        optimizer.step()
+    assert float(model.weight.detach()[0].amin()) == pytest.approx(1.0)
+    assert bool((model.weight.detach()[1:].abs().amax(1) <= limit * 1.2).all()), "the others stay in their range"
+    with run.compressed():
+        assert not bool(model.weight.detach()[0].any())  # its grid has one level; docs/psg.md says so
+
+
 @pytest.mark.parametrize("mechanism", [dt.PSG(clip_start=7), dt.Clip(start=7)])
 def test_clipping_starts_from_the_range_of_the_weights_as_they_are(mechanism):
     """A range fitted at the start would hold a growing weight at its initial size; the naive way fails here."""

@@ -386,6 +386,17 @@ def test_every_case_survives_yaml() -> None:
         assert type(mine.fit_until) is type(theirs.fit_until), "step 1 and the fraction 1.0 are different moments"
 
 
+@pytest.mark.parametrize("ramp", [dt.Linear, dt.Cosine])
+def test_a_ramp_to_step_1_is_not_one_over_the_whole_training(ramp: Any) -> None:
+    short, long = ramp(first=0.0, last=1.0, end=1), ramp(first=0.0, last=1.0, end=1.0)
+    for eps in (short, long):
+        rule = dt.Rule(match="weight$", target=dt.Uniform(bits=4), mechanism=dt.PSG(eps=eps))
+        back = dt.Recipe.from_yaml(dt.Recipe([rule]).to_yaml()).rules[0].mechanism
+        assert isinstance(back, dt.PSG) and isinstance(back.eps, ramp)
+        assert back.eps(5, 10) == eps(5, 10) and type(back.eps.end) is type(eps.end)
+    assert short(5, 10) != long(5, 10), "the test shows nothing"
+
+
 @pytest.mark.parametrize("keep", [1, 1.0, 5, 0.5])
 def test_counts_and_fractions_stay_apart(keep) -> None:
     target = dt.TopK(keep=keep)

@@ -42,9 +42,14 @@ def short(obj: object) -> str:
     parts = []
     for f in dataclasses.fields(obj):  # type: ignore[arg-type]
         value = getattr(obj, f.name)
-        if f.default is dataclasses.MISSING or value != f.default:
+        if _is_told(value, f.default):
             parts.append(f"{f.name}={short(value) if dataclasses.is_dataclass(value) else repr(value)}")
     return f"{type(obj).__name__}({', '.join(parts)})"
+
+
+def _is_told(value: Any, default: Any) -> bool:
+    """Whether a field is not its default. 1 is not 1.0: as a moment, one is a step and the other the whole training."""
+    return default is dataclasses.MISSING or value != default or type(value) is not type(default)
 
 
 def to_spec(obj: Any) -> Any:
@@ -62,7 +67,7 @@ def to_spec(obj: Any) -> Any:
     spec: dict[str, Any] = {"kind": type(obj).__name__}
     for f in dataclasses.fields(obj):
         value = getattr(obj, f.name)
-        if f.default is dataclasses.MISSING or value != f.default:
+        if _is_told(value, f.default):
             spec[f.name] = to_spec(value)
     return spec
 

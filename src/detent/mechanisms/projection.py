@@ -21,10 +21,14 @@ NEVER = 1 << 62  # `fit_every` of a mechanism whose `wants_fit` alone says when
 
 
 def clip_to_range(w: Tensor, target: Target, params: Params) -> None:
-    """Clamp w in place to the limits of a bounded target; an unbounded target leaves it alone."""
+    """Clamp w in place to the limits of a bounded target; an unbounded target leaves it alone.
+
+    So does a group of weights that were all zero when the range was fitted: it could never leave zero again.
+    """
     limits = target.limits(params)
     if limits is not None:
         limits = limits.to(w.dtype)
+        limits = limits.masked_fill(limits == 0, math.inf)
         # The same as clamp_ with tensors for limits, which takes three times as long on a CPU.
         torch.minimum(w, limits, out=w)
         torch.maximum(w, -limits, out=w)
