@@ -41,6 +41,7 @@ __all__ = [
     "all_seeds",
     "evaluate",
     "evaluate_lives",
+    "finished",
     "load_experiment",
     "load_recipe",
     "one_seed",
@@ -426,6 +427,7 @@ class Trainer:
         self.model.to(self.device).train()
         if experiment.channels_last:
             self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self._check_lives()
         self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False) if experiment.distill else None
         recipe = load_recipe(experiment.recipe, folder)
         params = self.model.parameters() if recipe is None else recipe.param_groups(self.model)
@@ -442,6 +444,25 @@ class Trainer:
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, images of this epoch
+
+    def _check_lives(self) -> None:
+        """What is to be measured after training must be possible: better said now than then.
+
+        Raises:
+            ValueError: widths of a recipe that has none, or a further recipe that cannot be read.
+        """
+        settings = self.experiment.evaluate
+        for spec in settings.recipes.values():
+            load_recipe(spec, self.folder)
+        recipe = load_recipe(self.experiment.recipe or self.experiment.evaluate_recipe, self.folder)
+        if recipe is None or not (settings.bits or settings.every_bits):
+            return
+        rules = [rule for stage in recipe.stages for rule in stage.rules] or recipe.rules
+        if not any(rule.target is not None and rule.target.has_bits and not rule.pinned for rule in rules):
+            raise ValueError(
+                f"evaluate.bits={settings.bits}, every_bits={settings.every_bits}: no rule of the recipe has an "
+                "unpinned target with a bit-width; give evaluate.bits=[]"
+            )
 
     def _training_batches(self) -> Batches | Streamed:
         data, experiment = self.experiment.data, self.experiment
@@ -775,16 +796,35 @@ def all_seeds(
     record.write(out / "record.json", {"seeds": results, "summary": summary(results), **further()})
 
 
+def finished(plan: Experiment, seed: int, out: Path) -> dict[str, Any] | None:
+    """What a folder holds of a seed that is trained, and measured as the experiment says; `None` if work is left.
+
+    Raises:
+        ValueError: what it holds is of another experiment or seed.
+    """
+    if not (out / "result.json").exists():
+        return None
+    if not (out / "last.pt").exists():
+        raise ValueError(f"{out} holds a result without last.pt, which says of what; choose another --out")
+    state = torch.load(out / "last.pt", map_location="cpu", weights_only=True)
+    differs = differences(state["experiment"], plan)
+    if differs or state["seed"] != seed:
+        raise ValueError(f"{out} is of another experiment: {differs or 'seed'} differ; choose another --out")
+    was = Experiment.model_validate_json(state["experiment"])
+    same = (was.evaluate, was.evaluate_recipe) == (plan.evaluate, plan.evaluate_recipe)
+    return json.loads((out / "result.json").read_text()) if same else None
+
+
 def one_seed(
     plan: Experiment, seed: int, out: Path, data_dir: Path | None, folder: Path, resume: bool, console: Console
 ) -> dict[str, Any]:
     """One seed from start to test, or what its folder says of it if it is finished.
 
     Raises:
-        ValueError: the folder holds an unfinished run and `resume` was not asked for.
+        ValueError: the folder holds a run and `resume` was not asked for, or a run of another experiment.
     """
-    if resume and (out / "result.json").exists():
-        return json.loads((out / "result.json").read_text())
+    if resume and (done := finished(plan, seed, out)) is not None:
+        return done
     if not resume and (out / "last.pt").exists():
         raise ValueError(f"{out} holds a run already: add --resume or choose another --out")
     trainer = Trainer(plan, seed, out, data_dir, folder, console)

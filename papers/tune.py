@@ -20,6 +20,9 @@ def tuned(
 ) -> tuple[float, dict[float, Lives]]:
     """The number with the best compressed life (the full one, if there is no other), and what each number gave.
 
+    A trial that diverges (the trainer or the engine raise RuntimeError on what is not finite) is as bad as can be, and
+    is no reason to look beyond it.
+
     Args:
         trial: what a number gives on held-out images, as `held_out`.
         numbers: that are tried, > 0, at least one.
@@ -30,7 +33,16 @@ def tuned(
         >>> best, sorted(found)
         (27.0, [1.0, 3.0, 9.0, 27.0, 81.0])
     """
-    found = {number: trial(number) for number in numbers}
+
+    def tried(number: float) -> Lives:
+        try:
+            return trial(number)
+        except RuntimeError as error:
+            if not any(word in str(error) for word in ("finite", "loss is", "NaN")):
+                raise
+            return {"full": 0.0, "compressed": 0.0}
+
+    found = {number: tried(number) for number in numbers}
     while True:
         best = max(found, key=lambda number: found[number].get("compressed", found[number]["full"]))
         beyond = None
@@ -38,7 +50,7 @@ def tuned(
             beyond = best * step if best == max(found) else best / step if best == min(found) else None
         if beyond is None:
             return best, {number: found[number] for number in sorted(found)}
-        found[beyond] = trial(beyond)
+        found[beyond] = tried(beyond)
 
 
 def held_out(plan: Experiment, out: Path, data_dir: Path | None, console: Console | None = None) -> dict[str, float]:

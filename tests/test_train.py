@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from torch import nn
 
 from detent.report.record import Record, environment, summarise, write_record
@@ -23,8 +24,9 @@ from papers.train import (
     learning_rate,
     load_experiment,
     main,
+    one_seed,
 )
-from papers.tune import held_out
+from papers.tune import held_out, tuned
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "papers" / "experiments"
 
@@ -197,6 +199,42 @@ def test_a_trial_reads_held_out_images_alone_and_is_kept(tmp_path: Path, monkeyp
     assert set(held_out(tiny(epochs=1), tmp_path / "bare", None)) == {"full"}
     monkeypatch.setattr(Trainer, "train", lambda self: pytest.fail("a finished trial is read"))
     assert held_out(plan, tmp_path / "trial", None) == lives
+
+
+def test_a_result_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    quiet = Console(quiet=True)
+    first = one_seed(tiny(epochs=1, recipe="psg-w4"), 0, tmp_path, None, tmp_path, False, quiet)
+    assert one_seed(tiny(epochs=1, recipe="psg-w4"), 0, tmp_path, None, tmp_path, True, quiet) == first
+    for changes in ({"epochs": 1, "recipe": "psg-w2"}, {"epochs": 2, "recipe": "psg-w4"}):
+        with pytest.raises(ValueError, match="is of another experiment"):
+            one_seed(tiny(**changes), 0, tmp_path, None, tmp_path, True, quiet)
+    with pytest.raises(ValueError, match="seed"):
+        one_seed(tiny(epochs=1, recipe="psg-w4"), 1, tmp_path, None, tmp_path, True, quiet)
+    more = tiny(epochs=1, recipe="psg-w4", evaluate={"bits": [6], "calibrate": 64})
+    again = one_seed(more, 0, tmp_path, None, tmp_path, True, quiet)
+    assert set(again["test"]["compressed"]) == {"recipe", "6"} != set(first["test"]["compressed"])
+    assert again["test"]["full"] == first["test"]["full"] and again["history"] == first["history"]
+    assert one_seed(more, 0, tmp_path, None, tmp_path, True, quiet) == again, "measured, and kept"
+
+
+@pytest.mark.parametrize("recipe", ["psg-prune90", "md-binary"])
+def test_widths_that_cannot_be_read_are_refused_before_training(tmp_path: Path, recipe: str) -> None:
+    with pytest.raises(ValueError, match=r"evaluate\.bits=\[4, 2\].*no rule of the recipe has"):
+        Trainer(tiny(recipe=recipe), 0, tmp_path)
+    Trainer(tiny(recipe=recipe, evaluate={"bits": []}), 0, tmp_path)
+
+
+def test_a_trial_that_diverges_is_the_worst_and_no_more() -> None:
+    def trial(rate: float) -> dict[str, float]:
+        if rate > 0.3:
+            raise RuntimeError("tiny, seed 0: the loss is nan at step 7")
+        return {"full": 50.0, "compressed": 90 * rate}
+
+    best, found = tuned(trial, [0.01, 0.1, 1.0], step=3.0)
+    assert best == 0.1 and found[1.0]["compressed"] == 0.0
+    assert tuned(trial, [0.1, 0.2], step=3.0)[0] == 0.2
+    with pytest.raises(RuntimeError, match="out of memory"):
+        tuned(lambda rate: (_ for _ in ()).throw(RuntimeError("out of memory")), [0.1])
 
 
 def test_distillation_is_the_divergence_from_the_initial_network(tmp_path: Path) -> None:

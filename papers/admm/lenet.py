@@ -28,7 +28,7 @@ from torch import Tensor
 import detent as dt
 from benchmarks import RECORDS
 from detent.report.record import summarise, write_record
-from papers.train import Experiment, Trainer
+from papers.train import Experiment, Trainer, finished
 
 WEIGHTS = 430_500
 PUBLISHED = {"conv1": 100, "conv2": 2_000, "fc1": 3_600, "fc2": 350}  # 80 / 92 / 99.1 / 93 % pruned: 71.2x
@@ -326,7 +326,7 @@ class Options:
     max_steps: int | None = None
 
     def folder(self, name: str, seed: int) -> Path:
-        """Where a job of one seed keeps its files; other settings have other folders."""
+        """Where a job of one seed keeps its files; held-out and distilled ones apart, other settings are refused."""
         tail = "-distilled" if self.distill and job_of(name).recipe is not None else ""
         tail += f"-holdout{self.holdout}" if self.holdout else ""
         return self.out / f"{name}{tail}" / f"seed{seed}"
@@ -341,18 +341,17 @@ def train_one(name: str, seed: int, options: Options, console: Console, resume: 
     """One job of one seed, after the dense network it starts from; a finished one is read from its file.
 
     Raises:
-        ValueError: its folder holds an unfinished run and `resume` was not asked for.
+        ValueError: its folder holds an unfinished run and `resume` was not asked for, or a run of other settings.
     """
-    out = options.folder(name, seed)
-    if (out / "result.json").exists():
-        return json.loads((out / "result.json").read_text())
+    out, job = options.folder(name, seed), job_of(name)
+    plan = experiment(name, job, seed, options)
+    if (done := finished(plan, seed, out)) is not None:
+        return done
     if not resume and (out / "last.pt").exists():
         raise ValueError(f"{out} holds an unfinished run: add --resume or choose another --out")
-    job = job_of(name)
     recipe = None if job.recipe is None else job.recipe()
     if recipe is not None:
         train_one("dense", seed, replace(options, epochs=None), console, resume=True)
-    plan = experiment(name, job, seed, options)
     trainer = LeNetTrainer(plan, recipe, seed, out, options.data_dir, None, console)
     if resume:
         trainer.resume()
