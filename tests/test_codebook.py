@@ -697,3 +697,31 @@ def test_a_held_zero_stays_although_an_earlier_stage_left_momentum() -> None:
             assert int((layer.weight != 0).sum()) <= 40
     run.finalize()
     assert len(layer.weight.unique()) <= 4 and all(row["error"] == 0 for row in run.measure())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_admm_shows_lies_where_it_pulls(seed: int) -> None:
+    """z and the compressed life are fitted apart; K-means that started over would find quite another codebook."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    target = dt.KernelCodebook(size=32, book="global")
+    rule = dt.Rule(match="weight", target=target, mechanism=dt.ADMM(rho=0.1, every=10, until=None))
+    run = dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=100)
+    for _ in range(100):
+        optimizer.zero_grad()
+        model(torch.randn(8, 8, 8, 8)).square().mean().backward()
+        optimizer.step()
+    names = [name for name, _ in model.named_parameters() if name.endswith("weight")]
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    far = sum(row["primal"] ** 2 for row in dt.residuals(run).values()) ** 0.5
+    with run.compressed():
+        after = {name: value.detach().clone() for name, value in model.named_parameters()}
+    gap = sum(float((after[n] - before[n]).square().sum()) for n in names) ** 0.5
+    anew = target.fit_model(
+        [before[n] for n in names], [dt.Layout(shape=tuple(before[n].shape)) for n in names], [None] * 2
+    )
+    cold = sum(
+        float((target.project(before[n], p) - before[n]).square().sum()) for n, p in zip(names, anew, strict=True)
+    )
+    assert gap < 1.02 * far < 1.02 * cold**0.5, (gap, far, cold**0.5)

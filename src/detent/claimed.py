@@ -417,7 +417,9 @@ def fit_target(entries: list[Entry]) -> None:
         by_rule.setdefault(entry.claim.rule, []).append(entry)
     for mine in by_rule.values():
         whole = [entry.weighed(entry.hidden_whole()) for entry in mine]
-        for entry, params in zip(mine, _fit_together(mine[0].target, mine, [None] * len(mine), whole), strict=True):
+        # On from what training pulls to, if that is the same target: K-means started over finds another codebook.
+        before = [entry.pull_params if entry.pull is entry.target else None for entry in mine]
+        for entry, params in zip(mine, _fit_together(mine[0].target, mine, before, whole), strict=True):
             entry.params = params
 
 
