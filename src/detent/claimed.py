@@ -127,7 +127,7 @@ class Entry:
     def cadence(self, total_steps: int | None) -> tuple[int, int | None]:
         """(steps between fits, step from which the fit is frozen)."""
         every = self.mechanism.fit_every if self.rule.fit_every is None else self.rule.fit_every
-        until = self.mechanism.fit_until if self.rule.fit_until is None else self.rule.fit_until
+        until = self.mechanism.fits_until(self.pull) if self.rule.fit_until is None else self.rule.fit_until
         return every, None if until is None else step_at(until, total_steps, f"fit_until of {self.rule.match!r}")
 
     def check_moments(self, total_steps: int | None) -> None:

@@ -138,6 +138,10 @@ class Mechanism(abc.ABC):
         """Fit in the last step of a period instead of the first."""
         return False
 
+    def fits_until(self, target: Target) -> Moment | None:
+        """`fit_until` on a target, for mechanisms whose answer depends on it."""
+        return self.fit_until
+
     def wants_fit(self, clock: Clock) -> bool:
         """Whether this step needs a fresh fit although its period is not over, or the default `fit_until` is."""
         return False

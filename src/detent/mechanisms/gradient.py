@@ -162,10 +162,12 @@ class PSG(Mechanism):
 
     @property
     def fit_until(self) -> Moment | None:
-        if self.clip and self.clip_start is not None:
-            return self.clip_start
         # A pull that starts late goes to a grid fitted then (`wants_fit`), and on for a while as one from step 0 does.
         return min(1.0, max(0.3, self.start + 0.1)) if isinstance(self.start, float) else 0.3
+
+    def fits_until(self, target: Target) -> Moment | None:
+        clips = self.clip and self.clip_start is not None and type(target).limits is not Target.limits
+        return self.clip_start if clips else self.fit_until
 
     @property
     def norm_limit(self) -> float | None:
