@@ -390,6 +390,7 @@ class Recipe:
             ...
             ValueError: rule 0 (match='wieght') matches no parameter of this model; the nearest name is 'weight'
         """
+        refuse_no_model(model, "Recipe.resolve")
         found = list(_parameters(model))
         for odd in [name for name, times in Counter(p.name for p in found).items() if times > 1][:1]:
             raise ValueError(f"two parameters of this model have the canonical name {odd!r}; rename one of the modules")
@@ -534,6 +535,16 @@ class _Found:
     passed_over: str
     layer: int
     linear_bias: bool
+
+
+def refuse_no_model(model: Any, who: str) -> None:
+    """Refuse what is no module, as a state dict, or an optimizer that stands in its place.
+
+    Raises:
+        ValueError: saying what to give.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{who}(model=...): must be a torch.nn.Module, not {type(model).__name__}")
 
 
 def refuse_no_recipe(recipe: Any, who: str) -> None:
