@@ -1139,6 +1139,31 @@ def test_adopting_other_weights_drops_the_statistics_of_the_old_ones():
     assert run.statistics() is None
 
 
+def test_statistics_of_other_weights_are_dropped_though_the_same_fit_is_found(tmp_path: Path):
+    """Signs alone have nothing fitted; and a look through another run writes, and puts back, the same weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5))
+    signs = dt.Recipe([dt.Rule(match="0.weight", target=dt.Binary(scale=None))])
+    run = dt.compress(model, signs)
+    run.recalibrate([torch.randn(32, 6)])
+    with dt.compress(model, signs).compressed():
+        pass
+    with run.compressed():
+        assert run.statistics() is not None
+    kept = everything(model)
+    for use in (run.measure, lambda: dt.save(run, tmp_path / "model.detent"), lambda: run.round_statistics("float16")):
+        model.load_state_dict(kept | {"0.weight": -kept["0.weight"]})
+        use()
+        found = run.statistics()
+        assert found is None or found.source == "own, rounded to float16"
+        run.recalibrate([torch.randn(32, 6)])
+        model.load_state_dict(kept)
+        with run.compressed():
+            assert run.statistics() is None
+        run.recalibrate([torch.randn(32, 6)])
+    assert dt.pack.read_header(tmp_path / "model.detent").card["batchnorm"] == "own"
+
+
 def test_the_trained_width_asked_for_by_number_is_the_trained_life():
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
     run = dt.compress(model, dt.Recipe([dt.Rule(match="0.weight", target=dt.Uniform(bits=4))]))

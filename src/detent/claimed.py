@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ __all__ = [
     "Entry",
     "by_rule",
     "entries_of",
+    "fingerprint",
     "fit_pull",
     "fit_target",
     "found_again",
@@ -484,6 +486,14 @@ def refuse_replaced(model: nn.Module, entries: list[Entry], *, attached: bool) -
             f"{name!r} of the model is another tensor now than the one this run knows (a load_state_dict with "
             f"assign=True?); {advice}"
         )
+
+
+def fingerprint(entries: list[Entry]) -> bytes:
+    """What tells other weights from those that were written and put back: a digest of what is held here."""
+    digest = hashlib.blake2b(digest_size=16)
+    for entry in entries:
+        digest.update(sharding.local(entry.param).contiguous().cpu().flatten().view(torch.uint8).numpy())
+    return digest.digest()
 
 
 def refuse_retyped(entries: list[Entry]) -> None:

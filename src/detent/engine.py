@@ -505,8 +505,12 @@ class Run(Lives):
             self._repair(driver)
         claimed.refuse_replaced(self.model, self._entries, attached=bool(self._drivers))
         claimed.refuse_retyped(self._entries)
-        if not self._drivers and claimed.still_fits(self._entries):
-            self._adopt()
+        if not self._drivers and not all(entry.is_ours for entry in self._entries):
+            if claimed.still_fits(self._entries):
+                self._adopt()
+            # The same numbers may be fitted to other weights (and none to signs), but statistics are of these alone.
+            if self._statistics and claimed.fingerprint(self._entries) != self._found_for:
+                self._statistics.clear()
         claimed.refuse_foreign_writes(self._entries)
 
     def _follow(self, driver: Driver) -> None:
