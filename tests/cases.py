@@ -424,6 +424,56 @@ ERRORS: dict[str, ErrorCase] = {
     "fit until after the end": ErrorCase(
         make=lambda: dt.Rule(match="a", target=_U4, fit_until=1.5), says="must lie in [0, 1]"
     ),
+    "a weight decay in words": ErrorCase(
+        make=lambda: dt.Rule(match="a", target=_U4, weight_decay="0"),  # type: ignore[arg-type]
+        says="Rule(weight_decay='0'): must be a number >= 0, or None",
+    ),
+    "fit until a word": ErrorCase(
+        make=lambda: dt.Rule(match="a", target=_U4, fit_until="0.3"),  # type: ignore[arg-type]
+        says="Rule.fit_until='0.3': must be a step number (int) or a fraction of training (float)",
+    ),
+    "fit always": ErrorCase(
+        make=lambda: dt.Rule(match="a", target=_U4, fit_every=True), says="Rule(fit_every=True): must be a whole number"
+    ),
+    "keep a yes": ErrorCase(
+        make=lambda: dt.Rule(match="a", keep="yes"),  # type: ignore[arg-type]
+        says="Rule(keep='yes'): must be True or False",
+    ),
+    "pinned by a number": ErrorCase(
+        make=lambda: dt.Rule(match="a", target=_U4, pinned=1),  # type: ignore[arg-type]
+        says="Rule(pinned=1): must be True or False",
+    ),
+    "optional by a word": ErrorCase(
+        make=lambda: dt.Rule(match="a", target=_U4, optional="no"),  # type: ignore[arg-type]
+        says="Rule(optional='no'): must be True or False",
+    ),
+    "one rule for a list": ErrorCase(
+        make=lambda: dt.Recipe(dt.Rule(match="a", keep=True)),  # type: ignore[arg-type]
+        says="Recipe(rules=Rule(match='a'",
+    ),
+    "a name for rules": ErrorCase(make=lambda: dt.Recipe("psg-w4"), says="Recipe(rules='psg-w4'): must be a list"),  # type: ignore[arg-type]
+    "one stage for a list": ErrorCase(
+        make=lambda: dt.Recipe(stages=dt.Stage(rules=[dt.Rule(match="a", keep=True)], share=1.0)),  # type: ignore[arg-type]
+        says="must be a list",
+    ),
+    "a preset by number": ErrorCase(make=lambda: dt.Recipe.preset(4), says="Recipe.preset(4): unknown"),  # type: ignore[arg-type]
+    "no YAML": ErrorCase(make=lambda: dt.Recipe.from_yaml(None), says="Recipe.from_yaml(None): must be YAML text"),  # type: ignore[arg-type]
+    "a key twice in a rule": ErrorCase(
+        make=lambda: _yaml("{match: weight, match: bias, keep: true}"),
+        says="recipe: line 2: the key 'match' stands twice in one mapping",
+    ),
+    "a key twice in a target": ErrorCase(
+        make=lambda: _yaml("{match: weight, target: {kind: Uniform, bits: 4, bits: 3}}"),
+        says="the key 'bits' stands twice in one mapping",
+    ),
+    "resolve nothing": ErrorCase(
+        make=lambda: dt.Recipe([dt.Rule(match="a", keep=True)]).resolve(None),  # type: ignore[arg-type]
+        says="Recipe.resolve(model=...): must be a torch.nn.Module, not NoneType",
+    ),
+    "an embedding that is renormalised": ErrorCase(
+        make=lambda: dt.Recipe([dt.Rule(match="weight", target=_U4)]).resolve(nn.Embedding(8, 4, max_norm=0.5)),
+        says="'weight' claimed by rule 0 (match='weight'): the forward pass of Embedding(max_norm=0.5) writes",
+    ),
     "no rules": ErrorCase(make=lambda: dt.Recipe([]), says="give at least one Rule"),
     "not a rule": ErrorCase(make=lambda: dt.Recipe([_U4]), says="every entry must be a Rule, not Uniform"),  # type: ignore[list-item]
     "no such preset": ErrorCase(make=lambda: dt.Recipe.preset("psgw4"), says="did you mean 'psg-w4'?"),

@@ -222,6 +222,107 @@ def test_state_of_another_run_is_refused(spoil: Callable[[dict[str, Any]], Any],
         optimizer.load_state_dict(saved)
 
 
+@pytest.mark.parametrize("mechanism", [dt.STE(), dt.PSG()], ids=["ste", "psg"])
+def test_a_state_that_was_loaded_before_attach_is_missed(mechanism: dt.Mechanism) -> None:
+    """torch drops our part without a word; what is left of it in a group says that there was one."""
+    model = net()
+    optimizer = adamw(model)
+    unbroken = dt.attach(model, optimizer, recipe(mechanism), total_steps=STEPS)
+    train(model, optimizer, range(5))
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    model = net()
+    optimizer = adamw(model)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    run = dt.attach(model, optimizer, recipe(mechanism), total_steps=STEPS)
+    with pytest.raises(RuntimeError, match=r"AdamW was loaded before attach.*\(after 5 steps\).*rebind\(adopt=True\)"):
+        train(model, optimizer, [5])
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    assert run.clock == 5
+    assert_same(compressed_of(run), compressed_of(unbroken))
+    train(model, optimizer, [5])
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert "detent_steps" not in optimizer.param_groups[0]
+    for start_afresh in (False, True):
+        model = net()
+        optimizer = adamw(model)
+        optimizer.load_state_dict(saved["optimizer"])
+        run = dt.attach(model, optimizer, recipe(mechanism), total_steps=STEPS)
+        if start_afresh:
+            run.rebind(adopt=True)
+        else:
+            model.load_state_dict(saved["model"])
+            run.load_state_dict(unbroken.state_dict())
+        train(model, optimizer, [5])
+
+
+def test_a_state_that_torch_refuses_changes_nothing_of_ours() -> None:
+    model = net()
+    halves = [{"params": model[:2].parameters()}, {"params": model[2:].parameters()}]
+    optimizer = torch.optim.SGD(halves, lr=0.1, momentum=0.9)
+    dt.attach(model, optimizer, recipe(dt.STE()), total_steps=STEPS)
+    train(model, optimizer, range(5))
+    saved = through_a_file(optimizer.state_dict())
+    model = net()
+    optimizer = sgd(model)
+    run = dt.attach(model, optimizer, recipe(dt.STE()), total_steps=STEPS)
+    before = through_a_file(run.state_dict())
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(saved)
+    assert run.clock == 0
+    for name, kept in before["weights"].items():
+        assert_same(kept["state"], run.state_dict()["weights"][name]["state"])
+        assert_same(kept["params"], run.state_dict()["weights"][name]["params"])
+    with pytest.raises(ValueError, match="'4.weight' is in only one"):
+        run.load_state_dict({**before, "weights": {k: v for k, v in before["weights"].items() if k != "4.weight"}})
+    train(model, optimizer, [0])
+    assert run.clock == 1
+
+
+@pytest.mark.parametrize("through", ["optimizer", "run"])
+def test_another_length_of_training_is_refused(through: str) -> None:
+    """It would thaw a frozen grid, and move every schedule, without a word."""
+    model = net()
+    optimizer = sgd(model)
+    run = dt.attach(model, optimizer, recipe(), total_steps=STEPS)
+    train(model, optimizer, range(5))
+    saved = through_a_file({"optimizer": optimizer.state_dict(), "run": run.state_dict()})
+    model = net()
+    optimizer = sgd(model)
+    run = dt.attach(model, optimizer, recipe(), total_steps=4 * STEPS)
+    load = {"optimizer": optimizer.load_state_dict, "run": run.load_state_dict}[through]
+    with pytest.raises(ValueError, match=rf"total_steps={STEPS}, this run has {4 * STEPS}.*attach with total_steps"):
+        load(saved[through])
+    assert run.clock == 0
+    saved["optimizer"]["detent"]["total_steps"] = saved["run"]["total_steps"] = None
+    load(saved[through])
+    assert run.clock == 5
+
+
+def _state(**changes: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda state: {**state, **changes}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda state: None, "must be what run.state_dict"),
+        (lambda state: {"steps": [0]}, "must be what run.state_dict"),
+        (_state(steps=[-5]), "the clock -5; it must be a whole number >= 0"),
+        (_state(steps=["a"]), "the clock 'a'; it must be a whole number >= 0"),
+        (_state(steps=0), "must be what run.state_dict"),
+        (_state(weights=None), "must be what run.state_dict"),
+        (lambda state: _state(weights={**state["weights"], "0.weight": {}})(state), "'0.weight' is not what"),
+    ],
+)
+def test_what_is_no_state_is_refused(spoil: Callable[[dict[str, Any]], Any], words: str) -> None:
+    model = net()
+    run = dt.attach(model, sgd(model), recipe(), total_steps=STEPS)
+    with pytest.raises(ValueError, match=words):
+        run.load_state_dict(spoil(run.state_dict()))
+
+
 def test_state_dict_of_the_run_holds_all_optimizers() -> None:
     ends = []
     for cut in (None, 5):
@@ -564,6 +665,8 @@ def test_a_parameter_in_two_optimizers_is_named() -> None:
     ("options", "words"),
     [
         ({"total_steps": 0}, "total_steps=0"),
+        ({"total_steps": "3"}, "total_steps='3'.: must be a whole number >= 1"),
+        ({"total_steps": 3.5}, "total_steps=3.5.: must be a whole number >= 1"),
         ({"total_steps": None}, "pass total_steps="),
         ({"nonfinite": "skip"}, "nonfinite='skip'"),
         ({"optimizer": []}, "at least one optimizer"),
@@ -660,6 +763,93 @@ def test_replaced_parameters_that_do_not_fit_are_named() -> None:
     model[0] = nn.Linear(6, 8)  # in the model, not in the optimizer
     with pytest.raises(ValueError, match="'0.weight' is claimed by the recipe but sits in no attached optimizer"):
         run.rebind()
+
+
+def test_a_refused_rebind_leaves_the_run_as_it_was(tmp_path: Path) -> None:
+    model = net()
+    optimizer = sgd(model)
+    run = dt.attach(model, optimizer, recipe(), total_steps=STEPS)
+    train(model, optimizer, [0])
+    other = net()
+    other[4] = nn.Linear(5, 4)
+    for wrong, words in [(other, "has shape"), (net(), "no attached optimizer"), ("x", "must be a torch.nn.Module")]:
+        with pytest.raises(ValueError, match=words):
+            run.rebind(wrong)
+        assert run.model is model
+        train(model, optimizer, [1])
+        dt.save(run, tmp_path / "model.detent")
+    assert run.clock == 4
+
+
+def test_frozen_parameters_may_be_adopted(tmp_path: Path) -> None:
+    """After the last step: freeze, load the best weights, adopt, save; only attach needs something to train."""
+    model = net()
+    optimizer = sgd(model)
+    run = dt.attach(model, optimizer, recipe(), total_steps=STEPS)
+    train(model, optimizer, range(2))
+    model.requires_grad_(False)
+    model.load_state_dict(everything(net()))
+    run.rebind(adopt=True)
+    dt.save(run, tmp_path / "model.detent")
+
+
+@pytest.mark.parametrize("attached", [True, False], ids=["attached", "compress"])
+def test_another_dtype_is_named_and_may_be_adopted(attached: bool, tmp_path: Path) -> None:
+    model = net()
+    optimizer = sgd(model)
+    run = dt.attach(model, optimizer, recipe(dt.STE()), total_steps=STEPS) if attached else dt.compress(model, recipe())
+    model.bfloat16()
+
+    def step() -> None:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    asked: list[Callable[[], Any]] = [run.measure, run.finalize, lambda: dt.save(run, tmp_path / "model.detent")]
+    for ask in [*asked, step] if attached else asked:
+        with pytest.raises(RuntimeError, match=r"'0.weight' is torch.bfloat16 now and was torch.float32.*adopt=True"):
+            ask()
+    run.rebind(adopt=True)
+    if attached:
+        step()
+        assert run.clock == 1
+    dt.save(run, tmp_path / "model.detent")
+    encoded = run.encoded()["0.weight"]
+    assert encoded.dtype == torch.bfloat16
+    with run.compressed():
+        assert torch.equal(encoded.decode(), model[0].weight)
+
+
+def test_a_detached_run_adopts_weights_and_leaves_them_alone() -> None:
+    model = net()
+    optimizer = sgd(model)
+    run = dt.attach(model, optimizer, recipe(dt.STE(), target=dt.Uniform(bits=3)), total_steps=STEPS)
+    train(model, optimizer, range(2))
+    run.detach()
+    train(model, optimizer, range(2, 5))
+    before = everything(model)
+    run.rebind(adopt=True)
+    assert_same(everything(model), before)
+    grid = dt.Uniform(bits=3)
+    assert torch.equal(compressed_of(run)["0.weight"], grid.project(before["0.weight"], grid.fit(before["0.weight"])))
+
+
+def test_a_refused_attach_leaves_the_weights_alone() -> None:
+    class Never(dt.Schedule):
+        def __call__(self, step: int, total_steps: int | None) -> float:
+            return 0.0
+
+    model = net()
+    before = everything(model)
+    grid = dt.Uniform(bits=2)
+    late = dt.MirrorDescent(beta=Never())  # type: ignore[arg-type]
+    rules = [
+        dt.Rule(match="^0.weight", target=grid, mechanism=dt.STE()),
+        dt.Rule(match="^2.weight", target=grid, mechanism=late),
+    ]
+    with pytest.raises(ValueError, match="beta"):
+        dt.attach(model, sgd(model), dt.Recipe(rules), total_steps=STEPS)
+    assert_same(everything(model), before)
 
 
 def test_fsdp1_is_refused_in_words() -> None:
@@ -947,6 +1137,31 @@ def test_adopting_other_weights_drops_the_statistics_of_the_old_ones():
     assert run.statistics() is not None
     run.rebind(adopt=True)
     assert run.statistics() is None
+
+
+def test_statistics_of_other_weights_are_dropped_though_the_same_fit_is_found(tmp_path: Path):
+    """Signs alone have nothing fitted; and a look through another run writes, and puts back, the same weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5))
+    signs = dt.Recipe([dt.Rule(match="0.weight", target=dt.Binary(scale=None))])
+    run = dt.compress(model, signs)
+    run.recalibrate([torch.randn(32, 6)])
+    with dt.compress(model, signs).compressed():
+        pass
+    with run.compressed():
+        assert run.statistics() is not None
+    kept = everything(model)
+    for use in (run.measure, lambda: dt.save(run, tmp_path / "model.detent"), lambda: run.round_statistics("float16")):
+        model.load_state_dict(kept | {"0.weight": -kept["0.weight"]})
+        use()
+        found = run.statistics()
+        assert found is None or found.source == "own, rounded to float16"
+        run.recalibrate([torch.randn(32, 6)])
+        model.load_state_dict(kept)
+        with run.compressed():
+            assert run.statistics() is None
+        run.recalibrate([torch.randn(32, 6)])
+    assert dt.pack.read_header(tmp_path / "model.detent").card["batchnorm"] == "own"
 
 
 def test_the_trained_width_asked_for_by_number_is_the_trained_life():

@@ -205,6 +205,101 @@ def test_update_form_scales_the_step_and_leaves_decoupled_decay_alone(name: str)
     assert max(float((lr * decay * before[k]).abs().max()) for k in before) > 1e-5
 
 
+def test_groups_are_found_by_their_weights_when_they_change_place() -> None:
+    """Reordered, dropped and loaded groups: each weight keeps the decay of the group that it sits in."""
+    ends = []
+    for change in (False, True):
+        model = net()
+        biases = {"params": [model[i].bias for i in (0, 2, 4)], "weight_decay": 0.0}
+        rest = {"params": [model[i].weight for i in (0, 2, 4)], "weight_decay": 0.3}
+        optimizer = torch.optim.AdamW([biases, rest], lr=0.05)
+        dt.attach(model, optimizer, grid(dt.PSG(form="update")), total_steps=10)
+        train(model, [optimizer], [0])
+        if change:
+            optimizer.param_groups.reverse()
+        train(model, [optimizer], [1])
+        biases["params"] = []  # both then train weights alone
+        if change:
+            optimizer.param_groups.pop()
+        else:
+            optimizer.param_groups.pop(0)
+        train(model, [optimizer], [2])
+        ends.append(weights(model))
+    assert same(*ends)
+
+
+class RateFree(torch.optim.Optimizer):
+    """A rate that it finds by itself: lr=None, as transformers' Adafactor."""
+
+    def __init__(self, params: Any, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": None, "weight_decay": weight_decay, "decoupled_weight_decay": True})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.sub_(1e-2 * p.grad)
+
+
+def test_a_group_without_a_rate_trains_and_is_refused_where_the_number_is_needed() -> None:
+    model = net()
+    optimizer = RateFree(model.parameters())
+    run = dt.attach(model, optimizer, grid(dt.PSG()), total_steps=10)
+    train(model, [optimizer], range(2))
+    assert run.clock == 2
+    model = net()
+    optimizer = RateFree(model.parameters(), weight_decay=0.1)
+    dt.attach(model, optimizer, grid(dt.PSG()), total_steps=10)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"'0.weight' sits in a group with lr=None"):
+        train(model, [optimizer], [0])
+    assert same(before, weights(model))
+
+
+@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.PSG(form="update"), dt.Clip(), dt.Proximal(strength=0.1)])
+@pytest.mark.parametrize("how", ["rate 0", "frozen", "no gradient"])
+def test_what_the_optimizer_may_not_move_is_not_clipped_either(how: str, mechanism: dt.Mechanism) -> None:
+    model = net()
+    still = model[0].weight
+    with torch.no_grad():
+        still.copy_(torch.linspace(-1, 1, still.numel()).view_as(still))  # three levels fitted to it end before 1
+    rate = {"lr": 0.0} if how == "rate 0" else {}
+    rest = [p for p in model.parameters() if p is not still]
+    optimizer = torch.optim.SGD([{"params": [still], **rate}, {"params": rest}], lr=0.1)
+    rule = dt.Rule(match="weight", target=dt.Uniform(bits=2), mechanism=mechanism)
+    run = dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=10)
+    before = weights(model)
+    if how == "frozen":
+        still.requires_grad_(False)
+    optimizer.zero_grad()
+    backward(model, 0)
+    if how == "no gradient":
+        still.grad = None
+    optimizer.step()
+    assert run.clock == 1
+    assert torch.equal(still, before["0.weight"])
+    assert not torch.equal(model[2].weight, before["2.weight"])
+
+
+def test_decay_is_told_for_each_kind_of_group() -> None:
+    """SGD without momentum decays as AdamW does; with momentum the decay is remembered, and one answer is wrong."""
+    ends = []
+    for order in (1, -1):
+        model = net()
+        groups = [{"params": model[i].parameters(), "momentum": 0.9 * (i == 2)} for i in (0, 2, 4)][::order]
+        optimizer = torch.optim.SGD(groups, lr=0.05, weight_decay=0.3)
+        dt.attach(model, optimizer, grid(dt.PSG(form="update", clip=False)), total_steps=10)
+        old = weights(model)["2.weight"]
+        train(model, [optimizer], [0])
+        ends.append(weights(model))
+        alone = net()
+        other = torch.optim.SGD(alone.parameters(), lr=0.05, weight_decay=0.3, momentum=0.9)
+        dt.attach(alone, other, grid(dt.PSG(form="update", clip=False)), total_steps=10)
+        train(alone, [other], [0])
+        assert not torch.equal(old, alone[2].weight)
+        assert torch.equal(model[2].weight, alone[2].weight)
+    assert same(*ends)
+
+
 def test_decay_through_the_gradient_is_not_taken_for_decoupled() -> None:
     """Adam's own decay is a part of its normalised step: the whole step is scaled."""
     psg = dt.PSG(gain=2.0, eps=0.1, clip=False)

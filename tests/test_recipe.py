@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -336,6 +337,35 @@ def test_presets_keep_the_ends_wider(bits: int) -> None:
     assert paper == {f"{layer}.{kind}": width for layer, width in layers.items() for kind in ("weight", "bias")}
 
 
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("name", [*PRESETS, "kq", "admm-prune-10x", "admm-binary", "md-ternary", "uniform-w4"])
+def test_presets_find_the_weights_of_recurrent_layers(name: str, layer: type[nn.RNNBase]) -> None:
+    options = {"proj_size": 4} if layer is nn.LSTM else {}
+    model = nn.ModuleDict(
+        {
+            "table": nn.Embedding(20, 8),
+            "conv": nn.Conv2d(3, 8, 3),  # what the presets of kernels are about
+            "rnn": layer(8, 8, num_layers=2, bidirectional=True, **options),
+            "cell": nn.LSTMCell(8, 8),
+            "fc": nn.Linear(8, 3),
+        }
+    )
+    claimed = {claim.name for claim in dt.Recipe.preset(name).resolve(model).claimed}
+    weights = {n for n, p in model.named_parameters() if p.dim() > 1}
+    assert any(name.endswith("_l1_reverse") for name in weights)
+    assert claimed - {"fc.bias"} == weights
+
+
+def test_presets_leave_the_parts_of_a_normalised_weight_alone() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls it outdated; models that have it are not gone
+        old = nn.utils.weight_norm(nn.Linear(8, 8))
+    new = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+    model = nn.Sequential(nn.Linear(8, 8), old, new, nn.Linear(8, 8), nn.Linear(8, 3))
+    plan = dt.Recipe.preset("psg-w4").resolve(model)
+    assert {claim.name for claim in plan.claimed} == {"0.weight", "3.weight", "4.weight"}
+
+
 def _widths(name: str, model: nn.Module) -> dict[str, int]:
     plan = dt.Recipe.preset(name).resolve(model)
     targets = {claim.name: plan.rule_of(claim).target for claim in plan.claimed}
@@ -506,6 +536,12 @@ def test_a_rule_may_ask_for_a_weight_decay_and_attach_holds_the_optimizer_to_it(
         (lambda: dt.PSG(clip_start=-1), "PSG.clip_start=-1: a step number must be >= 0"),
         (lambda: dt.Clip(start="late"), "Clip.start='late': must be a step number"),  # type: ignore[arg-type]
         (lambda: dt.PSG.paper(lambda_s=-1), "PSG.paper(lambda_s=-1): must be a number > 0"),
+        (lambda: dt.compress(None, dt.Recipe.preset("uniform-w4")), "compress(model=...): must be a torch.nn.Module"),  # type: ignore[arg-type]
+        (lambda: dt.attach(torch.optim.SGD([torch.zeros(1)]), small_net(), "psg-w4"), "Module, not SGD"),  # type: ignore[arg-type]
+        (lambda: dt.attach({}, torch.optim.SGD([torch.zeros(1)]), dt.Recipe.preset("psg-w4")), "Module, not dict"),  # type: ignore[arg-type]
+        (lambda: dt.save(small_net(), "x.detent"), "save(run=...): must be what attach or compress gave, not"),  # type: ignore[arg-type]
+        (lambda: dt.save(dt.compress(mlp(), dt.Recipe.preset("uniform-w4")), None), "save(path=None): must be"),  # type: ignore[arg-type]
+        (lambda: dt.compress(mlp(), dt.Recipe.preset("uniform-w4")).measure(recipe="psg-w4"), "preset('psg-w4')"),  # type: ignore[arg-type]
         (lambda: dt.compress(small_net(), "uniform-w4"), "give detent.Recipe.preset('uniform-w4')"),  # type: ignore[arg-type]
         (lambda: dt.attach(small_net(), torch.optim.SGD([torch.zeros(1)]), "psg-w4"), "preset('psg-w4')"),  # type: ignore[arg-type]
     ],

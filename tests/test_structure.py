@@ -31,7 +31,7 @@ _MECHANISMS = _TARGETS | {"targets"}
 _SPECS = _MECHANISMS | {"mechanisms"}
 _RECIPE = _SPECS | {"sharding", "specs"}
 _LIVES = _RECIPE | {"recipe"}
-_ENGINE = _LIVES | {"batchnorm", "claimed", "lives", "optimizers"}
+_ENGINE = _LIVES | {"batchnorm", "claimed", "drivers", "lives", "optimizers"}
 _PACK = _ENGINE | {"engine"}
 _CORE = _PACK | {"pack"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "claimed": _LIVES,
     "lives": _LIVES | {"batchnorm", "claimed"},
     "optimizers": {"sharding"},
+    "drivers": _LIVES | {"claimed", "optimizers"},
     "engine": _ENGINE,
     "pack": _PACK,
     "": _CORE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -21,15 +22,19 @@ __all__ = [
     "Entry",
     "by_rule",
     "entries_of",
+    "fingerprint",
     "fit_pull",
     "fit_target",
+    "found_again",
     "named_parameters",
     "refuse_foreign_writes",
     "refuse_nonfinite",
     "refuse_replaced",
+    "refuse_retyped",
     "refuse_split_rules",
     "refuse_stages",
     "rehearse",
+    "retyped",
     "still_fits",
 ]
 
@@ -48,7 +53,6 @@ class Entry:
     staged: bool = False
     zeros: Tensor | None = None
     settled: bool = False
-    group: int = -1
     params: Params | None = None
     pull_params: Params | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -225,24 +229,26 @@ class Entry:
     def _places(self) -> str:
         return f"{short(self.target)} <- {short(self.pull)}"
 
-    def check_places(self, saved: Mapping[str, Any]) -> None:
-        """Refuse numbers that were fitted for another target.
+    def check_saved(self, saved: Any) -> None:
+        """Refuse numbers that were fitted for another target, and memory that is missing.
 
         Raises:
             ValueError: naming the parameter.
         """
-        if saved.get("places") != self._places:
+        keys = ("params", "pull", "state", "held", "places")
+        if not isinstance(saved, Mapping) or not all(key in saved for key in keys):
+            raise ValueError(f"the state of {self.name!r} is not what run.state_dict() gave: it must have {keys}")
+        if saved["places"] != self._places:
             raise ValueError(
-                f"the state of {self.name!r} was saved for {saved.get('places')}, this recipe has {self._places}; "
+                f"the state of {self.name!r} was saved for {saved['places']}, this recipe has {self._places}; "
                 "resume with the recipe it was saved with"
             )
+        for name, dtype in saved["held"].items():
+            if dtype and name not in saved["state"]:
+                raise ValueError(f"the state of {self.name!r} has lost its {name!r}, which the saved run kept")
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Take back what `saved` gave, under whatever sharding.
-
-        Raises:
-            ValueError: memory that the saved run had is missing.
-        """
+        """Take back what `saved` gave and `check_saved` let pass, under whatever sharding."""
         device = sharding.local(self.param).device
 
         def params_of(tensors: Mapping[str, Tensor]) -> Params:
@@ -259,8 +265,6 @@ class Entry:
             self.zeros = zeros if bool(sharding.whole(saved["zeros"]).any()) else None
         self.state = {}
         for name, dtype in saved["held"].items():
-            if dtype and name not in saved["state"]:
-                raise ValueError(f"the state of {self.name!r} has lost its {name!r}, which the saved run kept")
             if dtype:
                 value = _localised_state(saved["state"][name], self.param, self.name)
                 self.state[name] = value.to(device, getattr(torch, dtype.removeprefix("torch.")))
@@ -484,6 +488,66 @@ def refuse_replaced(model: nn.Module, entries: list[Entry], *, attached: bool) -
             f"{name!r} of the model is another tensor now than the one this run knows (a load_state_dict with "
             f"assign=True?); {advice}"
         )
+
+
+def fingerprint(entries: list[Entry]) -> bytes:
+    """What tells other weights from those that were written and put back: a digest of what is held here."""
+    digest = hashlib.blake2b(digest_size=16)
+    for entry in entries:
+        digest.update(sharding.local(entry.param).contiguous().cpu().flatten().view(torch.uint8).numpy())
+    return digest.digest()
+
+
+def refuse_retyped(entries: list[Entry]) -> None:
+    """Refuse to go on with weights of another dtype than the plan was made for.
+
+    Raises:
+        RuntimeError: naming the parameter.
+    """
+    for entry in entries:
+        if entry.param.dtype != entry.claim.dtype:
+            raise RuntimeError(
+                f"{entry.name!r} is {entry.param.dtype} now and was {entry.claim.dtype} when this run was made (a "
+                "model.half() since?); convert the model before, or call run.rebind(adopt=True) to go on from the new "
+                "values"
+            )
+
+
+def retyped(plan: Plan, named: Mapping[str, Tensor]) -> Plan:
+    """A plan for the same parameters in the dtypes that they have now.
+
+    Raises:
+        ValueError: a target that refuses one, naming the parameter.
+    """
+
+    def now(claim: Claim) -> Claim:
+        dtype = named[claim.name].dtype if claim.name in named else claim.dtype
+        if dtype == claim.dtype:
+            return claim
+        target = plan.rule_of(claim).target if claim.claimed else None
+        reason = target.accepts(claim.layout.shape, dtype, claim.layout) if target is not None else None
+        if reason:
+            raise ValueError(f"{claim.name!r}: {reason}")
+        return replace(claim, dtype=dtype)
+
+    return replace(plan, claims=tuple(map(now, plan.claims)), stages=tuple(tuple(map(now, s)) for s in plan.stages))
+
+
+def found_again(entries: list[Entry], model: nn.Module) -> dict[str, Tensor]:
+    """The claimed parameters of a model by name.
+
+    Raises:
+        ValueError: a claimed name is gone, or has another shape.
+    """
+    named, found = named_parameters(model), {}
+    for entry in entries:
+        param = named.get(entry.name)
+        if param is None:
+            raise ValueError(f"{entry.name!r} is claimed by the recipe but is no parameter of the model any more")
+        if tuple(param.shape) != entry.claim.layout.shape:
+            raise ValueError(f"{entry.name!r} has shape {tuple(param.shape)} now, not {entry.claim.layout.shape}")
+        found[entry.name] = param
+    return found
 
 
 def refuse_foreign_writes(entries: list[Entry]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from detent import claimed, optimizers, sharding
 from detent.batchnorm import Statistics, install
 from detent.claimed import Entry, by_rule, fit_pull, fit_target, named_parameters
+from detent.drivers import Driver, owners_of
 from detent.lives import Lives
-from detent.mechanisms import Clock, Slot
-from detent.recipe import Plan, Recipe, refuse_no_recipe
+from detent.mechanisms import Mechanism
+from detent.recipe import Plan, Recipe, refuse_no_model, refuse_no_recipe
 
 __all__ = ["Run", "attach", "compress"]
 
@@ -25,52 +26,6 @@ _STATE_VERSION = 1
 
 # Two runs on one optimizer would each scale its steps and overwrite each other's state.
 _ATTACHED: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-@dataclass(kw_only=True)
-class _Driver:
-    """One attached optimizer: its entries, its clock, and where it is inside a step.
-
-    `entries` are those of the stage it is in; `kept` are those of earlier stages that no later one has claimed since.
-    """
-
-    optimizer: Any
-    stages: list[list[Entry]] = field(default_factory=list)
-    stage: int = 0
-    entries: list[Entry] = field(default_factory=list)
-    kept: list[Entry] = field(default_factory=list)
-    copies: list[tuple[Entry, Tensor]] = field(default_factory=list)
-    step: int = 0
-    slots: list[tuple[Entry, Slot]] = field(default_factory=list)
-    skip: bool = False
-    clean: list[Entry] = field(default_factory=list)
-    pending: bool = False
-    nested: int = 0
-    checked_copies: bool = False
-    handles: list[Any] = field(default_factory=list)
-    spent: dict[str, tuple[Any, int]] = field(default_factory=dict)
-    probed: dict[int, bool] = field(default_factory=dict)
-
-    @property
-    def standing(self) -> list[Entry]:
-        return [*self.entries, *self.kept]
-
-    @property
-    def params(self) -> list[Tensor]:
-        return [entry.param for entry in self.standing]
-
-    @property
-    def holds_all(self) -> bool:
-        """Whether the optimizer still moves the tensors that are known here."""
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        return all(id(entry.param) in held for entry in self.standing)
-
-    def enter(self, stage: int) -> None:
-        """Be in a stage: what it claims is trained, what only earlier ones claimed is kept."""
-        self.stage = stage
-        self.entries = self.stages[stage]
-        last = {entry.name: entry for entries in self.stages[: stage + 1] for entry in entries}
-        self.kept = [entry for entries in self.stages[:stage] for entry in entries if last[entry.name] is entry]
 
 
 def attach(
@@ -84,8 +39,9 @@ def attach(
 ) -> Run:
     """Attach a recipe to a training script: from now on every optimizer step pulls the weights to their targets.
 
-    Model, loss, loop, scheduler, AMP and DDP stay as they are. Attach after the model is wrapped, moved and loaded.
-    When resuming, attach first, then load the model's state dict, then the optimizer's (which carries Detent's).
+    Model, loss, loop, scheduler, AMP and DDP stay as they are. Attach after the model is wrapped and moved and holds
+    the weights that training starts from. When resuming, attach first, then load the model's state dict, then the
+    optimizer's (which carries Detent's); loaded the other way round, the first step raises.
 
     Args:
         model: the model, wrapped or not.
@@ -117,13 +73,15 @@ def attach(
         >>> levels <= 7
         True
     """
-    if total_steps is not None and total_steps < 1:
-        raise ValueError(f"attach(total_steps={total_steps}): must be >= 1, or None if unknown")
+    whole = isinstance(total_steps, int) and not isinstance(total_steps, bool)
+    if total_steps is not None and not (whole and total_steps >= 1):
+        raise ValueError(f"attach(total_steps={total_steps!r}): must be a whole number >= 1, or None if unknown")
     if nonfinite not in ("raise", "ignore"):
         raise ValueError(f'attach(nonfinite={nonfinite!r}): must be "raise" or "ignore"')
     given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     if not given:
         raise ValueError("attach(optimizer=[]): give at least one optimizer, or use detent.compress")
+    refuse_no_model(model, "attach")
     refuse_no_recipe(recipe, "attach")
     sharding.refuse_flattened(model)
     sharding.reshard(model)
@@ -159,6 +117,7 @@ def compress(model: nn.Module, recipe: Recipe) -> Run:
         ...     print(len(model.weight.unique()) <= 3)
         True
     """
+    refuse_no_model(model, "compress")
     refuse_no_recipe(recipe, "compress")
     claimed.refuse_stages(recipe, "compress")
     # A file of this run must not say that weights were pulled.
@@ -188,47 +147,41 @@ class Run(Lives):
     ) -> None:
         self.model = model
         self.plan = plan
-        self._total_steps = total_steps
         self._nonfinite = nonfinite
         self._inside = False
         self._closed = False
-        self._awaiting_state = False
+        self._awaiting_state = ""
         self._statistics: dict[str, Statistics] = {}
-        self._drivers = [_Driver(optimizer=each) for each in attached]
+        bounds = plan.recipe.bounds(total_steps) if attached else []
+        self._drivers = [Driver(optimizer=each, bounds=bounds, total_steps=total_steps) for each in attached]
         if attached:
-            self._bounds = plan.recipe.bounds(total_steps)
             self._all = [e for i in range(len(plan.stages)) for e in claimed.entries_of(model, plan, {}, stage=i)]
-            self._assign()
+            for entry in self._all:
+                if not entry.param.requires_grad:
+                    name = entry.name
+                    raise ValueError(f"{name!r} is frozen (requires_grad=False), so nothing can pull it; keep it")
+            self._assign(self._owners({entry.name: entry.param for entry in self._all}))
         else:
             self._all = claimed.entries_of(model, plan, {})
         self._refresh()
 
     # --- attaching ------------------------------------------------------------------------------------------------
 
-    def _assign(self) -> None:
+    def _owners(self, params: Mapping[str, Tensor]) -> list[Driver]:
+        """The optimizer that holds each entry, were the claimed parameters these."""
+        owners = owners_of(self._drivers, self._all, params)
+        index = {entry.name: self._drivers.index(driver) for entry, driver in zip(self._all, owners, strict=True)}
+        claimed.refuse_split_rules(index, self._all)
+        return owners
+
+    def _assign(self, owners: list[Driver]) -> None:
         """Give every entry to the one optimizer that holds its parameter."""
-        owners: dict[int, list[tuple[_Driver, int]]] = {}
         for driver in self._drivers:
             driver.stages = [[] for _ in self.plan.stages]
-            for index, group in enumerate(driver.optimizer.param_groups):
-                for param in group["params"]:
-                    owners.setdefault(id(param), []).append((driver, index))
-        for entry in self._all:
-            name = entry.name
-            if not entry.param.requires_grad:
-                raise ValueError(f"{name!r} is frozen (requires_grad=False), so nothing can pull it; keep it")
-            found = owners.get(id(entry.param), [])
-            if len(found) != 1:
-                where = "no attached optimizer" if not found else f"{len(found)} places of the attached optimizers"
-                raise ValueError(f"{name!r} is claimed by the recipe but sits in {where}; it must sit in exactly one")
-            driver, entry.group = found[0]
-            entry.check_decay(driver.optimizer.param_groups[entry.group])
+        for entry, driver in zip(self._all, owners, strict=True):
             driver.stages[entry.stage].append(entry)
         for driver in self._drivers:
             driver.enter(driver.stage)
-        claimed.refuse_split_rules(
-            {e.name: i for i, d in enumerate(self._drivers) for s in d.stages for e in s}, self._all
-        )
 
     def _refresh(self) -> None:
         """What the compressed life of this moment consists of, in the model's order."""
@@ -236,21 +189,35 @@ class Run(Lives):
         self._entries = [found[claim.name] for claim in self.plan.claims if claim.name in found]
 
     def _start(self, hooks: bool) -> None:
+        # Mechanisms that look at their weights at the start may write them.
+        looks = [entry for entry in self._all if type(entry.mechanism).open is not Mechanism.open]
+        kept = [(entry, sharding.local(entry.param).clone()) for entry in looks if not entry.param.is_meta]
         try:
             for driver in self._drivers:
                 optimizers.refuse_unfollowable(driver.optimizer)
                 if hooks:
                     self._register(driver)
             for entry in self._all:  # a fraction that cannot be resolved is found now, not at step 3,000
-                entry.check_moments(self._steps_of(entry.stage))
+                entry.check_moments(self._drivers[0].steps_of(entry.stage))
             if not any(entry.param.is_meta for entry in self._all):
                 claimed.rehearse(self._all, self.plan)
                 self._open(self._drivers)
+            for driver in self._drivers:
+                steps = optimizers.take_mark(driver.optimizer)
+                if steps:
+                    self._awaiting_state = (
+                        f"a state of {type(driver.optimizer).__name__} was loaded before attach, so Detent's part of "
+                        f"it (after {steps} steps) was lost; load it again after attach, or call "
+                        "run.rebind(adopt=True) to start afresh"
+                    )
         except Exception:
             self.detach()
+            with torch.no_grad():
+                for entry, value in kept:
+                    entry.write(value)
             raise
 
-    def _open(self, drivers: list[_Driver]) -> None:
+    def _open(self, drivers: list[Driver]) -> None:
         """First fit of a stage, and the first look of its latent mechanisms at their weights."""
         for entry in (entry for driver in drivers for entry in driver.entries):
             # What an earlier stage pruned away altogether is no mistake.
@@ -264,11 +231,11 @@ class Run(Lives):
         with torch.no_grad():
             for driver in drivers:
                 for entry in driver.entries:
-                    entry.mechanism.open(self._slot(driver, entry), self._clock(driver))
+                    entry.mechanism.open(driver.slot(entry), driver.clock)
                     entry.hold()
                 self._adopt(driver)
 
-    def _turn(self, driver: _Driver) -> None:
+    def _turn(self, driver: Driver) -> None:
         """A stage is over: map its weights, hold what later stages may not undo, and open the next one."""
         for entries in by_rule([(entry, entry) for entry in driver.entries]):
             mine = [entry for entry, _ in entries if not entry.settled]
@@ -289,7 +256,7 @@ class Run(Lives):
         self._refresh()
         self._open([driver])
 
-    def _register(self, driver: _Driver) -> None:
+    def _register(self, driver: Driver) -> None:
         optimizer = driver.optimizer
         if not hasattr(optimizer, "register_step_pre_hook"):
             raise ValueError(
@@ -310,16 +277,24 @@ class Run(Lives):
             self._after(driver)
 
         def save(opt: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-            return {**state_dict, _STATE_KEY: self._driver_state(driver)}
+            return optimizers.marked({**state_dict, _STATE_KEY: self._driver_state(driver)}, driver.step)
 
-        def load(opt: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-            return self._load_riding(driver, state_dict)
+        def look(opt: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+            driver.riding = state_dict.get(_STATE_KEY)
+            if driver.riding is not None:
+                self._check_state(driver, driver.riding)
+            return optimizers.unmarked({key: value for key, value in state_dict.items() if key != _STATE_KEY})
+
+        def load(opt: Any) -> None:
+            self._load_riding(driver)
 
         driver.handles = [
             optimizer.register_step_pre_hook(before),
             optimizer.register_step_post_hook(after),
             optimizer.register_state_dict_post_hook(save),
-            optimizer.register_load_state_dict_pre_hook(load),
+            optimizer.register_load_state_dict_pre_hook(look),
+            # Ours is taken over only after torch has accepted its own.
+            optimizer.register_load_state_dict_post_hook(load),
         ]
 
     # --- the two halves of a step ---------------------------------------------------------------------------------
@@ -357,7 +332,7 @@ class Run(Lives):
         """
         self._after(self._driver_of(optimizer))
 
-    def _driver_of(self, optimizer: Any) -> _Driver:
+    def _driver_of(self, optimizer: Any) -> Driver:
         if optimizer is None and len(self._drivers) == 1:
             return self._drivers[0]
         for driver in self._drivers:
@@ -366,7 +341,7 @@ class Run(Lives):
         count = len(self._drivers)
         raise ValueError(f"optimizer={type(optimizer).__name__}: name one of the {count} attached optimizers")
 
-    def _before(self, driver: _Driver, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before(self, driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._closed:
             return None
         self._refuse_inside("optimizer.step()")
@@ -384,15 +359,12 @@ class Run(Lives):
                 claimed.refuse_replaced(self.model, driver.standing, attached=True)
             return replay
         self._follow(driver)
+        claimed.refuse_retyped(driver.standing)
         claimed.refuse_replaced(self.model, driver.standing, attached=True)
         claimed.refuse_foreign_writes(driver.standing)
         if self._awaiting_state:
-            kept = ", ".join(sorted({m for e in self._all for m in e.mechanism.memory}) or ["the stage it is in"])
-            raise RuntimeError(
-                f"the optimizer's state was loaded without Detent's part, and this recipe keeps state ({kept}); load a "
-                "checkpoint saved with the run attached, or call run.rebind(adopt=True) to start it afresh"
-            )
-        clock = self._clock(driver)
+            raise RuntimeError(self._awaiting_state)
+        clock = driver.clock
         active = [entry for entry in driver.entries if entry.mechanism.active(clock)]
         grads = {e.name: e.param.grad for e in active if e.param.grad is not None}
         optimizers.refuse_sparse_gradients(grads)
@@ -404,44 +376,20 @@ class Run(Lives):
             optimizers.check_finite_gradients(grads, [e.param for e in active], driver.step)
         with torch.no_grad():
             self._fit_due(driver)
-            driver.slots = [(entry, self._slot(driver, entry)) for entry in active]
+            driver.slots = [(entry, driver.slot(entry)) for entry in active]
             driver.pending = True
             driver.copies = [(e, sharding.local(e.param).clone()) for e in driver.kept if e.is_fixed]
             for entry in driver.standing:
-                self._mask_gradient(driver, entry)
+                driver.mask_gradient(entry)
             for slots in by_rule(driver.slots):
                 slots[0][0].mechanism.before_together([slot for _, slot in slots], clock)
             for entry, slot in driver.slots:
-                self._first_moment(driver, entry, slot, clock)
-            self._clip_norm(driver)
+                driver.first_moment(entry, slot, clock)
+            driver.clip_norm()
         seen += [(entry, *entry.mark()) for entry in driver.entries]
         return replay
 
-    def _mask_gradient(self, driver: _Driver, entry: Entry) -> None:
-        """What earlier stages hold gets no gradient, so that neither momentum nor a norm clip is misled by it."""
-        grad = entry.param.grad
-        reference, version = driver.spent.get(entry.name, (lambda: None, -1))
-        if grad is None or (reference() is grad and version == sharding.local(grad)._version):
-            return  # masked already by the step that raised
-        if entry.is_fixed and entry.stage < driver.stage:
-            sharding.local(grad).zero_()
-        elif entry.zeros is not None:
-            sharding.local(grad).masked_fill_(entry.zeros, 0.0)
-
-    def _first_moment(self, driver: _Driver, entry: Entry, slot: Slot, clock: Clock) -> None:
-        """The mechanism's first moment; a gradient that a step which raised had already changed is not shown again."""
-        grad = entry.param.grad
-        if grad is None or slot.grad is None:
-            entry.mechanism.before_step(slot, clock)
-            return
-        reference, version = driver.spent.get(entry.name, (lambda: None, -1))
-        spent = reference() is grad and version == slot.grad._version
-        untouched = slot.grad._version
-        entry.mechanism.before_step(replace(slot, grad=None) if spent else slot, clock)
-        if spent or slot.grad._version != untouched:
-            driver.spent[entry.name] = (weakref.ref(grad), slot.grad._version)
-
-    def _after(self, driver: _Driver) -> None:
+    def _after(self, driver: Driver) -> None:
         if self._closed:
             return
         if driver.nested:
@@ -457,87 +405,30 @@ class Run(Lives):
             raise RuntimeError("run.after_step() without run.before_step(): call both around one optimizer step")
         if not driver.checked_copies:
             # Before any mechanism moves a weight away from its copy.
-            optimizers.refuse_copies_in_state(driver.optimizer, [(e.name, e.param, e.group) for e in driver.entries])
+            named = [(e.name, e.param, driver.options_of(e)) for e in driver.entries]
+            optimizers.refuse_copies_in_state(driver.optimizer, named)
             driver.checked_copies = True
-        clock = self._clock(driver)
+        clock = driver.clock
         with torch.no_grad():
-            self._hold(driver)
+            driver.hold()
             for entry, slot in driver.slots:
-                entry.mechanism.after_step(slot, clock)
+                driver.last_moment(entry, slot, clock)
             for slots in by_rule(driver.slots):
                 slots[0][0].mechanism.after_together([slot for _, slot in slots], clock)
             for entry in self._fit_due(driver, after=True):
-                entry.mechanism.after_fit(self._slot(driver, entry), clock)
-            self._hold(driver)
+                entry.mechanism.after_fit(driver.slot(entry), clock)
+            driver.hold()
         driver.slots, driver.copies, driver.pending, driver.spent = [], [], False, {}
         driver.step += 1
         self._statistics.clear()
         self._adopt(driver)
-        past = self._bounds[driver.stage][1]
+        past = driver.bounds[driver.stage][1]
         if driver.stage + 1 < len(driver.stages) and driver.step == past:
             self._turn(driver)
 
-    @staticmethod
-    def _hold(driver: _Driver) -> None:
-        """Put back what earlier stages hold, whatever momentum and weight decay made of it."""
-        for entry in driver.standing:
-            entry.hold()
-        for entry, value in driver.copies:
-            entry.write(value)
-
-    def _clip_norm(self, driver: _Driver) -> None:
-        limits = sorted({e.mechanism.norm_limit for e, _ in driver.slots if e.mechanism.norm_limit is not None})
-        if not limits:
-            return
-        if len(limits) > 1:
-            raise ValueError(f"clip_norm: the rules of one optimizer give different limits {limits}; give one")
-        optimizers.clip_total_norm(driver.optimizer, limits[0])
-        for entry, slot in driver.slots:
-            if entry.name in driver.spent and slot.grad is not None:
-                driver.spent[entry.name] = (driver.spent[entry.name][0], slot.grad._version)
-
-    def _slot(self, driver: _Driver, entry: Entry) -> Slot:
-        assert entry.params is not None and entry.pull_params is not None
-        target, params, pull, pull_params = entry.target, entry.params, entry.pull, entry.pull_params
-        grad = entry.param.grad
-        return Slot(
-            name=entry.name,
-            weight=sharding.local(entry.param),
-            grad=None if grad is None else sharding.local(grad),
-            target=target,
-            params=entry.localised(params),
-            pull=pull,
-            pull_params=entry.localised(pull_params),
-            project=lambda w: entry.map_whole(target.project, target, params, w),
-            pull_project=lambda w: entry.map_whole(pull.project, pull, pull_params, w),
-            pull_free=lambda w: entry.map_whole(pull.free, pull, pull_params, w),
-            relax=lambda w, beta: entry.map_whole(lambda x, p: target.relax(x, p, beta), target, params, w),
-            gather=lambda w: sharding.whole(sharding.as_sharded(w, entry.param)),
-            rate=lambda: float(driver.optimizer.param_groups[entry.group]["lr"]),
-            install=entry.install,
-            moments=lambda: optimizers.moments(driver.optimizer, entry.param),
-            frozen=self._frozen(driver, entry),
-            pruned=entry.zeros,
-            plain=isinstance(driver.optimizer, torch.optim.SGD),
-            decay=lambda: optimizers.decoupled_decay(driver.optimizer, entry.group, entry.param.dim(), driver.probed),
-            grad_scale=getattr(driver.optimizer, "grad_scale", None),
-            state=entry.state,
-        )
-
-    def _clock(self, driver: _Driver) -> Clock:
-        return Clock(step=driver.step - self._bounds[driver.stage][0], total_steps=self._steps_of(driver.stage))
-
-    def _steps_of(self, stage: int) -> int | None:
-        first, past = self._bounds[stage]
-        return self._total_steps if past is None else past - first
-
     # --- fitting --------------------------------------------------------------------------------------------------
 
-    def _frozen(self, driver: _Driver, entry: Entry) -> bool:
-        until = entry.cadence(self._steps_of(driver.stage))[1]
-        return until is not None and self._clock(driver).step >= until
-
-    def _fit_due(self, driver: _Driver, first: bool = False, after: bool = False) -> list[Entry]:
+    def _fit_due(self, driver: Driver, first: bool = False, after: bool = False) -> list[Entry]:
         """Fit what is due at this tick; a model-wide target together, whichever optimizer comes first.
 
         Args:
@@ -549,7 +440,7 @@ class Run(Lives):
             The driver's entries that were fitted.
         """
         done: list[Entry] = []
-        clock = self._clock(driver)
+        clock = driver.clock
         for index, rule in enumerate(self.plan.recipe.rules):
             mine = [entry for entry in driver.entries if entry.claim.rule == index]
             if not mine:
@@ -588,23 +479,23 @@ class Run(Lives):
         if entry.settled:
             return True
         mine = [driver for driver in self._drivers if any(each is entry for each in driver.entries)]
-        return bool(mine) and entry.mechanism.offset is not None and self._frozen(mine[0], entry)
+        return bool(mine) and entry.mechanism.offset is not None and mine[0].frozen(entry)
 
     # --- keeping up with the outside ------------------------------------------------------------------------------
 
-    def _adopt(self, driver: _Driver | None = None) -> None:
+    def _adopt(self, driver: Driver | None = None) -> None:
         for entry in self._entries if driver is None else driver.standing:
             entry.adopt()
 
-    def _repair(self, driver: _Driver) -> None:
+    def _repair(self, driver: Driver) -> None:
         """Put the weights back as a forward pass may see them if the step before raised half-way."""
         driver.nested = 0
         if not driver.pending:
             return
         with torch.no_grad():
             for entry, slot in driver.slots:
-                entry.mechanism.undo(slot, self._clock(driver))
-            self._hold(driver)
+                entry.mechanism.undo(slot, driver.clock)
+            driver.hold()
         driver.pending, driver.slots, driver.copies = False, [], []
         self._adopt(driver)
 
@@ -613,11 +504,16 @@ class Run(Lives):
         for driver in self._drivers:
             self._repair(driver)
         claimed.refuse_replaced(self.model, self._entries, attached=bool(self._drivers))
-        if not self._drivers and claimed.still_fits(self._entries):
-            self._adopt()
+        claimed.refuse_retyped(self._entries)
+        if not self._drivers and not all(entry.is_ours for entry in self._entries):
+            if claimed.still_fits(self._entries):
+                self._adopt()
+            # The same numbers may be fitted to other weights (and none to signs), but statistics are of these alone.
+            if self._statistics and claimed.fingerprint(self._entries) != self._found_for:
+                self._statistics.clear()
         claimed.refuse_foreign_writes(self._entries)
 
-    def _follow(self, driver: _Driver) -> None:
+    def _follow(self, driver: Driver) -> None:
         """Find parameters again that were replaced after attach (FSDP2, accelerate, model.to)."""
         if not driver.holds_all or any(entry.pull_params is None for entry in driver.entries):
             self.rebind()
@@ -643,35 +539,43 @@ class Run(Lives):
             >>> run.rebind(adopt=True)
         """
         self._refuse_inside("run.rebind()")
-        self.model = self.model if model is None else model
-        sharding.reshard(self.model)
-        named = named_parameters(self.model)
+        model = self.model if model is None else model
+        refuse_no_model(model, "run.rebind")
+        sharding.reshard(model)
+        params = claimed.found_again(self._all, model)
+        attached = bool(self._drivers) and not self._closed
+        owners = self._owners(params) if attached else []
+        plan = claimed.retyped(self.plan, named_parameters(model)) if adopt else self.plan
+        # Nothing is taken over before everything has been looked at: a refused call leaves the run as it was.
+        self.model, self.plan = model, plan
         for entry in self._all:
-            param = named.get(entry.name)
-            if param is None:
-                raise ValueError(f"{entry.name!r} is claimed by the recipe but is no parameter of the model any more")
-            if tuple(param.shape) != entry.claim.layout.shape:
-                raise ValueError(f"{entry.name!r} has shape {tuple(param.shape)} now, not {entry.claim.layout.shape}")
-            entry.follow(param)
-        if self._drivers:
-            self._assign()
+            entry.follow(params[entry.name])
+            if adopt:
+                entry.claim = replace(entry.claim, dtype=entry.param.dtype)
+        if attached:
+            self._assign(owners)
         if adopt:
-            self._awaiting_state = False
-            self._statistics.clear()
-            for driver in self._drivers:
-                driver.pending, driver.slots, driver.spent = False, [], {}
-                for entry in driver.standing:
-                    if entry.zeros is not None:
-                        entry.zeros = sharding.local(entry.param) == 0
-                for entry in driver.entries:
-                    entry.state.clear()
-                    if not self._frozen(driver, entry):
-                        entry.pull_params = None
-        if adopt and not self._drivers:
-            fit_target(self._entries)
+            self._start_afresh()
+        if adopt and not attached:
+            # Without an optimizer (any more) the weights are somebody's own: they are looked at, never written.
+            fit_target([entry for entry in self._entries if not self._drivers or entry.pull_params is None])
             self._adopt()
-        elif self._drivers and (adopt or any(e.pull_params is None for d in self._drivers for e in d.entries)):
+        elif attached and (adopt or any(e.pull_params is None for d in self._drivers for e in d.entries)):
             self._open(self._drivers)
+
+    def _start_afresh(self) -> None:
+        """Forget what was known of the weights as they were."""
+        self._awaiting_state = ""
+        self._statistics.clear()
+        for driver in self._drivers:
+            driver.pending, driver.slots, driver.spent = False, [], {}
+            for entry in driver.standing:
+                if entry.zeros is not None:
+                    entry.zeros = sharding.local(entry.param) == 0
+            for entry in driver.entries:
+                entry.state.clear()
+                if not driver.frozen(entry):
+                    entry.pull_params = None
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -693,7 +597,12 @@ class Run(Lives):
         weights: dict[str, Any] = {}
         for driver in self._drivers:
             weights |= self._driver_state(driver, complete=True)["weights"]
-        return {"version": _STATE_VERSION, "steps": [driver.step for driver in self._drivers], "weights": weights}
+        return {
+            "version": _STATE_VERSION,
+            "steps": [driver.step for driver in self._drivers],
+            "total_steps": self._drivers[0].total_steps if self._drivers else None,
+            "weights": weights,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; load the model's weights before this.
@@ -702,59 +611,87 @@ class Run(Lives):
             state_dict: from `state_dict()` of a run with the same recipe.
 
         Raises:
-            ValueError: another version, number of optimizers, or set of claimed weights.
+            ValueError: another version, number of optimizers, length of training, or set of claimed weights. The run
+                then stays as it was.
         """
-        if len(state_dict.get("steps", ())) != len(self._drivers):
-            raise ValueError(
-                f"state has {len(state_dict.get('steps', ()))} optimizer clocks, this run has {len(self._drivers)}"
-            )
+        self._refuse_inside("loading a state")
+        kinds = {"steps": Sequence, "weights": Mapping}
+        if not isinstance(state_dict, Mapping) or not all(isinstance(state_dict.get(k), t) for k, t in kinds.items()):
+            raise ValueError(f"run.load_state_dict({type(state_dict).__name__}): must be what run.state_dict() gave")
+        steps, weights = state_dict["steps"], state_dict["weights"]
+        if len(steps) != len(self._drivers):
+            raise ValueError(f"state has {len(steps)} optimizer clocks, this run has {len(self._drivers)}")
         mine = {entry.name for entry in self._all}
-        for odd in sorted(set(state_dict["weights"]) - mine)[:1]:
+        for odd in sorted(set(weights) - mine)[:1]:
             raise ValueError(f"Detent state and recipe disagree: {odd!r} is in only one of them")
-        for driver, step in zip(self._drivers, state_dict["steps"], strict=True):
+        parts = []
+        for driver, step in zip(self._drivers, steps, strict=True):
             mine = {entry.name for entries in driver.stages for entry in entries}
-            part = {name: saved for name, saved in state_dict["weights"].items() if name in mine}
-            self._load_driver(driver, {"version": state_dict.get("version"), "step": step, "weights": part})
+            part = {name: saved for name, saved in weights.items() if name in mine}
+            parts.append({**state_dict, "step": step, "weights": part})
+            self._check_state(driver, parts[-1])
+        for driver, part in zip(self._drivers, parts, strict=True):
+            self._load_driver(driver, part)
 
-    def _driver_state(self, driver: _Driver, complete: bool = False) -> dict[str, Any]:
+    def _driver_state(self, driver: Driver, complete: bool = False) -> dict[str, Any]:
         self._repair(driver)
         weights = {entry.name: entry.saved(complete) for entry in driver.standing}
-        return {"version": _STATE_VERSION, "step": driver.step, "weights": weights}
+        return {
+            "version": _STATE_VERSION,
+            "step": driver.step,
+            "total_steps": driver.total_steps,
+            "weights": weights,
+        }
 
-    def _load_riding(self, driver: _Driver, state_dict: dict[str, Any]) -> dict[str, Any]:
-        rest = dict(state_dict)
-        mine = rest.pop(_STATE_KEY, None)
-        if mine is not None:
-            self._load_driver(driver, mine)
+    def _load_riding(self, driver: Driver) -> None:
+        state, driver.riding = driver.riding, None
+        if state is not None:
+            self._load_driver(driver, state)
         elif self.plan.recipe.stages or any(entry.mechanism.memory for entry in driver.entries):
-            self._awaiting_state = True
-        return rest
+            kept = ", ".join(sorted({m for e in self._all for m in e.mechanism.memory}) or ["the stage it is in"])
+            self._awaiting_state = (
+                f"the optimizer's state was loaded without Detent's part, and this recipe keeps state ({kept}); load a "
+                "checkpoint saved with the run attached, or call run.rebind(adopt=True) to start it afresh"
+            )
 
-    def _load_driver(self, driver: _Driver, state: Mapping[str, Any]) -> None:
+    def _check_state(self, driver: Driver, state: Mapping[str, Any]) -> None:
+        """Refuse a state that cannot be taken over, before anything is."""
         self._refuse_inside("loading a state")
         if state.get("version") != _STATE_VERSION:
             raise ValueError(f"Detent state has version {state.get('version')!r}; this release reads {_STATE_VERSION}")
-        step = int(state["step"])
-        stage = max(i for i, (first, _) in enumerate(self._bounds) if first <= step)
+        step = state["step"]
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"Detent state has the clock {step!r}; it must be a whole number >= 0 of steps")
+        total = state.get("total_steps")
+        if None not in (total, driver.total_steps) and total != driver.total_steps:
+            raise ValueError(
+                f"Detent state is of a training of total_steps={total}, this run has {driver.total_steps}, which moves "
+                f"all moments given as fractions; attach with total_steps={total} (training may go on beyond it)"
+            )
+        standing = [entry for entries in driver.at(driver.stage_of(step)) for entry in entries]
+        mine = {entry.name for entry in standing}
+        given = {name for name, value in state["weights"].items() if value is not None}
+        if mine != given:
+            odd = sorted(mine ^ given)[0]
+            raise ValueError(f"Detent state and recipe disagree: {odd!r} is in only one of them")
+        for entry in standing:
+            entry.check_saved(state["weights"][entry.name])
+
+    def _load_driver(self, driver: Driver, state: Mapping[str, Any]) -> None:
+        step = state["step"]
+        stage = driver.stage_of(step)
         if stage != driver.stage:
             for entry in (entry for entries in driver.stages for entry in entries):
                 entry.forget()
             driver.enter(stage)
             self._refresh()
-        mine = {entry.name for entry in driver.standing}
-        given = {name for name, value in state["weights"].items() if value is not None}
-        if mine != given:
-            odd = sorted(mine ^ given)[0]
-            raise ValueError(f"Detent state and recipe disagree: {odd!r} is in only one of them")
-        for entry in driver.standing:
-            entry.check_places(state["weights"][entry.name])
         for entry in driver.standing:
             entry.restore(state["weights"][entry.name])
             # The fit of tick 0 was done when the saved run opened; every later tick's is done inside its own step.
             entry.fitted_at = 0
         driver.step = step
         driver.pending, driver.slots, driver.spent = False, [], {}
-        self._awaiting_state = False
+        self._awaiting_state = ""
         self._statistics.clear()
         self._adopt(driver)
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from detent import sharding
 from detent.batchnorm import Statistics, reestimate, rounded, swapped_buffers
-from detent.claimed import Entry, entries_of, fit_target, refuse_nonfinite, refuse_stages
-from detent.recipe import Plan, Recipe
+from detent.claimed import Entry, entries_of, fingerprint, fit_target, refuse_nonfinite, refuse_stages
+from detent.recipe import Plan, Recipe, refuse_no_recipe
 from detent.targets import Codes, Params, Target
 
 __all__ = ["Encoded", "Lives", "distance_row"]
@@ -79,6 +79,7 @@ class Lives(abc.ABC):
     _entries: list[Entry]
     _statistics: dict[str, Statistics]
     _inside: bool
+    _found_for: bytes = b""
     _kept: tuple[int | None, list[tuple[Entry, Target, Params]]] | None = None
 
     @abc.abstractmethod
@@ -114,6 +115,7 @@ class Lives(abc.ABC):
         if bits is not None and recipe is not None:
             raise ValueError("give bits= or recipe=, not both")
         if recipe is not None:
+            refuse_no_recipe(recipe, "compressed")
             return self._life_of(recipe)
         if self._kept is not None and self._kept[0] == bits:
             return self._kept[1]
@@ -233,7 +235,7 @@ class Lives(abc.ABC):
         """
         with self.compressed(bits=bits, recipe=recipe, batchnorm=False):
             found = reestimate(self.model, batches, forward)
-        self._statistics[self._life_key(bits, recipe)] = found
+        self._keep_statistics(found, bits, recipe)
 
     def round_statistics(self, dtype: str, *, bits: int | None = None, recipe: Recipe | None = None) -> None:
         """Round a compressed life's BatchNorm statistics to a shorter float, so that a file takes as many bits each.
@@ -257,7 +259,14 @@ class Lives(abc.ABC):
             >>> run.statistics().source
             'own, rounded to bfloat16'
         """
+        if not self._inside:
+            self._settle()
         found = rounded(self.model, self.statistics(bits=bits, recipe=recipe), dtype)
+        self._keep_statistics(found, bits, recipe)
+
+    def _keep_statistics(self, found: Statistics, bits: int | None = None, recipe: Recipe | None = None) -> None:
+        """Take statistics for a life of the weights as they are now."""
+        self._found_for = fingerprint(self._entries)
         self._statistics[self._life_key(bits, recipe)] = found
 
     def statistics(self, *, bits: int | None = None, recipe: Recipe | None = None) -> Statistics | None:

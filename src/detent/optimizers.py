@@ -20,12 +20,18 @@ __all__ = [
     "decay_is_decoupled",
     "decoupled_decay",
     "is_nested_step",
+    "marked",
+    "moments",
     "moves_nothing",
     "outside_graphs",
+    "rate_of",
     "refuse_copies_in_state",
     "refuse_sparse_gradients",
     "refuse_unfollowable",
     "replay_closure",
+    "stands_still",
+    "take_mark",
+    "unmarked",
     "unwrap",
 ]
 
@@ -99,6 +105,53 @@ def is_nested_step(optimizer: Any) -> bool:
     return found > 1
 
 
+def stands_still(group: Mapping[str, Any]) -> bool:
+    """Whether a group's learning rate is 0; one that an optimizer finds by itself (`None`, as Adafactor's) is not."""
+    rate = group.get("lr")
+    return rate is not None and float(rate) == 0.0
+
+
+def rate_of(group: Mapping[str, Any], name: str) -> float:
+    """The learning rate of a group.
+
+    Raises:
+        RuntimeError: there is none, naming the parameter.
+    """
+    rate = group.get("lr")
+    if rate is None:
+        raise RuntimeError(
+            f"{name!r} sits in a group with lr=None, so the optimizer finds its rate by itself, but its mechanism or "
+            "its decoupled weight decay needs the number; give lr"
+        )
+    return float(rate)
+
+
+# A group of a saved state says how many steps Detent had done: the one place where a plain optimizer keeps it.
+_MARK = "detent_steps"
+
+
+def marked(state_dict: dict[str, Any], steps: int) -> dict[str, Any]:
+    """A state dict that tells whoever attaches after loading it that Detent's part has passed unseen."""
+    groups = state_dict.get("param_groups")
+    if not steps or not groups:
+        return state_dict
+    return {**state_dict, "param_groups": [{**groups[0], _MARK: steps}, *groups[1:]]}
+
+
+def unmarked(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict without that."""
+    groups = state_dict.get("param_groups")
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return state_dict  # torch says what is wrong with it
+    plain = [{key: value for key, value in group.items() if key != _MARK} for group in groups]
+    return {**state_dict, "param_groups": plain}
+
+
+def take_mark(optimizer: Any) -> int:
+    """How many steps Detent had done in a state that was loaded before attach; asked once."""
+    return max([int(group.pop(_MARK, 0)) for group in optimizer.param_groups], default=0)
+
+
 def moves_nothing(optimizer: Any, claimed: Sequence[Tensor], *, fresh: bool) -> bool:
     """Whether the step that is due is no training step: it must not tick, and no mechanism may touch it.
 
@@ -112,7 +165,7 @@ def moves_nothing(optimizer: Any, claimed: Sequence[Tensor], *, fresh: bool) -> 
         fresh: it has made no step yet. Later a step with no gradient is one: weight decay moves the weights in it.
     """
     groups = optimizer.param_groups
-    if all(float(group.get("lr", 1.0)) == 0.0 for group in groups):
+    if all(map(stands_still, groups)):
         return True
     found = getattr(optimizer, "found_inf", None)
     if found is not None and bool(found):
@@ -180,12 +233,12 @@ def refuse_unfollowable(optimizer: Any) -> None:
         )
 
 
-def refuse_copies_in_state(optimizer: Any, named: Iterable[tuple[str, Tensor, int]]) -> None:
+def refuse_copies_in_state(optimizer: Any, named: Iterable[tuple[str, Tensor, Mapping[str, Any]]]) -> None:
     """After the first step, look for a master copy: state that equals the weight itself, and that steps start from.
 
     Args:
         optimizer: the optimizer.
-        named: name, parameter and index of its group.
+        named: name, parameter and its group.
 
     Raises:
         RuntimeError: naming the parameter and the key of its copy.
@@ -204,7 +257,7 @@ def refuse_copies_in_state(optimizer: Any, named: Iterable[tuple[str, Tensor, in
                     )
 
 
-def _starts_from_the_weight(optimizer: Any, group: int, dims: int) -> bool:
+def _starts_from_the_weight(optimizer: Any, group: Mapping[str, Any], dims: int) -> bool:
     """Whether a step starts from the weight as it is (ASGD, whose state is an average of it), found by trying.
 
     A weight that was moved between two steps without a gradient stays moved, unless a copy of it is written back.
@@ -212,7 +265,7 @@ def _starts_from_the_weight(optimizer: Any, group: int, dims: int) -> bool:
     scratch = nn.Parameter(torch.ones((2,) * max(dims, 1), dtype=torch.float64))
     scratch.grad = torch.zeros_like(scratch)
     try:
-        probe = _scratch_optimizer(optimizer, optimizer.param_groups[group], scratch, rate=1e-3, decay=0.0)
+        probe = _scratch_optimizer(optimizer, group, scratch, rate=1e-3, decay=0.0)
         probe.step()
         with torch.no_grad():
             scratch.add_(1.0)
@@ -242,28 +295,43 @@ def moments(optimizer: Any, param: Tensor) -> dict[str, Tensor]:
     }
 
 
-def decoupled_decay(optimizer: Any, group: int, dims: int, probed: dict[int, bool]) -> float:
+def decoupled_decay(optimizer: Any, options: Mapping[str, Any], name: str, dims: int, probed: dict[Any, bool]) -> float:
     """What decoupled weight decay takes off in this step, as a fraction of the weight.
 
     Args:
         optimizer: the optimizer.
-        group: index of the weight's parameter group.
+        options: the weight's parameter group.
+        name: the weight's name.
         dims: dimensions of the weight.
-        probed: what was found out before, by dimensions.
+        probed: what was found out before, by dimensions and options.
 
     Raises:
-        RuntimeError: as `decay_is_decoupled`.
+        RuntimeError: as `decay_is_decoupled`, and as `rate_of`.
     """
-    options = optimizer.param_groups[group]
     decay = float(options.get("weight_decay", 0.0) or 0.0)
     if not decay:
         return 0.0
     decoupled = options.get("decoupled_weight_decay")
     if decoupled is None:
-        if dims not in probed:
-            probed[dims] = decay_is_decoupled(optimizer, options, dims)
-        decoupled = probed[dims]
-    return float(options["lr"]) * decay if decoupled else 0.0
+        kind = (dims, _kind_of(options))
+        if kind not in probed:
+            probed[kind] = decay_is_decoupled(optimizer, options, dims)
+        decoupled = probed[kind]
+    return rate_of(options, name) * decay if decoupled else 0.0
+
+
+def _kind_of(options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The options that may change the form of a step; of numbers only whether they are 0, as schedules move them."""
+
+    def kind(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return tuple(map(kind, value))
+        return value if isinstance(value, (bool, str)) else bool(value)
+
+    left_out = ("params", "param_names", "lr", "initial_lr", "weight_decay")
+    known = (bool, int, float, str, tuple, list, Tensor, type(None))
+    named = {k: v for k, v in options.items() if k not in left_out and isinstance(v, known)}
+    return tuple(sorted((k, kind(v)) for k, v in named.items() if not isinstance(v, Tensor) or v.numel() == 1))
 
 
 def decay_is_decoupled(optimizer: Any, group: Mapping[str, Any], dims: int) -> bool:

@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,7 +17,7 @@ from torch import nn
 
 from detent.grouping import Layout
 from detent.mechanisms import ADMM, PSG, STE, CodebookLearning, Mechanism, MirrorDescent
-from detent.schedules import Moment, is_number, step_at
+from detent.schedules import Moment, check_moment, is_number
 from detent.specs import build, nearest, short, to_spec
 from detent.targets import Binary, KernelCodebook, Target, Ternary, TopK, Uniform, Zero
 
@@ -88,16 +88,20 @@ class Rule:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"Rule({name}={pattern!r}): not a regular expression: {error}") from None
+        for name in ("keep", "pinned", "optional"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"Rule({name}={getattr(self, name)!r}): must be True or False")
         if self.keep == (self.target is not None):
             raise ValueError(f"Rule(match={self.match!r}): give either target= or keep=True")
         if self.mechanism is not None and self.target is None:
             raise ValueError(f"Rule(match={self.match!r}): a mechanism needs a target")
-        if self.fit_every is not None and not (isinstance(self.fit_every, int) and self.fit_every >= 1):
-            raise ValueError(f"Rule(fit_every={self.fit_every}): must be a whole number >= 1 of steps")
+        steps = isinstance(self.fit_every, int) and not isinstance(self.fit_every, bool)
+        if self.fit_every is not None and not (steps and self.fit_every >= 1):
+            raise ValueError(f"Rule(fit_every={self.fit_every!r}): must be a whole number >= 1 of steps")
         if self.fit_until is not None:
-            step_at(self.fit_until, 1, "Rule.fit_until")
-        if self.weight_decay is not None and not self.weight_decay >= 0:
-            raise ValueError(f"Rule(weight_decay={self.weight_decay}): must be >= 0 or None")
+            check_moment(self.fit_until, "Rule.fit_until")
+        if self.weight_decay is not None and not (is_number(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"Rule(weight_decay={self.weight_decay!r}): must be a number >= 0, or None")
         own = self.mechanism.fit_until if self.mechanism is not None and self.mechanism.fits_after else None
         if self.fit_until is not None and own is not None:
             raise ValueError(
@@ -150,8 +154,14 @@ class Stage:
         object.__setattr__(self, "rules", _checked_rules(self.rules, "Stage"))
 
 
+def _listed(given: Any, owner: str, field_name: str) -> tuple[Any, ...]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ValueError(f"{owner}({field_name}={given!r}): must be a list")
+    return tuple(given)
+
+
 def _checked_rules(given: Sequence[Rule], owner: str) -> tuple[Rule, ...]:
-    rules = tuple(given)
+    rules = _listed(given, owner, "rules")
     if not rules:
         raise ValueError(f"{owner}(rules=[]): give at least one Rule")
     for rule in rules:
@@ -217,7 +227,7 @@ class Recipe:
     stages: Sequence[Stage] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        stages = tuple(self.stages)
+        stages = _listed(self.stages, "Recipe", "stages")
         for stage in stages:
             if not isinstance(stage, Stage):
                 raise ValueError(f"Recipe(stages=...): every entry must be a Stage, not {type(stage).__name__}")
@@ -227,7 +237,7 @@ class Recipe:
             total = sum(stage.share for stage in stages)
             if abs(total - 1.0) > 1e-6:
                 raise ValueError(f"Recipe(stages=...): the shares of the stages add up to {total:g}, not to 1")
-        rules = tuple(rule for stage in stages for rule in stage.rules) if stages else tuple(self.rules)
+        rules = tuple(rule for stage in stages for rule in stage.rules) if stages else self.rules
         object.__setattr__(self, "rules", _checked_rules(rules, "Recipe"))
         object.__setattr__(self, "stages", stages)
 
@@ -292,9 +302,9 @@ class Recipe:
             >>> len(Recipe.preset("psg-w4").rules)
             3
         """
-        if name not in _PRESETS:
+        if not isinstance(name, str) or name not in _PRESETS:
             known = ", ".join(_PRESETS)
-            raise ValueError(f"Recipe.preset({name!r}): unknown{nearest(name, _PRESETS)}; known: {known}")
+            raise ValueError(f"Recipe.preset({name!r}): unknown{nearest(str(name), _PRESETS)}; known: {known}")
         return _PRESETS[name]()
 
     @staticmethod
@@ -309,13 +319,15 @@ class Recipe:
             >>> Recipe.from_yaml(text).rules[0].target
             Uniform(bits=4, granularity='tensor', range='mse', param_dtype='float32', zero=True, rounds=20)
         """
+        if not isinstance(source, (str, Path)):
+            raise ValueError(f"Recipe.from_yaml({source!r}): must be YAML text, or a path to a file of it")
         if isinstance(source, Path) or ("\n" not in source and source.endswith((".yaml", ".yml"))):
             try:
                 return Recipe.from_yaml(Path(source).read_text(encoding="utf-8") + "\n")
             except ValueError as error:
                 raise ValueError(f"{source}: {error}") from None
         try:
-            data = yaml.safe_load(source)
+            data = yaml.load(source, _OnceLoader)
         except yaml.YAMLError as error:
             raise ValueError(f"recipe: not YAML: {error}") from None
         for key in data if isinstance(data, dict) else ():
@@ -382,7 +394,8 @@ class Recipe:
         """Decide for every parameter of a model; touches no weights, works on the meta device.
 
         Raises:
-            ValueError: a rule that claims nothing, or a target that refuses a parameter.
+            ValueError: a rule that claims nothing, a target that refuses a parameter, or an embedding with `max_norm`,
+                whose forward pass writes its weight.
 
         Example:
             >>> Recipe([Rule(match="wieght", keep=True)]).resolve(nn.Linear(2, 2))
@@ -390,6 +403,7 @@ class Recipe:
             ...
             ValueError: rule 0 (match='wieght') matches no parameter of this model; the nearest name is 'weight'
         """
+        refuse_no_model(model, "Recipe.resolve")
         found = list(_parameters(model))
         for odd in [name for name, times in Counter(p.name for p in found).items() if times > 1][:1]:
             raise ValueError(f"two parameters of this model have the canonical name {odd!r}; rename one of the modules")
@@ -445,6 +459,11 @@ class Recipe:
             reason = rule.target.accepts(p.layout.shape, p.dtype, p.layout)
             if reason:
                 raise ValueError(f"{p.name!r} claimed by rule {i} (match={rule.match!r}): {reason}")
+            if p.writer:
+                raise ValueError(
+                    f"{p.name!r} claimed by rule {i} (match={rule.match!r}): the forward pass of {p.writer} writes its "
+                    "weight, which nothing else may do here; use max_norm=None, or keep it in full precision"
+                )
             taken[i] += 1
             decided = (i, "")
         rule_index, reason = decided or (None, passed or "no rule matches")
@@ -534,6 +553,17 @@ class _Found:
     passed_over: str
     layer: int
     linear_bias: bool
+    writer: str
+
+
+def refuse_no_model(model: Any, who: str) -> None:
+    """Refuse what is no module, as a state dict, or an optimizer that stands in its place.
+
+    Raises:
+        ValueError: saying what to give.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{who}(model=...): must be a torch.nn.Module, not {type(model).__name__}")
 
 
 def refuse_no_recipe(recipe: Any, who: str) -> None:
@@ -561,6 +591,7 @@ def _parameters(model: nn.Module) -> Iterator[_Found]:
     """Every distinct parameter once, under its first name, with its tied aliases."""
     names: dict[int, list[str]] = {}
     owners: dict[int, tuple[nn.Module, nn.Parameter]] = {}
+    writers: dict[int, str] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for own, parameter in module._parameters.items():
             if parameter is not None:
@@ -569,6 +600,8 @@ def _parameters(model: nn.Module) -> Iterator[_Found]:
                 if full not in seen:
                     seen.append(full)
                 owners.setdefault(id(parameter), (module, parameter))
+                if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+                    writers[id(parameter)] = f"{type(module).__name__}(max_norm={module.max_norm:g})"
     for key, (module, parameter) in owners.items():
         first, *others = names[key]
         if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -586,6 +619,7 @@ def _parameters(model: nn.Module) -> Iterator[_Found]:
             passed_over=_passed_over(first, parameter, module),
             layer=id(module),
             linear_bias=isinstance(module, nn.Linear) and parameter is module.bias,
+            writer=writers.get(key, ""),
         )
 
 
@@ -600,6 +634,22 @@ def _passed_over(name: str, parameter: nn.Parameter, module: nn.Module) -> str:
 
 
 # --- Stages as plain data ---------------------------------------------------------------------------------------------
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """YAML's safe loader, which takes the last of several values for one key, and with it a typing error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = []
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # what it brings may be overwritten
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise ValueError(f"recipe: line {line}: the key {key!r} stands twice in one mapping")
+            seen.append(key)
+        return super().construct_mapping(node, deep)
 
 
 def _stage(values: Any, where: str) -> Stage:
@@ -620,13 +670,17 @@ def _stage(values: Any, where: str) -> Stage:
 # --- Presets ------------------------------------------------------------------------------------------------------
 
 
+# Recurrent layers number theirs: weight_ih_l0, weight_hh_l1_reverse.
+_WEIGHTS = r"weight(_(ih|hh|hr)(_l\d+(_reverse)?)?)?$"
+
+
 def _psg_preset(bits: int) -> Callable[[], Recipe]:
     def make() -> Recipe:
         ends = [
             Rule(match=where, target=Uniform(bits=8), mechanism=PSG(), pinned=True, optional=True)
             for where in ("@first", "@last")
         ]
-        return Recipe([*ends, Rule(match=r"weight$", target=Uniform(bits=bits), mechanism=PSG(), optional=True)])
+        return Recipe([*ends, Rule(match=_WEIGHTS, target=Uniform(bits=bits), mechanism=PSG(), optional=True)])
 
     return make
 
@@ -646,14 +700,14 @@ def _paper_preset(bits: int) -> Callable[[], Recipe]:
             )
 
         ends = [rule(where, 8, True) for where in ("@first", "@last")] if bits <= 3 else []
-        return Recipe([*ends, rule(r"(weight|bias)$", bits, False)])
+        return Recipe([*ends, rule(rf"{_WEIGHTS}|bias$", bits, False)])
 
     return make
 
 
 def _prune_preset() -> Recipe:
     target, mechanism = TopK(keep=0.1, scope="model"), PSG(toward=Zero())
-    return Recipe([Rule(match=r"weight$", target=target, mechanism=mechanism)])
+    return Recipe([Rule(match=_WEIGHTS, target=target, mechanism=mechanism)])
 
 
 def _kq_preset(book: Literal["layer", "global"]) -> Callable[[], Recipe]:
@@ -663,7 +717,7 @@ def _kq_preset(book: Literal["layer", "global"]) -> Callable[[], Recipe]:
             return Rule(match=match, target=grid, mechanism=STE(), pinned=True, optional=True)
 
         kernels = Rule(match="@kernels", target=KernelCodebook(size=512, book=book), mechanism=CodebookLearning())
-        return Recipe([ends("@first"), kernels, ends(r"weight$")])
+        return Recipe([ends("@first"), kernels, ends(_WEIGHTS)])
 
     return make
 
@@ -672,7 +726,7 @@ def _admm_prune_preset(rate: int) -> Callable[[], Recipe]:
     def make() -> Recipe:
         def stage(kept: float) -> Stage:
             target = TopK(keep=1 / kept, scope="model")
-            rule = Rule(match=r"weight$", target=target, mechanism=ADMM(rho=5e-3, growth=1.5, every=0.1))
+            rule = Rule(match=_WEIGHTS, target=target, mechanism=ADMM(rho=5e-3, growth=1.5, every=0.1))
             return Stage(rules=[rule], share=0.5, name=f"prune {kept:g}x")
 
         return Recipe(stages=[stage(rate / 2), stage(rate)])
@@ -683,7 +737,7 @@ def _admm_prune_preset(rate: int) -> Callable[[], Recipe]:
 def _admm_binary_preset() -> Recipe:
     ends = ("@first", "@last")
     pull = ADMM(every=0.1, growth=2.0, rounds=(0.5, 0.75, 0.9, 1.0))
-    body = Rule(match=r"weight$", target=Binary(), mechanism=pull)
+    body = Rule(match=_WEIGHTS, target=Binary(), mechanism=pull)
     kept = [Rule(match=end, keep=True) for end in ends]
     last = [Rule(match=end, target=Binary(), mechanism=pull) for end in ends]
     stages = [Stage(rules=[*kept, body], share=0.6, name="all but the ends"), Stage(rules=last, share=0.4, name="ends")]
@@ -692,12 +746,12 @@ def _admm_binary_preset() -> Recipe:
 
 def _uniform_preset(bits: int) -> Callable[[], Recipe]:
     # No ends at 8 bits: a bare state dict does not say which layer is first or last.
-    return lambda: Recipe([Rule(match=r"weight$", target=Uniform(bits=bits, granularity="channel"))])
+    return lambda: Recipe([Rule(match=_WEIGHTS, target=Uniform(bits=bits, granularity="channel"))])
 
 
 def _md_preset(target: Target) -> Callable[[], Recipe]:
     def make() -> Recipe:
-        return Recipe([Rule(match=r"weight$", target=target, mechanism=MirrorDescent())])
+        return Recipe([Rule(match=_WEIGHTS, target=target, mechanism=MirrorDescent())])
 
     return make
 

@@ -99,8 +99,8 @@ def save(
         Bytes written.
 
     Raises:
-        ValueError: an unknown life or coding, notes that are not JSON, a tensor that a file cannot hold, both bits and
-            recipe.
+        ValueError: no run, no path, an unknown life or coding, notes that are not JSON, a tensor that a file cannot
+            hold, both bits and recipe.
         RuntimeError: inside `run.compressed()`.
         OSError: the file cannot be written.
 
@@ -118,15 +118,20 @@ def save(
         >>> size < 64 * 64 * 4 / 8 + 64 * 4 + 128
         True
     """
+    if not isinstance(run, Run):
+        raise ValueError(f"save(run=...): must be what attach or compress gave, not {type(run).__name__}")
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"save(path={path!r}): must be the path of a file")
     coding = check_form(path, life, coding)
     if run._inside:
         raise RuntimeError("save inside run.compressed(): leave the compressed life first, the file needs both")
     destination(path)  # what is wrong with it shall be said before anything is fitted
+    held = _held(run.model)
+    run._settle()  # may drop statistics of other weights
     found = run.statistics(bits=bits, recipe=recipe)
     own = any(getattr(m, "running_mean", None) is not None for m in run.model.modules())
     batchnorm = found.source if found else ("own" if own else "none")
     writer = Writer(path, life, coding=coding, batchnorm=batchnorm, notes=notes)
-    held = _held(run.model)
     tensors = _tensors(run, held, life, bits, recipe)
     if any(sharding._is_sharded(p) for p in run.model.parameters()):
         return _on_first_rank(lambda: _write(writer, tensors, held.aliases), tensors)

@@ -237,5 +237,5 @@ def run_of_file(path: str | os.PathLike[str], model: nn.Module, life: Life = "bo
     if second:
         found = Statistics(second)
         found.source = source
-        run._statistics[run._life_key(None, None)] = found
+        run._keep_statistics(found)
     return run

@@ -1,0 +1,213 @@
+"""One attached optimizer: which claimed weights it moves, its clock and stages, and both halves of its steps."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detent import optimizers, sharding
+from detent.claimed import Entry
+from detent.mechanisms import Clock, Slot
+
+__all__ = ["Driver", "owners_of"]
+
+
+@dataclass(kw_only=True)
+class Driver:
+    """One attached optimizer: its entries, its clock, and where it is inside a step.
+
+    `entries` are those of the stage it is in; `kept` are those of earlier stages that no later one has claimed since.
+    """
+
+    optimizer: Any
+    bounds: list[tuple[int, int | None]]
+    total_steps: int | None
+    stages: list[list[Entry]] = field(default_factory=list)
+    stage: int = 0
+    entries: list[Entry] = field(default_factory=list)
+    kept: list[Entry] = field(default_factory=list)
+    copies: list[tuple[Entry, Tensor]] = field(default_factory=list)
+    step: int = 0
+    slots: list[tuple[Entry, Slot]] = field(default_factory=list)
+    skip: bool = False
+    clean: list[Entry] = field(default_factory=list)
+    pending: bool = False
+    nested: int = 0
+    checked_copies: bool = False
+    handles: list[Any] = field(default_factory=list)
+    spent: dict[str, tuple[Any, int]] = field(default_factory=dict)
+    probed: dict[Any, bool] = field(default_factory=dict)
+    riding: Mapping[str, Any] | None = None
+
+    @property
+    def standing(self) -> list[Entry]:
+        return [*self.entries, *self.kept]
+
+    @property
+    def params(self) -> list[Tensor]:
+        return [entry.param for entry in self.standing]
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether the optimizer still moves the tensors that are known here."""
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return all(id(entry.param) in held for entry in self.standing)
+
+    def enter(self, stage: int) -> None:
+        """Be in a stage: what it claims is trained, what only earlier ones claimed is kept."""
+        self.stage = stage
+        self.entries, self.kept = self.at(stage)
+
+    def at(self, stage: int) -> tuple[list[Entry], list[Entry]]:
+        """What a stage trains and what it keeps."""
+        last = {entry.name: entry for entries in self.stages[: stage + 1] for entry in entries}
+        kept = [entry for entries in self.stages[:stage] for entry in entries if last[entry.name] is entry]
+        return self.stages[stage], kept
+
+    def stage_of(self, step: int) -> int:
+        """The stage that a step belongs to."""
+        return max(i for i, (first, _) in enumerate(self.bounds) if first <= step)
+
+    # --- the clock ------------------------------------------------------------------------------------------------
+
+    @property
+    def clock(self) -> Clock:
+        """Steps done in this stage, of how many."""
+        return Clock(step=self.step - self.bounds[self.stage][0], total_steps=self.steps_of(self.stage))
+
+    def steps_of(self, stage: int) -> int | None:
+        """How many steps a stage has, if that is known."""
+        first, past = self.bounds[stage]
+        return self.total_steps if past is None else past - first
+
+    def frozen(self, entry: Entry) -> bool:
+        """Whether the fit of an entry is over."""
+        until = entry.cadence(self.steps_of(self.stage))[1]
+        return until is not None and self.clock.step >= until
+
+    # --- what the optimizer says of a weight ----------------------------------------------------------------------
+
+    def options_of(self, entry: Entry) -> Mapping[str, Any]:
+        """The group a weight sits in now: groups are dropped, reordered and loaded anew in a training."""
+        groups = self.optimizer.param_groups
+        return next(group for group in groups if any(each is entry.param for each in group["params"]))
+
+    def moves(self, entry: Entry, slot: Slot) -> bool:
+        """Whether the step at hand may move a weight: it has a gradient, is not frozen, and its rate is not 0."""
+        learns = slot.grad is not None and entry.param.requires_grad
+        return learns and not optimizers.stands_still(self.options_of(entry))
+
+    def slot(self, entry: Entry) -> Slot:
+        """A weight as its mechanism sees it."""
+        assert entry.params is not None and entry.pull_params is not None
+        target, params, pull, pull_params = entry.target, entry.params, entry.pull, entry.pull_params
+        grad = entry.param.grad
+        return Slot(
+            name=entry.name,
+            weight=sharding.local(entry.param),
+            grad=None if grad is None else sharding.local(grad),
+            target=target,
+            params=entry.localised(params),
+            pull=pull,
+            pull_params=entry.localised(pull_params),
+            project=lambda w: entry.map_whole(target.project, target, params, w),
+            pull_project=lambda w: entry.map_whole(pull.project, pull, pull_params, w),
+            pull_free=lambda w: entry.map_whole(pull.free, pull, pull_params, w),
+            relax=lambda w, beta: entry.map_whole(lambda x, p: target.relax(x, p, beta), target, params, w),
+            gather=lambda w: sharding.whole(sharding.as_sharded(w, entry.param)),
+            rate=lambda: optimizers.rate_of(self.options_of(entry), entry.name),
+            install=entry.install,
+            moments=lambda: optimizers.moments(self.optimizer, entry.param),
+            frozen=self.frozen(entry),
+            pruned=entry.zeros,
+            plain=isinstance(self.optimizer, torch.optim.SGD),
+            decay=lambda: optimizers.decoupled_decay(
+                self.optimizer, self.options_of(entry), entry.name, entry.param.dim(), self.probed
+            ),
+            grad_scale=getattr(self.optimizer, "grad_scale", None),
+            state=entry.state,
+        )
+
+    # --- both halves of a step ------------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Put back what earlier stages hold, whatever momentum and weight decay made of it."""
+        for entry in self.standing:
+            entry.hold()
+        for entry, value in self.copies:
+            entry.write(value)
+
+    def mask_gradient(self, entry: Entry) -> None:
+        """What earlier stages hold gets no gradient, so that neither momentum nor a norm clip is misled by it."""
+        grad = entry.param.grad
+        reference, version = self.spent.get(entry.name, (lambda: None, -1))
+        if grad is None or (reference() is grad and version == sharding.local(grad)._version):
+            return  # masked already by the step that raised
+        if entry.is_fixed and entry.stage < self.stage:
+            sharding.local(grad).zero_()
+        elif entry.zeros is not None:
+            sharding.local(grad).masked_fill_(entry.zeros, 0.0)
+
+    def first_moment(self, entry: Entry, slot: Slot, clock: Clock) -> None:
+        """The mechanism's first moment; a gradient that a step which raised had already changed is not shown again."""
+        grad = entry.param.grad
+        if grad is None or slot.grad is None:
+            entry.mechanism.before_step(slot, clock)
+            return
+        reference, version = self.spent.get(entry.name, (lambda: None, -1))
+        spent = reference() is grad and version == slot.grad._version
+        untouched = slot.grad._version
+        entry.mechanism.before_step(replace(slot, grad=None) if spent else slot, clock)
+        if spent or slot.grad._version != untouched:
+            self.spent[entry.name] = (weakref.ref(grad), slot.grad._version)
+
+    def last_moment(self, entry: Entry, slot: Slot, clock: Clock) -> None:
+        """The mechanism's last moment; a full life that the optimizer left alone is not moved by it either."""
+        # Elsewhere this moment also shows a latent again, or maps weights when their time has come.
+        if self.moves(entry, slot) or not entry.mechanism.keeps_full_life or entry.mechanism.fits_after:
+            entry.mechanism.after_step(slot, clock)
+
+    def clip_norm(self) -> None:
+        """Clip all gradients to the norm that the mechanisms ask for, if they do."""
+        limits = sorted({e.mechanism.norm_limit for e, _ in self.slots if e.mechanism.norm_limit is not None})
+        if not limits:
+            return
+        if len(limits) > 1:
+            raise ValueError(f"clip_norm: the rules of one optimizer give different limits {limits}; give one")
+        optimizers.clip_total_norm(self.optimizer, limits[0])
+        for entry, slot in self.slots:
+            if entry.name in self.spent and slot.grad is not None:
+                self.spent[entry.name] = (self.spent[entry.name][0], slot.grad._version)
+
+
+def owners_of(drivers: list[Driver], entries: list[Entry], params: Mapping[str, Tensor]) -> list[Driver]:
+    """The one optimizer that holds each entry's parameter.
+
+    Args:
+        drivers: the attached optimizers.
+        entries: claimed weights.
+        params: their parameters by name, before anything goes on with them.
+
+    Raises:
+        ValueError: a parameter in no group or in two, or in one with another weight decay than its rule asks for.
+    """
+    owners: dict[int, list[tuple[Driver, Mapping[str, Any]]]] = {}
+    for driver in drivers:
+        for group in driver.optimizer.param_groups:
+            for param in group["params"]:
+                owners.setdefault(id(param), []).append((driver, group))
+    found = []
+    for entry in entries:
+        mine = owners.get(id(params[entry.name]), [])
+        if len(mine) != 1:
+            where = "no attached optimizer" if not mine else f"{len(mine)} places of the attached optimizers"
+            raise ValueError(f"{entry.name!r} is claimed by the recipe but sits in {where}; it must sit in exactly one")
+        driver, options = mine[0]
+        entry.check_decay(options)
+        found.append(driver)
+    return found
