@@ -139,6 +139,42 @@ def test_balance_moves_rho_both_ways() -> None:
     assert float(admm._next(number, near, near)) == 2.0
 
 
+@pytest.mark.parametrize(
+    ("changes", "target", "reached"),
+    [
+        ({"growth": 2.0, "every": 1}, dt.TopK(keep=9), 1e9),
+        ({"growth": 2.0, "every": 1, "rho_max": 64.0}, dt.TopK(keep=9), 64.0),
+        ({"growth": 2.0, "every": 1, "balance": True}, dt.TopK(keep=1.0), 1e-9),
+    ],
+    ids=["up", "up to a ceiling", "down"],
+)
+def test_rho_stays_where_float32_can_follow(changes: Any, target: dt.Target, reached: float) -> None:
+    """It grew until gradients squared overflowed, or fell to 0, and the dual times 0 / 0 made all weights NaN."""
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 6, bias=False)
+    run = _run(layer, torch.optim.Adam(layer.parameters(), lr=1e-3), dt.ADMM(until=None, **changes), target)
+    optimizer = run._drivers[0].optimizer
+    for step in range(300):
+        layer.weight.grad = torch.randn(6, 5, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+        state = _state(run)
+        assert all(bool(torch.isfinite(state[name]).all()) for name in ("rho", "dual", "z")), f"step {step}"
+        assert bool(torch.isfinite(layer.weight).all()), f"step {step}"
+    assert float(state["rho"]) == pytest.approx(reached)
+
+
+def test_a_first_rho_outside_the_range_is_taken_as_it_is() -> None:
+    none, some = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    for rho, primal, drift, after in [
+        (1e12, some, none, 1e12),
+        (1e12, none, some, 1e12 / 1.5),
+        (1e-12, none, some, 1e-12),
+        (1e-12, some, none, 1.5e-12),
+    ]:
+        admm = dt.ADMM(rho=rho, growth=1.5, balance=True)
+        assert float(admm._next(torch.tensor(rho, dtype=torch.float64), primal, drift)) == pytest.approx(after)
+
+
 def test_a_pull_under_a_gradient_scaler_is_scaled_too() -> None:
     """Fused steps under GradScaler divide the gradient inside: what was not multiplied would all but vanish."""
     ends = []

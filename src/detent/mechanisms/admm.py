@@ -36,6 +36,8 @@ from detent.targets.base import compute_dtype
 
 __all__ = ["ADMM", "Penalty", "periodic_rate", "residuals"]
 
+# rho stays in here unless told otherwise: far from where what Adam squares in float32, or a dual divided by rho, is lost.
+_LEAST_RHO, _MOST_RHO = 1e-9, 1e9
 _OUT_OF_BALANCE = 10.0  # a residual this much larger than the other makes rho change (Boyd et al., section 3.4.1)
 
 
@@ -61,7 +63,8 @@ class ADMM(Mechanism):
         growth: factor on rho after every period, >= 1.
         every: steps (int) or fraction of training (float) between updates of z and u.
         until: moment of the masked mapping; `None` for ADMM to the end and no mapping in training.
-        rho_max: rho grows no further, or `None`.
+        rho_max: rho grows no further; `None` for 1e9 (or `rho`, if that is more). Nor does balancing take it below 1e-9
+            (or `rho`): farther out gradients and duals overflow.
         metric: what "nearest" means where a sparse target chooses its survivors: "euclidean" as in the papers, so that
             the largest |w + u| survive; "fisher": the largest h |w + u| with h the root mean square of the gradients
             so far (about the last hundred steps), which is how much the loss would miss them. Needs `until`.
@@ -272,7 +275,8 @@ class ADMM(Mechanism):
         else:
             up, down = primal > _OUT_OF_BALANCE * rho * drift, rho * drift > _OUT_OF_BALANCE * primal
             rho = torch.where(up, rho * self.growth, torch.where(down, rho / self.growth, rho))
-        return rho if self.rho_max is None else rho.clamp_max(self.rho_max)
+        most = max(_MOST_RHO, self.rho) if self.rho_max is None else self.rho_max
+        return rho.clamp(min(_LEAST_RHO, self.rho), most)
 
     def _freezes(self, target: Target) -> bool:
         return self.finish == "freeze" or (self.finish == "auto" and not target.leaves_free)
