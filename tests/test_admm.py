@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from typing import Any
 
@@ -160,7 +161,7 @@ def test_rho_stays_where_float32_can_follow(changes: Any, target: dt.Target, rea
         state = _state(run)
         assert all(bool(torch.isfinite(state[name]).all()) for name in ("rho", "dual", "z")), f"step {step}"
         assert bool(torch.isfinite(layer.weight).all()), f"step {step}"
-    assert float(state["rho"]) == pytest.approx(reached)
+    assert dt.residuals(run)["weight"]["rho"] == pytest.approx(reached)
 
 
 def test_a_first_rho_outside_the_range_is_taken_as_it_is() -> None:
@@ -202,12 +203,63 @@ def test_a_pull_under_a_gradient_scaler_is_scaled_too() -> None:
 
 
 def test_updates_fall_where_every_says() -> None:
-    """Steps count from step 0, fractions from the start; z begins at the start, and the mapping has an update."""
+    """Steps and fractions count from the start; z begins there, and the mapping has an update."""
     steps = dt.ADMM(every=0.1, start=10, until=0.6)
     wanted = [t for t in range(100) if steps.wants_fit(Clock(step=t, total_steps=100))]
     assert wanted == [9, 19, 29, 39, 49, 59, 69, 79, 89, 99]
-    assert dt.ADMM(every=7).fit_every == 7
-    assert [t for t in range(100) if dt.ADMM(every=7, until=0.5).wants_fit(Clock(step=t, total_steps=100))] == [49]
+    sevens = [t for t in range(100) if dt.ADMM(every=7, until=0.5).wants_fit(Clock(step=t, total_steps=100))]
+    assert sevens == [6, 13, 20, 27, 34, 41, 48, 49]
+    late = dt.ADMM(every=10, start=5, until=35)
+    assert [t + 1 for t in range(40) if late.wants_fit(Clock(step=t, total_steps=40))] == [5, 15, 25, 35]
+
+
+@pytest.mark.parametrize("total", [22464, 1004, 1044, 40, 7])
+def test_fractions_share_the_way_to_the_mapping_evenly(total: int) -> None:
+    """`every` and `until`, rounded apart, had an update a step or two before the mapping, and rho grew once more."""
+    admm = dt.ADMM(every=0.1, until=0.5)
+    until = round(0.5 * total)
+    found = [t + 1 for t in range(until) if admm.wants_fit(Clock(step=t, total_steps=total))]
+    count = 5 if until >= 5 else until
+    assert found == [round(i * until / count) for i in range(1, count + 1)]
+    assert max(np.diff([0, *found])) - min(np.diff([0, *found])) <= 1
+
+
+@pytest.mark.parametrize(("every", "start", "until"), [(0.1, 0, 0.5), (10, 5, 35), (0.13, 0.1, 0.9), (7, 0, 33)])
+@pytest.mark.parametrize("total", [40, 1004])
+def test_the_rate_is_small_before_every_update_and_full_after(every: Any, start: Any, until: Any, total: int) -> None:
+    """Periods of the rate began at steps, or counted from a start, that updates of z knew nothing of."""
+    admm = dt.ADMM(every=every, start=start, until=until)
+    rate = dt.periodic_rate(_sgd(), dt.Recipe([_rule(dt.TopK(keep=5), admm)]), total=total).lr_lambdas[0]
+    updates = [t + 1 for t in range(total) if admm.wants_fit(Clock(step=t, total_steps=total))]
+    mapping = until if isinstance(until, int) else round(until * total)
+    for here, following in itertools.pairwise(updates):
+        if following > mapping:
+            break
+        if following - here >= 4:
+            full = [t for t in range(here, following) if rate(t) == 1.0]
+            assert full == [*range(here, full[-1] + 1)] and full[-1] < following - 1, "once, right after the update"
+
+
+def test_one_rate_cannot_follow_two_periods() -> None:
+    def recipe(*changes: dict[str, Any], **fits: Any) -> dt.Recipe:
+        usual: dict[str, Any] = {"every": 10, "until": 50}
+        made = [dt.ADMM(**usual | each) for each in changes]
+        return dt.Recipe(
+            [dt.Rule(match=f"^{i}", target=dt.TopK(keep=5), mechanism=m, **fits) for i, m in enumerate(made)]
+        )
+
+    dt.periodic_rate(_sgd(), recipe({}, {"rho": 1.0}, {"every": 0.1, "until": 0.5}), total=100)
+    for other in ({"every": 25}, {"until": 60}, {"start": 10}):
+        with pytest.raises(ValueError, match=r"two ADMM rules of one stage.*at 10, 20, .* mapping at 50"):
+            dt.periodic_rate(_sgd(), recipe({}, other), total=100)
+    with pytest.raises(ValueError, match=r"rule 0 .*fit_until=10.*leave fit_until out"):
+        dt.periodic_rate(_sgd(), recipe({"until": None}, fit_until=10), total=100)
+
+
+def test_a_rule_cannot_give_admm_another_period() -> None:
+    """It replaced an int `every` in silence, and the learning rate went on in periods of `every`."""
+    with pytest.raises(ValueError, match=r"fit_every=7\): ADMM says itself when .* leave it out"):
+        dt.Rule(match="weight", target=dt.TopK(keep=5), mechanism=dt.ADMM(every=10), fit_every=7)
 
 
 def test_a_late_start_takes_z_from_the_weights_of_that_moment() -> None:
