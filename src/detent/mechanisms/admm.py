@@ -215,8 +215,8 @@ class ADMM(Mechanism):
     def wants_fit(self, clock: Clock) -> bool:
         start, until = self._moments(clock)
         tick = clock.step + 1
-        if isinstance(self.every, int) and until is not None and tick > until:
-            return False
+        if until is not None and tick > until:
+            return False  # mapped; z would start once more, and hold the survivors where they are
         return tick in (start, until) or (tick > start and self.periods(clock.total_steps).around(tick)[0] == tick)
 
     def check(self, target: Target) -> str | None:
