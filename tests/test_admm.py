@@ -234,6 +234,21 @@ def test_after_the_mapping_nothing_pulls(every: Any, target: dt.Target) -> None:
             assert np.allclose(moved[free], -0.02 * gradient[free], rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "fisher"])
+def test_masked_maps_at_its_start_and_not_at_a_fit(metric: Any) -> None:
+    """With fit_every=5 and the Fisher metric the first fit mapped, at step 5, by five gradients."""
+    w, gradients = _start()
+    layer = _layer(w)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
+    masked = dt.Masked(start=20, metric=metric)
+    rule = dt.Rule(match="weight", target=dt.TopK(keep=9), mechanism=masked, fit_every=5)
+    dt.attach(layer, optimizer, dt.Recipe([rule]), total_steps=STEPS)
+    for t, gradient in enumerate(gradients):
+        layer.weight.grad = torch.from_numpy(gradient.copy())
+        optimizer.step()
+        assert int((layer.weight != 0).sum()) == (30 if t + 1 < 20 else 9), f"step {t}"
+
+
 @pytest.mark.parametrize("total", [22464, 1004, 1044, 40, 7])
 def test_fractions_share_the_way_to_the_mapping_evenly(total: int) -> None:
     """`every` and `until`, rounded apart, had an update a step or two before the mapping, and rho grew once more."""
