@@ -688,3 +688,34 @@ def test_no_weight_is_subnormal(mirror: Any, dtype: torch.dtype) -> None:
         ends += int((w == 0).sum())
         assert bool((w.diff() >= -1e-5 * float(q[-1])).all())
     assert ends > 100, "the level itself is reached"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("jacobian", ["true", "paper"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_pmf_is_finite_at_any_beta(bits: int, jacobian: Any, dtype: torch.dtype) -> None:
+    """The published Jacobian is beta times a sum of squares: it overflowed, and times a gradient of 0 it was a NaN."""
+    for beta in (1e-3, 1.0, 100.0, 1e4, 1e33, 1e35, 1e36, 1e38, 1e300):
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 4, bias=False, dtype=dtype)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+        rule = dt.Rule(match="weight", target=dt.Uniform(bits=bits), mechanism=dt.PMF(jacobian=jacobian, beta=beta))
+        run = dt.attach(layer, optimizer, dt.Recipe([rule]), total_steps=5, hooks=False)
+        gradient = torch.randn(4, 4).to(dtype)
+        gradient[0] = 0.0
+        layer.weight.grad = gradient.clone()
+        entry = run._entries[0]
+        wide = entry.state["latent"].to(torch.float64 if dtype == torch.float64 else torch.float32)
+        run.before_step()
+        found = layer.weight.grad
+        assert bool(torch.isfinite(found).all()) and not bool(found[0].any()), f"beta {beta}"
+        if jacobian == "paper":
+            assert entry.params is not None
+            levels = entry.target.levels(entry.params)
+            assert levels is not None
+            half_gap = (levels.to(wide)[..., -1] - levels.to(wide)[..., 0]) / (2 * (levels.shape[-1] - 1))
+            scaled = levels.to(wide) / half_gap.unsqueeze(-1)
+            seen = SoftmaxMap().forward(wide / half_gap, scaled, beta)
+            plain = gradient.to(wide) * (beta * (scaled.square().sum(-1) - seen.square()))
+            fits = plain.to(dtype).isfinite()
+            assert torch.equal(found[fits], plain.to(dtype)[fits]), f"beta {beta}: what does not overflow is as it was"
