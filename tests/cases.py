@@ -289,6 +289,16 @@ ERRORS: dict[str, ErrorCase] = {
         make=lambda: dt.CodebookLearning(reduce="max"),  # type: ignore[arg-type]
         says='must be "mean" or "sum"',
     ),
+    "a codebook that is learned and fitted": ErrorCase(
+        make=lambda: dt.Rule(
+            match="a", target=dt.KernelCodebook(size=4), mechanism=dt.CodebookLearning(), fit_until=0.5
+        ),
+        says="fit_until=0.5): CodebookLearning says itself when its target is fitted; leave it out",
+    ),
+    "a codebook that is learned and fitted every so often": ErrorCase(
+        make=lambda: dt.Rule(match="a", target=dt.KernelCodebook(size=4), mechanism=dt.CodebookLearning(), fit_every=9),
+        says="fit_every=9): CodebookLearning says itself when its target is fitted; leave it out",
+    ),
     "re-assign never": ErrorCase(make=lambda: dt.CodebookLearning(reassign_every=0), says="must be >= 1 step or None"),
     "kernels of a matrix": ErrorCase(
         make=lambda: _resolve(dt.Rule(match="0.weight", target=dt.KernelCodebook(size=4))),

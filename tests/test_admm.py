@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from typing import Any
 
@@ -139,6 +140,42 @@ def test_balance_moves_rho_both_ways() -> None:
     assert float(admm._next(number, near, near)) == 2.0
 
 
+@pytest.mark.parametrize(
+    ("changes", "target", "reached"),
+    [
+        ({"growth": 2.0, "every": 1}, dt.TopK(keep=9), 1e9),
+        ({"growth": 2.0, "every": 1, "rho_max": 64.0}, dt.TopK(keep=9), 64.0),
+        ({"growth": 2.0, "every": 1, "balance": True}, dt.TopK(keep=1.0), 1e-9),
+    ],
+    ids=["up", "up to a ceiling", "down"],
+)
+def test_rho_stays_where_float32_can_follow(changes: Any, target: dt.Target, reached: float) -> None:
+    """It grew until gradients squared overflowed, or fell to 0, and the dual times 0 / 0 made all weights NaN."""
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 6, bias=False)
+    run = _run(layer, torch.optim.Adam(layer.parameters(), lr=1e-3), dt.ADMM(until=None, **changes), target)
+    optimizer = run._drivers[0].optimizer
+    for step in range(300):
+        layer.weight.grad = torch.randn(6, 5, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+        state = _state(run)
+        assert all(bool(torch.isfinite(state[name]).all()) for name in ("rho", "dual", "z")), f"step {step}"
+        assert bool(torch.isfinite(layer.weight).all()), f"step {step}"
+    assert dt.residuals(run)["weight"]["rho"] == pytest.approx(reached)
+
+
+def test_a_first_rho_outside_the_range_is_taken_as_it_is() -> None:
+    none, some = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    for rho, primal, drift, after in [
+        (1e12, some, none, 1e12),
+        (1e12, none, some, 1e12 / 1.5),
+        (1e-12, none, some, 1e-12),
+        (1e-12, some, none, 1.5e-12),
+    ]:
+        admm = dt.ADMM(rho=rho, growth=1.5, balance=True)
+        assert float(admm._next(torch.tensor(rho, dtype=torch.float64), primal, drift)) == pytest.approx(after)
+
+
 def test_a_pull_under_a_gradient_scaler_is_scaled_too() -> None:
     """Fused steps under GradScaler divide the gradient inside: what was not multiplied would all but vanish."""
     ends = []
@@ -166,12 +203,99 @@ def test_a_pull_under_a_gradient_scaler_is_scaled_too() -> None:
 
 
 def test_updates_fall_where_every_says() -> None:
-    """Steps count from step 0, fractions from the start; z begins at the start, and the mapping has an update."""
+    """Steps and fractions count from the start; z begins there, and the mapping has an update."""
     steps = dt.ADMM(every=0.1, start=10, until=0.6)
     wanted = [t for t in range(100) if steps.wants_fit(Clock(step=t, total_steps=100))]
-    assert wanted == [9, 19, 29, 39, 49, 59, 69, 79, 89, 99]
-    assert dt.ADMM(every=7).fit_every == 7
-    assert [t for t in range(100) if dt.ADMM(every=7, until=0.5).wants_fit(Clock(step=t, total_steps=100))] == [49]
+    assert wanted == [9, 19, 29, 39, 49, 59]
+    sevens = [t for t in range(100) if dt.ADMM(every=7, until=0.5).wants_fit(Clock(step=t, total_steps=100))]
+    assert sevens == [6, 13, 20, 27, 34, 41, 48, 49]
+    late = dt.ADMM(every=10, start=5, until=35)
+    assert [t + 1 for t in range(40) if late.wants_fit(Clock(step=t, total_steps=40))] == [5, 15, 25, 35]
+
+
+@pytest.mark.parametrize("every", [4, 0.1])
+@pytest.mark.parametrize("target", [dt.TopK(keep=9), dt.Binary()], ids=["mask", "freeze"])
+def test_after_the_mapping_nothing_pulls(every: Any, target: dt.Target) -> None:
+    """With a fraction for `every` z began anew after the mapping, and pulled with a rho that grew on to the end."""
+    w, gradients = _start()
+    layer = _layer(w)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.02)
+    run = _run(layer, optimizer, dt.ADMM(every=every, until=0.5), target)
+    for t, gradient in enumerate(gradients):
+        before = layer.weight.detach().numpy().copy()
+        layer.weight.grad = torch.from_numpy(gradient.copy())
+        optimizer.step()
+        state = _state(run)
+        assert ("z" in state) == (t + 1 < 20)
+        if t >= 20:
+            held = ~state["mask"].numpy() if "mask" in state else state["frozen"].numpy()
+            free = ~held
+            moved = layer.weight.detach().numpy() - before
+            assert np.allclose(moved[free], -0.02 * gradient[free], rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "fisher"])
+def test_masked_maps_at_its_start_and_not_at_a_fit(metric: Any) -> None:
+    """With fit_every=5 and the Fisher metric the first fit mapped, at step 5, by five gradients."""
+    w, gradients = _start()
+    layer = _layer(w)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
+    masked = dt.Masked(start=20, metric=metric)
+    rule = dt.Rule(match="weight", target=dt.TopK(keep=9), mechanism=masked, fit_every=5)
+    dt.attach(layer, optimizer, dt.Recipe([rule]), total_steps=STEPS)
+    for t, gradient in enumerate(gradients):
+        layer.weight.grad = torch.from_numpy(gradient.copy())
+        optimizer.step()
+        assert int((layer.weight != 0).sum()) == (30 if t + 1 < 20 else 9), f"step {t}"
+
+
+@pytest.mark.parametrize("total", [22464, 1004, 1044, 40, 7])
+def test_fractions_share_the_way_to_the_mapping_evenly(total: int) -> None:
+    """`every` and `until`, rounded apart, had an update a step or two before the mapping, and rho grew once more."""
+    admm = dt.ADMM(every=0.1, until=0.5)
+    until = round(0.5 * total)
+    found = [t + 1 for t in range(until) if admm.wants_fit(Clock(step=t, total_steps=total))]
+    count = 5 if until >= 5 else until
+    assert found == [round(i * until / count) for i in range(1, count + 1)]
+    assert max(np.diff([0, *found])) - min(np.diff([0, *found])) <= 1
+
+
+@pytest.mark.parametrize(("every", "start", "until"), [(0.1, 0, 0.5), (10, 5, 35), (0.13, 0.1, 0.9), (7, 0, 33)])
+@pytest.mark.parametrize("total", [40, 1004])
+def test_the_rate_is_small_before_every_update_and_full_after(every: Any, start: Any, until: Any, total: int) -> None:
+    """Periods of the rate began at steps, or counted from a start, that updates of z knew nothing of."""
+    admm = dt.ADMM(every=every, start=start, until=until)
+    rate = dt.periodic_rate(_sgd(), dt.Recipe([_rule(dt.TopK(keep=5), admm)]), total=total).lr_lambdas[0]
+    updates = [t + 1 for t in range(total) if admm.wants_fit(Clock(step=t, total_steps=total))]
+    mapping = until if isinstance(until, int) else round(until * total)
+    for here, following in itertools.pairwise(updates):
+        if following > mapping:
+            break
+        if following - here >= 4:
+            full = [t for t in range(here, following) if rate(t) == 1.0]
+            assert full == [*range(here, full[-1] + 1)] and full[-1] < following - 1, "once, right after the update"
+
+
+def test_one_rate_cannot_follow_two_periods() -> None:
+    def recipe(*changes: dict[str, Any], **fits: Any) -> dt.Recipe:
+        usual: dict[str, Any] = {"every": 10, "until": 50}
+        made = [dt.ADMM(**usual | each) for each in changes]
+        return dt.Recipe(
+            [dt.Rule(match=f"^{i}", target=dt.TopK(keep=5), mechanism=m, **fits) for i, m in enumerate(made)]
+        )
+
+    dt.periodic_rate(_sgd(), recipe({}, {"rho": 1.0}, {"every": 0.1, "until": 0.5}), total=100)
+    for other in ({"every": 25}, {"until": 60}, {"start": 10}):
+        with pytest.raises(ValueError, match=r"two ADMM rules of one stage.*at 10, 20, .* mapping at 50"):
+            dt.periodic_rate(_sgd(), recipe({}, other), total=100)
+    with pytest.raises(ValueError, match=r"rule 0 .*fit_until=10.*leave fit_until out"):
+        dt.periodic_rate(_sgd(), recipe({"until": None}, fit_until=10), total=100)
+
+
+def test_a_rule_cannot_give_admm_another_period() -> None:
+    """It replaced an int `every` in silence, and the learning rate went on in periods of `every`."""
+    with pytest.raises(ValueError, match=r"fit_every=7\): ADMM says itself when .* leave it out"):
+        dt.Rule(match="weight", target=dt.TopK(keep=5), mechanism=dt.ADMM(every=10), fit_every=7)
 
 
 def test_a_late_start_takes_z_from_the_weights_of_that_moment() -> None:

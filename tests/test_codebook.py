@@ -725,3 +725,81 @@ def test_what_admm_shows_lies_where_it_pulls(seed: int) -> None:
         float((target.project(before[n], p) - before[n]).square().sum()) for n, p in zip(names, anew, strict=True)
     )
     assert gap < 1.02 * far < 1.02 * cold**0.5, (gap, far, cold**0.5)
+
+
+# --- where floats end, and where work does ------------------------------------------------------------------------
+
+
+def test_a_fit_under_autocast_is_the_fit_outside() -> None:
+    """K-means multiplied its matrices in bfloat16, and found other codewords."""
+    w = torch.randn(32, 32, 3, 3, generator=torch.Generator().manual_seed(0))
+    target = dt.KernelCodebook(size=32)
+    outside, q = target.fit(w), target.project(w, target.fit(w))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = target.fit(w)
+        warm = target.fit(w * 1.01, previous=inside)
+        assert torch.equal(target.project(w, inside), q)
+    assert all(torch.equal(value, inside[name]) for name, value in outside.tensors.items())
+    assert torch.equal(warm["book"], target.fit(w * 1.01, previous=outside)["book"])
+
+
+@pytest.mark.parametrize("bits", [6, None])
+@pytest.mark.parametrize("size", [2.0**1023, 1e200, 1e-312])
+def test_weights_at_the_ends_of_float64_have_a_codebook_and_a_unit(size: float, bits: int | None) -> None:
+    """2.0**power raised OverflowError: below in a warm start, above in any fit; and the unit was infinite."""
+    w = torch.randn(8, 8, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).clamp(-1.9, 1.9) * size
+    target = dt.KernelCodebook(size=4, codebook_bits=bits)
+    params = target.fit(w, previous=target.fit(w))
+    assert 0 < float(target.typical(params)) < math.inf
+    far = target.distance(target.project(w, params) - w, params)
+    assert bool(torch.isfinite(far).all()) and bool((far >= 0).all())
+    assert torch.equal(target.project(target.project(w, params), params), target.project(w, params))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        dt.TopK(keep=9),
+        dt.TopK(keep=0.5),
+        dt.NM(n=1, m=4),
+        dt.Structured(group="filter", keep=0.5),
+        dt.Zero(),
+        dt.SparseLevels(sparse=dt.TopK(keep=0.5), survivors=dt.Binary()),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [1e200, 1e307])
+def test_the_unit_of_huge_weights_is_finite(target: dt.Target, size: float) -> None:
+    w = torch.randn(16, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * size
+    unit = target.typical(target.fit(w))
+    assert bool((unit > 0).all()) and bool((unit > 1e37).all()) and bool(torch.isfinite(unit).all())
+
+
+def test_k_means_stops_where_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Centres that stay empty were moved to where they are, in every iteration to the last."""
+    seen: list[int] = []
+    nearest = books._nearest
+    monkeypatch.setattr(books, "_nearest", lambda x, centres: (seen.append(len(x)), nearest(x, centres))[1])
+    w = torch.randn(128, 128, 3, 3, generator=torch.Generator().manual_seed(1))
+    kernels = w.reshape(-1, 9)
+    kernels[torch.rand(len(kernels), generator=torch.Generator().manual_seed(2)) < 0.97] = 0.25
+    target = dt.KernelCodebook(size=64, sample=4)
+    params = target.fit(w)
+    assert 2 <= len(seen) <= 12
+    seen.clear()
+    target.fit(w, previous=params)
+    assert 2 <= len(seen) <= 12
+
+
+def test_pieces_of_long_blocks_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece had 2^20 rows over codewords, whatever a row held: the whole tensor in float64, for one codeword."""
+    seen: list[int] = []
+    sure = books._nearest_for_sure
+    monkeypatch.setattr(books, "_nearest_for_sure", lambda x, e: (seen.append(x.numel()), sure(x, e))[1])
+    monkeypatch.setattr(books, "_CHUNK", 1 << 10)
+    w = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    target = dt.VectorCodebook(block=128, size=2)
+    q = target.project(w, (params := target.fit(w)))
+    assert seen and max(seen) <= 1 << 10
+    monkeypatch.setattr(books, "_CHUNK", 1 << 20)
+    assert torch.equal(target.project(w, params), q)

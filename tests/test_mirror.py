@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import detent as dt
-from detent.mechanisms import Clock, SoftmaxMap, TanhMap, check_map
+from detent.mechanisms import Clock, MirrorMap, SoftmaxMap, TanhMap, check_map
 from detent.mechanisms.base import Slot
 from detent.mechanisms.maps import piecewise_affine
 
@@ -688,3 +688,68 @@ def test_no_weight_is_subnormal(mirror: Any, dtype: torch.dtype) -> None:
         ends += int((w == 0).sum())
         assert bool((w.diff() >= -1e-5 * float(q[-1])).all())
     assert ends > 100, "the level itself is reached"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("jacobian", ["true", "paper"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_pmf_is_finite_at_any_beta(bits: int, jacobian: Any, dtype: torch.dtype) -> None:
+    """The published Jacobian is beta times a sum of squares: it overflowed, and times a gradient of 0 it was a NaN."""
+    for beta in (1e-3, 1.0, 100.0, 1e4, 1e33, 1e35, 1e36, 1e38, 1e300):
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 4, bias=False, dtype=dtype)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+        rule = dt.Rule(match="weight", target=dt.Uniform(bits=bits), mechanism=dt.PMF(jacobian=jacobian, beta=beta))
+        run = dt.attach(layer, optimizer, dt.Recipe([rule]), total_steps=5, hooks=False)
+        gradient = torch.randn(4, 4).to(dtype)
+        gradient[0] = 0.0
+        layer.weight.grad = gradient.clone()
+        entry = run._entries[0]
+        wide = entry.state["latent"].to(torch.float64 if dtype == torch.float64 else torch.float32)
+        run.before_step()
+        found = layer.weight.grad
+        assert bool(torch.isfinite(found).all()) and not bool(found[0].any()), f"beta {beta}"
+        if jacobian == "paper":
+            assert entry.params is not None
+            levels = entry.target.levels(entry.params)
+            assert levels is not None
+            half_gap = (levels.to(wide)[..., -1] - levels.to(wide)[..., 0]) / (2 * (levels.shape[-1] - 1))
+            scaled = levels.to(wide) / half_gap.unsqueeze(-1)
+            seen = SoftmaxMap().forward(wide / half_gap, scaled, beta)
+            plain = gradient.to(wide) * (beta * (scaled.square().sum(-1) - seen.square()))
+            fits = plain.to(dtype).isfinite()
+            assert torch.equal(found[fits], plain.to(dtype)[fits]), f"beta {beta}: what does not overflow is as it was"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wrapped(MirrorMap):
+    """A map as a user writes it: a forward pass, and all else derived from it."""
+
+    inner: MirrorMap
+
+    def forward(self, a: Tensor, levels: Tensor, beta: float | Tensor) -> Tensor:
+        return self.inner.forward(a, levels, beta)
+
+
+@pytest.mark.parametrize("inner", [TanhMap(), SoftmaxMap()], ids=["tanh", "softmax"])
+def test_a_wrapper_of_a_shipped_map_is_one(inner: MirrorMap) -> None:
+    """The derivative of |x| by autograd is 0 at 0: at a threshold the tanh map lost its steepest part."""
+    check_map(_Wrapped(inner=inner))
+    for levels in (torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([-2.0, -0.5, 0.25, 3.0])):
+        a = torch.cat([levels, (levels[1:] + levels[:-1]) / 2, torch.linspace(-3, 3, 13)])
+        slope = inner.derivative(a, levels, 2.0)
+        assert torch.allclose(_Wrapped(inner=inner).derivative(a, levels, 2.0), slope, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mirror", [TanhMap(), SoftmaxMap()], ids=["tanh", "softmax"])
+def test_levels_that_are_repeated_count_once(mirror: MirrorMap) -> None:
+    """A group with fewer levels than others repeats its largest, which drew the weights to it many times over."""
+    few, many = torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    a = torch.linspace(-2, 2, 41)
+    for beta in (0.5, 4.0, 1e4):
+        assert torch.equal(mirror.forward(a, many, beta), mirror.forward(a, few, beta))
+        assert torch.equal(mirror.derivative(a, many, beta), mirror.derivative(a, few, beta))
+    rows = torch.stack([many, torch.tensor([-1.0, -0.5, 0.0, 0.25, 0.5, 1.0])])[:, None]
+    both = mirror.forward(a.expand(2, -1), rows, 4.0)
+    assert torch.allclose(both[0], mirror.forward(a, few, 4.0), rtol=1e-6, atol=1e-7)
+    assert torch.equal(dt.LearnedLevels(k=6).fit(torch.tensor([-1.0, 0.0, 1.0] * 5))["levels"].reshape(-1), many)

@@ -279,11 +279,14 @@ class Lives(abc.ABC):
         return recipe.to_yaml() if recipe is not None else f"bits={None if widths == {bits} else bits}"
 
     def measure(self, *, bits: int | None = None, recipe: Recipe | None = None) -> list[dict[str, Any]]:
-        """How far the two lives are apart, one row a claimed tensor.
+        """How far what is trained is from its target, one row a claimed tensor.
+
+        That is how far the two lives are apart, but for mechanisms with a latent: what is measured then is the latent,
+        while the full life is what the forward pass last saw of it, in the end the compressed life itself.
 
         Returns:
             Rows with name, target, weights, bits_per_weight (codes and params), error (|w - q|^2 / |w|^2),
-            wasserstein (1-Wasserstein distance between the values of the two lives), distance (mean |w - q| in
+            wasserstein (1-Wasserstein distance between the values of w and q), distance (mean |w - q| in
             cells, nan where there are none) and zeros (share of zeros among q).
 
         Example:

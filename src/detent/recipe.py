@@ -102,6 +102,12 @@ class Rule:
             check_moment(self.fit_until, "Rule.fit_until")
         if self.weight_decay is not None and not (is_number(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(f"Rule(weight_decay={self.weight_decay!r}): must be a number >= 0, or None")
+        for name in self.mechanism.own_cadence if self.mechanism is not None else ():
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"Rule(match={self.match!r}, {name}={getattr(self, name)}): {type(self.mechanism).__name__} says "
+                    "itself when its target is fitted; leave it out"
+                )
         own = self.mechanism.fit_until if self.mechanism is not None and self.mechanism.fits_after else None
         if self.fit_until is not None and own is not None:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +37,35 @@ from detent.targets.base import compute_dtype
 
 __all__ = ["ADMM", "Penalty", "periodic_rate", "residuals"]
 
+# rho stays in here unless told otherwise: far from where what Adam squares, or a dual divided by rho, leaves float32.
+_LEAST_RHO, _MOST_RHO = 1e-9, 1e9
 _OUT_OF_BALANCE = 10.0  # a residual this much larger than the other makes rho change (Boyd et al., section 3.4.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Periods:
+    """Where z and u are updated: every so many steps from `start`, or at `count` even shares of the way to `until`.
+
+    A fraction of training need not be a whole number of steps: rounded by itself it would have an update just before
+    the mapping, with no time for the weights to settle in between.
+    """
+
+    start: int
+    until: int | None
+    every: int
+    count: int | None = None
+
+    def around(self, step: int) -> tuple[int, int]:
+        """First step of the period that a step from `start` on lies in, and the first one after it."""
+        at = step - self.start
+        if self.count is None:
+            first = step - at % self.every
+            return first, first + self.every
+        assert self.until is not None
+        length = self.until - self.start
+        i = at * self.count // length
+        edges = [self.start + round(j * length / self.count) for j in (i, i + 1, i + 2)]
+        return next((a, b) for a, b in itertools.pairwise(edges) if a <= step < b)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +88,11 @@ class ADMM(Mechanism):
     Args:
         rho: first strength of the pull, > 0; multiplies a distance between weights to give a gradient.
         growth: factor on rho after every period, >= 1.
-        every: steps (int) or fraction of training (float) between updates of z and u.
+        every: steps (int) or fraction of training (float) between updates of z and u, counted from `start`; a fraction
+            is made to divide the way to `until` evenly.
         until: moment of the masked mapping; `None` for ADMM to the end and no mapping in training.
-        rho_max: rho grows no further, or `None`.
+        rho_max: rho grows no further; `None` for 1e9 (or `rho`, if that is more). Nor does balancing take it below 1e-9
+            (or `rho`): farther out gradients and duals overflow.
         metric: what "nearest" means where a sparse target chooses its survivors: "euclidean" as in the papers, so that
             the largest |w + u| survive; "fisher": the largest h |w + u| with h the root mean square of the gradients
             so far (about the last hundred steps), which is how much the loss would miss them. Needs `until`.
@@ -117,6 +148,7 @@ class ADMM(Mechanism):
     offset: ClassVar[str | None] = "dual"
     weighing: ClassVar[str | None] = WEIGHT
     fits_after: ClassVar[bool] = True
+    own_cadence: ClassVar[tuple[str, ...]] = ("fit_every",)
 
     def __post_init__(self) -> None:
         if not (self.rho > 0 and math.isfinite(self.rho)):
@@ -151,7 +183,7 @@ class ADMM(Mechanism):
 
     @property
     def fit_every(self) -> int:
-        return self.every if isinstance(self.every, int) else NEVER
+        return NEVER
 
     @property
     def fit_until(self) -> Moment | None:
@@ -163,6 +195,18 @@ class ADMM(Mechanism):
         until = None if self.until is None else step_at(self.until, clock.total_steps, "ADMM.until")
         return start, until
 
+    def periods(self, total_steps: int | None) -> _Periods:
+        """When z and u are updated; `periodic_rate` follows it."""
+        start, until = self._moments(Clock(step=0, total_steps=total_steps))
+        every = max(step_at(self.every, total_steps, "ADMM.every"), 1)
+        if isinstance(self.every, int) or until is None or total_steps is None or until <= start:
+            return _Periods(start=start, until=until, every=every)
+        length = until - start
+        count = min(max(round(length / (self.every * total_steps)), 1), length)
+        if length % count == 0:
+            return _Periods(start=start, until=until, every=length // count)
+        return _Periods(start=start, until=until, every=every, count=count)
+
     def _freeze_steps(self, clock: Clock) -> list[int]:
         until = self._moments(clock)[1]
         assert until is not None
@@ -171,11 +215,9 @@ class ADMM(Mechanism):
     def wants_fit(self, clock: Clock) -> bool:
         start, until = self._moments(clock)
         tick = clock.step + 1
-        if tick in (start, until):
-            return True
-        if isinstance(self.every, int) or tick <= start:
-            return False
-        return (tick - start) % max(step_at(self.every, clock.total_steps, "ADMM.every"), 1) == 0
+        if until is not None and tick > until:
+            return False  # mapped; z would start once more, and hold the survivors where they are
+        return tick in (start, until) or (tick > start and self.periods(clock.total_steps).around(tick)[0] == tick)
 
     def check(self, target: Target) -> str | None:
         name = type(target).__name__
@@ -272,7 +314,8 @@ class ADMM(Mechanism):
         else:
             up, down = primal > _OUT_OF_BALANCE * rho * drift, rho * drift > _OUT_OF_BALANCE * primal
             rho = torch.where(up, rho * self.growth, torch.where(down, rho / self.growth, rho))
-        return rho if self.rho_max is None else rho.clamp_max(self.rho_max)
+        most = max(_MOST_RHO, self.rho) if self.rho_max is None else self.rho_max
+        return rho.clamp(min(_LEAST_RHO, self.rho), most)
 
     def _freezes(self, target: Target) -> bool:
         return self.finish == "freeze" or (self.finish == "auto" and not target.leaves_free)
@@ -351,7 +394,7 @@ def periodic_rate(
         optimizer: the optimizer, with its base learning rates.
         every: steps of a period, >= 1: what `ADMM(every=...)` says. Or the recipe: then period and mapping are those of
             each of its stages, whose retraining ends with it. `Masked` maps at its `start`; a stage that maps nothing
-            has one cosine.
+            has one cosine. All ADMM rules of a stage must update at the same steps.
         until: step of the masked mapping, or `None` for periods to the end; not with a recipe.
         total: steps in the whole training, or `None`; needed with a recipe.
         milestones: fractions of a period in (0, 1) at which the rate is multiplied by `gamma`.
@@ -360,7 +403,7 @@ def periodic_rate(
         floor: where the cosine after the mapping ends, as a part of its beginning, in [0, 1].
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value outside its range, or a stage whose ADMM rules update at different steps.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -391,57 +434,77 @@ def periodic_rate(
         raise ValueError(f"periodic_rate(until={until}, total={total}): the mapping must come before the end")
 
     if recipe is None:
-        parts = [_Periods(first=0, past=total, start=0, every=every, until=until, after=retrain)]  # type: ignore[arg-type]
+        assert isinstance(every, int)
+        parts = [_Part(first=0, past=total, periods=_Periods(start=0, until=until, every=every), after=retrain)]
     else:
-        parts = _periods_of(recipe, total, retrain)
+        parts = _parts_of(recipe, total, retrain)
 
     def factor(step: int) -> float:
         part = next((p for p in parts if p.past is None or step < p.past), parts[-1])
         at = step - part.first
-        if part.until is None or at < part.until:
-            inside = (at - part.start) % part.every
-            return gamma ** sum(inside >= m * part.every for m in milestones) if at >= part.start else 1.0
+        until = part.periods.until
+        if until is None or at < until:
+            if at < part.periods.start:
+                return 1.0
+            begin, end = part.periods.around(at)
+            return gamma ** sum(at - begin >= m * (end - begin) for m in milestones)
         if part.past is None:
             return part.after
-        length = max(part.past - part.first - part.until, 1)
-        turn = math.pi * min(at - part.until, length) / length
+        length = max(part.past - part.first - until, 1)
+        turn = math.pi * min(at - until, length) / length
         return part.after * (floor + (1 - floor) * 0.5 * (1 + math.cos(turn)))
 
     return LambdaLR(optimizer, factor)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Periods:
-    """A stage as its learning rate sees it; `start` and `until` count from its first step, `after` is the rate then."""
+class _Part:
+    """A stage as its learning rate sees it; its periods count from its first step, `after` is the rate then."""
 
     first: int
     past: int | None
-    start: int
-    every: int
-    until: int | None
+    periods: _Periods
     after: float
 
 
-def _periods_of(recipe: _Staged, total: int | None, retrain: float) -> list[_Periods]:
+def _parts_of(recipe: _Staged, total: int | None, retrain: float) -> list[_Part]:
     parts = []
     for (first, past), rules in zip(recipe.bounds(total), recipe.stage_rules(), strict=True):
         end = total if past is None else past
         assert end is not None
-        length = end - first
         found = [recipe.rules[i].mechanism for i in rules]
-        pulls = [each for each in found if isinstance(each, ADMM)]
+        pulls = [each.periods(end - first) for each in found if isinstance(each, ADMM)]
         masks = [each for each in found if isinstance(each, Masked)]
+        for i in rules:
+            rule = recipe.rules[i]
+            if isinstance(rule.mechanism, ADMM) and rule.fit_until is not None:
+                raise ValueError(
+                    f"periodic_rate: rule {i} (match={rule.match!r}) ends ADMM's updates by fit_until="
+                    f"{rule.fit_until}, and a rate that goes on in periods waits for them; leave fit_until out"
+                )
+        other = next((each for each in pulls if each != pulls[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"periodic_rate: two ADMM rules of one stage update at different steps ({_said(pulls[0])}; "
+                f"{_said(other)}), and there is one learning rate; give them the same start, every and until"
+            )
         if pulls:
-            pull = pulls[0]
-            start = step_at(pull.start, length, "ADMM.start")
-            every = max(step_at(pull.every, length, "ADMM.every"), 1)
-            until = None if pull.until is None else step_at(pull.until, length, "ADMM.until")
+            periods = pulls[0]
         else:
-            start, every = 0, NEVER
-            until = step_at(masks[0].start, length, "Masked.start") if masks else 0
+            until = step_at(masks[0].start, end - first, "Masked.start") if masks else 0
+            periods = _Periods(start=0, until=until, every=NEVER)
         after = retrain if pulls or masks else 1.0
-        parts.append(_Periods(first=first, past=end, start=start, every=every, until=until, after=after))
+        parts.append(_Part(first=first, past=end, periods=periods, after=after))
     return parts
+
+
+def _said(periods: _Periods) -> str:
+    """The first updates of z and u, and the mapping."""
+    some = [periods.around(periods.start)[1]]
+    some.append(periods.around(some[-1])[1])
+    return (
+        f"at {some[0]}, {some[1]}, ... and {'no mapping' if periods.until is None else f'a mapping at {periods.until}'}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,6 +98,8 @@ class Mechanism(abc.ABC):
             them: how much each weight matters to which of them survive. `None` for no weighing.
         ties: weights share one value and must be moved alike, which only an optimizer that treats every weight by
             itself does (SGD, Adam; not Muon).
+        own_cadence: fields of a rule (`fit_every`, `fit_until`) that are refused, as the mechanism says itself when its
+            target is fitted.
         fits_after: the fit of a period comes after its last step instead of before its first, and `after_fit` follows.
 
     Example:
@@ -112,6 +114,7 @@ class Mechanism(abc.ABC):
     weighing: ClassVar[str | None] = None
     fits_after: ClassVar[bool] = False
     ties: ClassVar[bool] = False
+    own_cadence: ClassVar[tuple[str, ...]] = ()
     # Lets a recipe file be checked field by field although fields may hold abstract types.
     __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}
 

@@ -69,6 +69,7 @@ class CodebookLearning(Mechanism):
 
     keeps_full_life: ClassVar[bool] = False
     ties: ClassVar[bool] = True
+    own_cadence: ClassVar[tuple[str, ...]] = ("fit_every", "fit_until")
 
     def __post_init__(self) -> None:
         if self.reduce not in ("mean", "sum"):

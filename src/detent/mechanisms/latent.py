@@ -486,7 +486,10 @@ class _Descent(_Mapped):
         x = latent.to(compute_dtype(latent.dtype))
         levels, unit, beta_in_units = self._frame(slot, x, beta)
         at = (x / unit).clamp(-_FARTHEST, _FARTHEST)
-        slot.grad.mul_(self._slope(at, levels / unit.unsqueeze(-1), beta_in_units).to(slot.grad.dtype))
+        # A factor that the gradient's own dtype cannot hold may still give a product that it can.
+        most = torch.finfo(slot.grad.dtype).max
+        bent = slot.grad.to(x.dtype) * self._slope(at, levels / unit.unsqueeze(-1), beta_in_units)
+        slot.grad.copy_(bent.clamp_(-most, most))
 
     def _slope(self, at: Tensor, levels: Tensor, beta: float | Tensor) -> Tensor:
         """The factor on the gradient, from latent and levels in units."""
@@ -565,4 +568,6 @@ class PMF(_Descent):
     def _slope(self, at: Tensor, levels: Tensor, beta: float | Tensor) -> Tensor:
         if self.jacobian == "true":
             return super()._slope(at, levels, beta)
-        return beta * (levels.square().sum(-1) - self._mirror.forward(at, levels, beta).square())
+        most = torch.finfo(at.dtype).max  # an infinite factor would make a NaN of a gradient of zero
+        beta = beta.clamp_max(most) if isinstance(beta, Tensor) else min(beta, most)
+        return (beta * (levels.square().sum(-1) - self._mirror.forward(at, levels, beta).square())).clamp_max(most)

@@ -183,7 +183,9 @@ class TanhMap(MirrorMap):
         w = _nearest(a, levels)
         for low, high in itertools.pairwise(levels.unbind(-1)):
             away = a - (low + high) / 2
-            small = _exp(-2 * (beta * away).abs())
+            # Not abs: at the threshold itself that has derivative 0, and this one is half the slope of the map.
+            turns = beta * away
+            small = _exp(-2 * torch.where(away > 0, turns, -turns))
             missing = (high - low) * (small / (1 + small))
             w = w + torch.where(away > 0, -missing, missing)
         return w
@@ -242,10 +244,14 @@ class SoftmaxMap(MirrorMap):
         """The nearest level, and the first two moments of the levels about it; one level at a time to save memory."""
         nearest = _nearest(a, levels)
         total, first, second = torch.zeros_like(a), torch.zeros_like(a), torch.zeros_like(a)
+        before = None
         for q in levels.unbind(-1):
             off = q - nearest
             # The exponent less that of the nearest level: never positive, exactly zero for that level, no cancellation.
             weight = _exp((_cut(beta * off) * (a - (q + nearest) / 2)).clamp_max(0))
+            if before is not None:  # a group with fewer levels than others repeats some: each counts once
+                weight = torch.where(q == before, 0.0, weight)
+            before = q
             total = total + weight
             first = first + weight * off
             second = second + weight * off.square()

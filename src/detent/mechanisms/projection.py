@@ -383,7 +383,8 @@ class Masked(Mechanism):
             map_and_mask(slot)
 
     def after_fit(self, slot: Slot, clock: Clock) -> None:
-        map_and_mask(slot)
+        if clock.step + 1 == self._begin(clock):  # the rule may ask for other fits, too
+            map_and_mask(slot)
 
     def before_step(self, slot: Slot, clock: Clock) -> None:
         if self.metric == "fisher" and clock.step < self._begin(clock):

@@ -147,19 +147,22 @@ class _Codebook(Target):
 
     def _learn(self, parts: list[Tensor], dtype: torch.dtype, before: Tensor | None = None) -> Tensor:
         """The codewords of some units, in float64. On the CPU, so that every device finds the same ones."""
+        with torch.autocast("cpu", enabled=False):  # a fit inside the user's autocast is the fit outside
+            return self._learned(parts, dtype, before)
+
+    def _learned(self, parts: list[Tensor], dtype: torch.dtype, before: Tensor | None) -> Tensor:
         x = torch.cat([part.to("cpu", compute_dtype(dtype)) for part in parts])
-        # Scaled by a power of two, so that no square over- or underflows and nothing is rounded; in two halves, since
-        # the factor for weights near the smallest float is itself beyond the largest.
+        # Scaled by a power of two, so that no square over- or underflows and nothing is rounded.
         power = int(torch.frexp(x.abs().amax()).exponent)
-        x.mul_(2.0 ** (-power // 2)).mul_(2.0 ** (-power - -power // 2)).add_(0.0)
+        x = _times_two_to(x, -power).add_(0.0)
         size = self._codewords(len(x))
         codewords = _distinct(x, size)
         if codewords is None or (self.zero and int((codewords != 0).any(1).sum()) == size):
             start = None
             if before is not None and before.shape[1] == x.shape[1] and len(before) <= size:  # else of another target
-                start = before.to("cpu", torch.float64).mul(2.0**-power).to(x.dtype)
+                start = _times_two_to(before.to("cpu", torch.float64, copy=True), -power).to(x.dtype)
             codewords = _k_means(x, size, self, start)
-        return codewords.double() * 2.0**power
+        return _times_two_to(codewords.double(), power)
 
     def _stored(self, codewords: Tensor, dtype: torch.dtype, *, sort: bool) -> dict[str, Tensor]:
         """The numbers kept of some codewords, rounded to what a file holds; sorted ones lose their duplicates."""
@@ -187,9 +190,10 @@ class _Codebook(Target):
         length = self._length(params.layout.shape)
         pairs = (x.reshape(-1, length).split(max(1, _CHUNK // length)) for x in (self.project(w, params), w.detach()))
         # In pieces: in float64 the whole would take twice the weight, and its squares as much again.
-        far = [q.double().sub_(x).square_().mean(1).sqrt_() for q, x in zip(*pairs, strict=True)]
+        far = [_rms(q.double().sub_(x))[:, 0] for q, x in zip(*pairs, strict=True)]
         mean = torch.cat(far).mean()
-        return torch.where(mean > 0, mean, 1.0).clamp(torch.finfo(torch.float32).tiny).float()
+        smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+        return torch.where(mean > 0, mean, 1.0).clamp(smallest, largest).float()
 
     # --- projecting -----------------------------------------------------------------------------------------------
 
@@ -200,7 +204,7 @@ class _Codebook(Target):
     def assign(self, w: Tensor, params: Params) -> Tensor:
         units = w.detach().reshape(-1, self._length(params.layout.shape))
         entries = self._entries(params, w.dtype)
-        step = max(1, _CHUNK // len(entries))
+        step = max(1, _CHUNK // max(entries.shape))
         index = torch.empty(len(units), dtype=torch.long, device=w.device)
         for first in range(0, len(units), step):
             some = units[first : first + step]
@@ -231,8 +235,7 @@ class _Codebook(Target):
 
     def distance(self, gap: Tensor, params: Params) -> Tensor:
         units = gap.double().reshape(-1, self._length(params.layout.shape))
-        rms = units.square().mean(1, keepdim=True).sqrt()
-        return rms.expand(units.shape).reshape(gap.shape).to(gap.dtype)
+        return _rms(units).expand(units.shape).reshape(gap.shape).to(gap.dtype)
 
     def typical(self, params: Params) -> Tensor:
         return params["typical"]
@@ -440,6 +443,20 @@ def _index_bits(units: int, codewords: int) -> int:
     return 8 * -(-units * _width(codewords) // 8)
 
 
+def _times_two_to(x: Tensor, power: int) -> Tensor:
+    """x times a power of two, in place; in two halves, since the factor may itself be beyond the floats."""
+    return x.mul_(2.0 ** (power // 2)).mul_(2.0 ** (power - power // 2))
+
+
+def _rms(units: Tensor) -> Tensor:
+    """Root mean square of each row, in float64; also where the squares are larger than a float can be."""
+    found = units.square().mean(1, keepdim=True).sqrt_()
+    if bool(found.isfinite().all()):
+        return found
+    most = units.abs().amax(1, keepdim=True).clamp_min(1.0)
+    return torch.where(found.isfinite(), found, (units / most).square_().mean(1, keepdim=True).sqrt_().mul_(most))
+
+
 def _within(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Clamped to what a dtype can hold, so that a rounding up does not become infinity; float64."""
     most = torch.finfo(dtype).max
@@ -509,6 +526,8 @@ def _lloyd(x: Tensor, centres: Tensor, iterations: int, zero: bool) -> tuple[Ten
             moved[0], empty[0] = 0.0, False
         if bool(empty.any()):
             moved[empty] = x[far.topk(int(empty.sum())).indices]
+            if torch.equal(moved, centres):  # too few distinct rows for all centres: it would go on like this
+                break
         elif error >= before * (1 - _STALLED):
             break
         centres, before = moved, error

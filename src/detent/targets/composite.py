@@ -223,7 +223,7 @@ class SparseLevels(Target):
         return self.sparse.pattern_bits(pattern) + self.survivors.bits_on_disk(flat)
 
     def typical(self, params: Params) -> Tensor:
-        return params[_PATTERN + "distance"]
+        return params[_PATTERN + "distance"].clamp_max(torch.finfo(torch.float32).max)
 
     def limits(self, params: Params) -> Tensor | None:
         return self.survivors.limits(_levels_of(params))

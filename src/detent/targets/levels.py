@@ -782,7 +782,7 @@ class Zero(Target):
         return 0
 
     def typical(self, params: Params) -> Tensor:
-        mean = params["mean"]
+        mean = params["mean"].clamp_max(torch.finfo(torch.float32).max)
         return granularity_of(self.granularity).expand(torch.where(mean > 0, mean, 1.0), params.layout)
 
     def levels(self, params: Params) -> Tensor:

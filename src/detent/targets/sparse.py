@@ -60,7 +60,8 @@ class Sparse(Target):
         size = w.detach().abs().to(compute_dtype(w.dtype))
         losers = size.numel() - int(torch.count_nonzero(mask))
         total = size.sum(dtype=torch.float64) - size[mask].sum(dtype=torch.float64)
-        mean = (total / max(losers, 1)).float()
+        largest = torch.finfo(torch.float32).max  # sums of huge weights are infinite, and their difference is a NaN
+        mean = (total / max(losers, 1)).nan_to_num(nan=largest).clamp_max(largest).float()
         return {
             "width": torch.tensor(torch.finfo(w.dtype).bits),
             "mean": torch.where(mean > 0, mean, torch.ones_like(mean)),
