@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import detent as dt
+from detent.pack import read_header
 
 STEPS = 12
 
@@ -1161,7 +1162,7 @@ def test_statistics_of_other_weights_are_dropped_though_the_same_fit_is_found(tm
         with run.compressed():
             assert run.statistics() is None
         run.recalibrate([torch.randn(32, 6)])
-    assert dt.pack.read_header(tmp_path / "model.detent").card["batchnorm"] == "own"
+    assert read_header(tmp_path / "model.detent").card["batchnorm"] == "own"
 
 
 def test_the_trained_width_asked_for_by_number_is_the_trained_life():

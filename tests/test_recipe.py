@@ -339,8 +339,8 @@ def test_presets_keep_the_ends_wider(bits: int) -> None:
 
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("name", [*PRESETS, "kq", "admm-prune-10x", "admm-binary", "md-ternary", "uniform-w4"])
-def test_presets_find_the_weights_of_recurrent_layers(name: str, layer: type[nn.RNNBase]) -> None:
-    options = {"proj_size": 4} if layer is nn.LSTM else {}
+def test_presets_find_the_weights_of_recurrent_layers(name: str, layer: Any) -> None:
+    options: dict[str, Any] = {"proj_size": 4} if layer is nn.LSTM else {}
     model = nn.ModuleDict(
         {
             "table": nn.Embedding(20, 8),

@@ -523,11 +523,13 @@ class Run(Lives):
 
         Args:
             model: the model whose parameters count from now on; by default the same one.
-            adopt: go on from the weights as they are now. Latents and masks start afresh from them, and grids
-                that are not frozen yet are fitted again.
+            adopt: go on from the weights as they are now, in the dtype they have now. Latents and masks start afresh
+                from them, and grids that are not frozen yet are fitted again. Of a run that is over (`detach`,
+                `finalize`) only the compressed life changes: no weight is written.
 
         Raises:
-            ValueError: a claimed name is gone, has another shape, or is in no attached optimizer or in two.
+            ValueError: no module; a claimed name that is gone, has another shape, a dtype that its target refuses, or
+                is in no attached optimizer or in two. The run then stays as it was.
 
         Example:
             >>> import torch, detent as dt

@@ -169,7 +169,10 @@ class Mechanism(abc.ABC):
         """First moment: the gradient is there, the optimizer has not run."""
 
     def after_step(self, slot: Slot, clock: Clock) -> None:
-        """Last moment: the optimizer has run."""
+        """Last moment: the optimizer has run.
+
+        Left out where the full life is the plain weights and this step moved none (no gradient, frozen, rate 0).
+        """
 
     def before_together(self, slots: Sequence[Slot], clock: Clock) -> None:
         """All weights of one rule and one optimizer at once, before the first moment of each."""
