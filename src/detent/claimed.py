@@ -91,6 +91,15 @@ class Entry:
         return self.target.leaves_free
 
     @property
+    def holds_zeros(self) -> bool:
+        """Whether the zeros of the target bind later stages.
+
+        All of them: a survivor that lies on a level zero is not told apart from what was pruned, nor has it anything
+        left that a later stage could build on.
+        """
+        return self.target.leaves_free or self.target.prunes
+
+    @property
     def is_fixed(self) -> bool:
         """Whether the stage is over and the weight stays where it was mapped to."""
         return self.settled and not self.is_sparse
@@ -103,11 +112,11 @@ class Entry:
                 self.state["latent"].masked_fill_(self.zeros, 0.0)
 
     def map_into_target(self) -> None:
-        """The stage is over: the weight goes to its nearest place, and the zeros of a sparse target are held."""
+        """The stage is over: the weight goes to its nearest place, and the zeros of a target that prunes are held."""
         assert self.params is not None
         self.write(self.map_whole(self.target.project, self.target, self.params, self.hidden()))
         self.state.clear()
-        if self.is_sparse:
+        if self.holds_zeros:
             gone = sharding.local(self.param) == 0
             self.zeros = gone if self.zeros is None else gone | self.zeros
 
@@ -333,12 +342,15 @@ def rehearse(entries: list[Entry], plan: Plan) -> None:
         for entry, params, w in zip(mine, fitted, whole, strict=True):
             q = target.project(w, params)
             if entry.name in zeros and (entry.name in lost or bool(q[zeros[entry.name]].any())):
+                advice = "use SparseLevels(...) around it"
+                if target.prunes:
+                    advice = 'it keeps more than is left: use TopK(keep="nonzero") in it, or levels with a zero'
                 raise ValueError(
                     f"stage {stage}: {short(target)} has no zero for the weights of {entry.name!r} that an earlier "
-                    "stage pruned; use SparseLevels(...) around it"
+                    f"stage pruned; {advice}"
                 )
             values[entry.name] = q
-            if entry.is_sparse:
+            if entry.holds_zeros:
                 zeros[entry.name] = q == 0
 
 
@@ -417,7 +429,9 @@ def fit_target(entries: list[Entry]) -> None:
         by_rule.setdefault(entry.claim.rule, []).append(entry)
     for mine in by_rule.values():
         whole = [entry.weighed(entry.hidden_whole()) for entry in mine]
-        for entry, params in zip(mine, _fit_together(mine[0].target, mine, [None] * len(mine), whole), strict=True):
+        known = [entry.pull_params if entry.pull is entry.target else entry.params for entry in mine]
+        carried = [old and entry.target.carried(old) for entry, old in zip(mine, known, strict=True)]
+        for entry, params in zip(mine, _fit_together(mine[0].target, mine, carried, whole), strict=True):
             entry.params = params
 
 

@@ -666,7 +666,7 @@ class Run(Lives):
                 for entry in driver.entries:
                     entry.state.clear()
                     if not self._frozen(driver, entry):
-                        entry.pull_params = None
+                        entry.params = entry.pull_params = None
         if adopt and not self._drivers:
             fit_target(self._entries)
             self._adopt()
