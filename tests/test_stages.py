@@ -504,3 +504,34 @@ def test_levels_without_zero_after_survivors_on_levels_are_refused() -> None:
     first = dt.SparseLevels(sparse=dt.TopK(keep=60), survivors=dt.Uniform(bits=6))
     with pytest.raises(ValueError, match=r"stage 1: Binary\(\) has no zero for the weights of 'weight'"):
         dt.attach(layer, optimizer, in_turn((first, dt.HardProjection()), (dt.Binary(), dt.STE())), total_steps=20)
+
+
+def test_a_codebook_after_a_pruning_needs_a_zero_that_stays() -> None:
+    """A codeword that pruned kernels shared with others moved, and the optimizer was blamed for moving them apart."""
+
+    def attach(target: dt.Target, mechanism: dt.Mechanism) -> tuple[Any, torch.optim.Optimizer, dt.Run]:
+        torch.manual_seed(3)
+        layer = nn.Conv2d(16, 16, 3)
+        recipe = in_turn((dt.Structured(group="filter", keep=0.5), dt.Masked()), (target, mechanism))
+        optimizer = torch.optim.Adam(layer.parameters(), lr=5e-3)
+        return layer, optimizer, dt.attach(layer, optimizer, recipe, total_steps=20)
+
+    for mechanism in (dt.CodebookLearning(), dt.STE()):
+        with pytest.raises(ValueError, match=r"KernelCodebook\(size=32\) has no zero for .* give it zero=True"):
+            attach(dt.KernelCodebook(size=32), mechanism)
+        for target in (dt.KernelCodebook(size=32, zero=True), dt.LearnedLevels(k=5, granularity="channel")):
+            layer, optimizer, run = attach(target, mechanism)
+            for step in range(20):
+                optimizer.zero_grad()
+                layer(torch.randn(2, 16, 6, 6)).sub(1).square().mean().backward()
+                optimizer.step()
+                assert step < 9 or int(layer.weight.reshape(16, -1).any(1).sum()) <= 8
+            run.finalize()
+            assert int(layer.weight.reshape(16, -1).any(1).sum()) <= 8
+
+
+def test_a_codeword_is_zero_as_a_whole_only() -> None:
+    layer = nn.Conv2d(16, 16, 3)
+    recipe = in_turn((dt.TopK(keep=0.02), dt.Masked()), (dt.KernelCodebook(size=32, zero=True), dt.STE()))
+    with pytest.raises(ValueError, match=r"stage 1: KernelCodebook\(.*prune whole filters or channels"):
+        dt.attach(layer, torch.optim.SGD(layer.parameters(), lr=0.1), recipe, total_steps=20)

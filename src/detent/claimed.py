@@ -338,36 +338,77 @@ def rehearse(entries: list[Entry], plan: Plan) -> None:
             fitted = _fit_together(target, mine, [None] * len(mine), whole)
         except ValueError as error:
             raise ValueError(f"stage {stage}: {error}") from None
-        lost = _lost_zeros(mine, whole, zeros)
+        lost = _lost_zeros(mine, whole, fitted, zeros)
         for entry, params, w in zip(mine, fitted, whole, strict=True):
             q = target.project(w, params)
             if entry.name in zeros and (entry.name in lost or bool(q[zeros[entry.name]].any())):
-                advice = "use SparseLevels(...) around it"
-                if target.prunes:
-                    advice = 'it keeps more than is left: use TopK(keep="nonzero") in it, or levels with a zero'
                 raise ValueError(
                     f"stage {stage}: {short(target)} has no zero for the weights of {entry.name!r} that an earlier "
-                    f"stage pruned; {advice}"
+                    f"stage pruned; {_advice(target, params)}"
                 )
             values[entry.name] = q
             if entry.holds_zeros:
                 zeros[entry.name] = q == 0
 
 
-def _lost_zeros(entries: list[Entry], whole: list[Tensor], zeros: Mapping[str, Tensor]) -> set[str]:
+def _advice(target: Target, params: Params) -> str:
+    if target.prunes:
+        return 'it keeps more than is left: use TopK(keep="nonzero") in it, or levels with a zero'
+    if _unit(target, params) == 1:
+        return "use SparseLevels(...) around it"
+    if not getattr(target, "zero", True):
+        return "give it zero=True"
+    return "a codeword is zero as a whole only: prune whole filters or channels, as Structured(...) does"
+
+
+def _unit(target: Target, params: Params) -> int:
+    """How many weights move together."""
+    return target.codebook(params).shape[1] if target.has_codebook else 1
+
+
+def _lost_zeros(
+    entries: list[Entry], whole: list[Tensor], fitted: list[Params], zeros: Mapping[str, Tensor]
+) -> set[str]:
     """Which weights of a rule lose zeros once some survivors are small.
 
     Levels that are fitted may have a zero by chance, while only zeros are near it; training moves survivors there.
     """
     if not any(entry.name in zeros for entry in entries) or all(entry.is_sparse for entry in entries):
         return set()
-    nearer = [w.clone() for w in whole]
-    for w in nearer:
-        w[tuple((w != 0).nonzero()[::2].t())] *= _NEARER
     target = entries[0].target
-    fitted = _fit_together(target, entries, [None] * len(entries), nearer)
-    each = zip(entries, nearer, fitted, strict=True)
-    return {e.name for e, w, p in each if e.name in zeros and bool(target.project(w, p)[zeros[e.name]].any())}
+    nearer = []
+    for w, params in zip(whole, fitted, strict=True):
+        units = w.reshape(-1, _unit(target, params)).clone()
+        units[units.any(dim=1).nonzero()[::2, 0]] *= _NEARER
+        nearer.append(units.reshape(w.shape))
+    again = _fit_together(target, entries, [None] * len(entries), nearer)
+    each = zip(entries, nearer, again, strict=True)
+    lost = {e.name for e, w, p in each if e.name in zeros and bool(target.project(w, p)[zeros[e.name]].any())}
+    if target.has_codebook:
+        lost |= _shared_zeros(entries, whole, fitted, zeros) | _shared_zeros(entries, nearer, again, zeros)
+    return lost
+
+
+def _shared_zeros(
+    entries: list[Entry], whole: list[Tensor], fitted: list[Params], zeros: Mapping[str, Tensor]
+) -> set[str]:
+    """Which weights have zeros that share a codeword with weights that are left: it will follow those."""
+    target = entries[0].target
+    pruned: dict[object, Tensor] = {}
+    left: dict[object, Tensor] = {}
+    found: dict[str, object] = {}
+    for entry, w, params in zip(entries, whole, fitted, strict=True):
+        book = target.codebook(params)
+        gone = zeros.get(entry.name, torch.zeros_like(w, dtype=torch.bool)).reshape(-1, book.shape[1])
+        index = target.assign(w, params)
+        free = torch.ones(len(book), dtype=torch.long, device=w.device)
+        if (held := target.held_codewords(params)) is not None:
+            free[held] = 0
+        key = found[entry.name] = target.family(params) or entry.name
+        for count, units in ((pruned, gone.any(dim=1)), (left, ~gone.all(dim=1))):
+            here = torch.bincount(index[units], minlength=len(book)) * free
+            count[key] = count[key] + here if key in count else here
+    return {name for name, key in found.items() if name in zeros and bool((pruned[key] * left[key]).any())}
 
 
 def by_rule(slots: list[tuple[Entry, _T]]) -> list[list[tuple[Entry, _T]]]:
