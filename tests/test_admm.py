@@ -775,6 +775,26 @@ def test_rounds_after_a_pruning_count_survivors(staged: bool) -> None:
 
 
 @pytest.mark.parametrize("per_level", [True, False])
+def test_a_round_freezes_whole_kernels(per_level: bool) -> None:
+    """Levels of a codebook are its codewords: by single weights, rounds cut kernels apart."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(7, 9, 3, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    freeze = dt.PartialFreeze(rounds=(0.3, 0.6, 1.0), every=3, per_level=per_level)
+    run = _run(layer, optimizer, freeze, dt.KernelCodebook(size=8))
+    for step in range(5):
+        frozen = _state(run)["frozen"].reshape(-1, 9)
+        kernels = frozen.all(1)
+        assert torch.equal(kernels, frozen.any(1)), step
+        assert abs(int(kernels.sum()) - (0.3 if step < 3 else 0.6) * 63) <= (4 if per_level else 1)
+        if per_level and step == 0:
+            held = layer.weight.detach().reshape(-1, 9)[kernels]
+            assert len(held.unique(dim=0)) > 4, "some of every codeword, not all of a few"
+        layer.weight.grad = torch.randn(9, 7, 3, 3, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("per_level", [True, False])
 def test_what_a_round_has_frozen_stays_frozen(per_level: bool) -> None:
     """Free weights leave their level between rounds: a share of what is left of it may be less than is held there."""
     torch.manual_seed(0)

@@ -428,7 +428,8 @@ def test_a_ramp_to_step_1_is_not_one_over_the_whole_training(ramp: Any) -> None:
         rule = dt.Rule(match="weight$", target=dt.Uniform(bits=4), mechanism=dt.PSG(eps=eps))
         back = dt.Recipe.from_yaml(dt.Recipe([rule]).to_yaml()).rules[0].mechanism
         assert isinstance(back, dt.PSG) and isinstance(back.eps, ramp)
-        assert back.eps(5, 10) == eps(5, 10) and type(back.eps.end) is type(eps.end)
+        again: Any = back.eps
+        assert again(5, 10) == eps(5, 10) and type(again.end) is type(eps.end)
     assert short(5, 10) != long(5, 10), "the test shows nothing"
 
 

@@ -242,6 +242,82 @@ def test_retraining_what_is_not_zero_keeps_the_pattern() -> None:
     assert torch.equal(model.weight.detach() != 0, pattern) and not torch.equal(model.weight, before)
 
 
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+@pytest.mark.parametrize("levels", [False, True])
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        dt.STE(),
+        dt.ADMM(every=0.1, until=0.5),
+        dt.HardProjection(every=5),
+        dt.BinaryRelax(),
+        dt.Penalty(strength=0.1),
+        dt.PSG(toward=dt.Zero()),
+    ],
+    ids=lambda mechanism: type(mechanism).__name__,
+)
+def test_what_is_not_zero_is_counted_once(mechanism: dt.Mechanism, levels: bool, scope: Any) -> None:
+    """Nothing holds the zeros between fits: counted again from weights that have moved, it was all of them."""
+    torch.manual_seed(0)
+    model = nn.Linear(16, 16, bias=False)
+    masked(model, dt.TopK(keep=51))
+    target: dt.Target = dt.TopK(keep="nonzero", scope=scope)
+    if levels:
+        target = dt.SparseLevels(sparse=target, survivors=dt.Uniform(bits=4, zero=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    rule = dt.Rule(match="weight", target=target, mechanism=mechanism)
+    run = dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=120)
+    for step in range(120):
+        optimizer.zero_grad()
+        model(torch.randn(8, 16)).sub(1).square().mean().backward()
+        optimizer.step()
+        if step == 60:
+            with run.compressed():
+                assert int((model.weight != 0).sum()) == 51
+    run.finalize()
+    assert int((model.weight != 0).sum()) == 51
+
+
+def test_adopted_weights_are_counted_afresh() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(16, 16, bias=False)
+    masked(model, dt.TopK(keep=51))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for mechanism in (dt.STE(), dt.PSG(toward=dt.Zero()), dt.ADMM(every=0.1)):
+        rule = dt.Rule(match="weight", target=dt.TopK(keep="nonzero"), mechanism=mechanism)
+        run = dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=20)
+        with torch.no_grad():
+            model.weight.copy_(torch.eye(16))
+        run.rebind(adopt=True)
+        with run.compressed():
+            assert int((model.weight != 0).sum()) == 16
+        run.detach()
+
+
+def test_fewer_survivors_than_asked_for(tmp_path: Path) -> None:
+    """Weights that are zero stay so; only blocks, which are written by the number of their pattern, are filled up."""
+    w = torch.tensor([[3.0, 0.0, 0.0, -1.0], [0.0, 0.0, 2.0, 0.0]])
+    for few in (dt.TopK(keep=5), dt.TopK(keep=8), dt.Structured(group="column", keep=4)):
+        target = dt.SparseLevels(sparse=few, survivors=dt.Binary(granularity="channel"))
+        params = target.fit(w)
+        q = target.project(w, params)
+        if isinstance(few, dt.Structured):
+            assert ((q == 0).all(0)).tolist() == [False, True, False, False]
+        else:
+            assert q.tolist() == [[2.0, 0.0, 0.0, -2.0], [0.0, 0.0, 2.0, 0.0]], "levels of survivors alone"
+        codes = target.encode(w, params)
+        assert torch.equal(target.decode(codes, params, w.dtype), q) and torch.equal(target.project(q, params), q)
+        assert 8 * codes.nbytes == target.bits_on_disk(params) - 32 * params["scale"].numel()
+        model = nn.Linear(4, 2, bias=False)
+        model.weight.data.copy_(w)
+        dt.save(dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=target)])), tmp_path / "x", "compressed")
+        other = nn.Linear(4, 2, bias=False)
+        dt.load(tmp_path / "x", other, "compressed")
+        assert torch.equal(other.weight, q)
+    target = dt.SparseLevels(sparse=dt.NM(n=2, m=4), survivors=dt.Binary(granularity="channel"))
+    assert ((target.project(w, target.fit(w)) != 0).sum(1) == 2).all()
+
+
 # --- bits --------------------------------------------------------------------------------------------------------
 
 
@@ -398,7 +474,8 @@ def test_on_one_mirrored_set_of_levels_the_largest_gain_is_the_largest_weight(sa
     few = dt.TopK(keep=keep)
     both = dt.SparseLevels(sparse=few, survivors=survivors)
     params = both.fit(w, layout)
-    apart = torch.where(few.mask(w, few.fit(w, layout)), survivors.project(w, params), 0.0)
+    kept = few.mask(w, few.fit(w, layout)) & (w != 0)  # what is zero has been pruned
+    apart = torch.where(kept, survivors.project(w, params), 0.0)
     error, other = ((w - q).square().sum() for q in (both.project(w, params), apart))
     assert float(error) == pytest.approx(float(other), rel=1e-12, abs=1e-12)
 

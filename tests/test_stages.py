@@ -384,3 +384,154 @@ def test_the_recipe_in_the_readme_trains_to_its_end() -> None:
     total = sum(w.numel() for w in weights(model).values())
     assert 0 < sum(int((w != 0).sum()) for w in weights(model).values()) <= max(1, round(0.03 * total))
     assert all(len(w.unique()) <= 7 for w in weights(model).values())
+
+
+# --- what an earlier stage pruned --------------------------------------------------------------------------------
+
+NONZERO = dt.TopK(keep="nonzero")
+LATE: dict[str, dt.Mechanism] = {
+    "STE": dt.STE(),
+    "ADMM": dt.ADMM(rho=0.01, every=5, until=0.5),
+    "PSG": dt.PSG(),
+    "PartialFreeze": dt.PartialFreeze(),
+}
+WITHOUT_ZERO: dict[str, dt.Target] = {
+    "learned a row": dt.LearnedLevels(k=4, granularity="channel"),
+    "learned": dt.LearnedLevels(k=4),
+    "uniform a row": dt.Uniform(bits=3, zero=False, granularity="channel"),
+    "binary a row": dt.Binary(granularity="channel"),
+    "powers a row": dt.PowerOfTwo(bits=3, zero=False, granularity="channel"),
+}
+
+
+def in_turn(*rules: tuple[dt.Target, dt.Mechanism], match: str = "weight") -> dt.Recipe:
+    each = [dt.Rule(match=match, target=target, mechanism=mechanism) for target, mechanism in rules]
+    return dt.Recipe(stages=[dt.Stage(rules=[rule], share=1 / len(each)) for rule in each])
+
+
+def one_layer() -> tuple[Any, torch.optim.Optimizer, Callable[[range], None]]:
+    """A layer whose rows differ in size by ten, so that the gain of a level differs from row to row as well."""
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 16, bias=False)
+    with torch.no_grad():
+        layer.weight.mul_(torch.logspace(0, 1, 16)[:, None])
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
+
+    def run(steps: range) -> None:
+        for step in steps:
+            x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            (layer(x) - 1).square().mean().backward()
+            optimizer.step()
+
+    return layer, optimizer, run
+
+
+@pytest.mark.parametrize("mechanism", LATE)
+@pytest.mark.parametrize("survivors", WITHOUT_ZERO)
+def test_what_a_stage_pruned_is_never_chosen_again(survivors: str, mechanism: str, tmp_path: Path) -> None:
+    """A zero may gain more than a small survivor in a row of large levels: it came back, and the survivor was lost."""
+    layer, optimizer, train_on = one_layer()
+    levels = dt.SparseLevels(sparse=NONZERO, survivors=WITHOUT_ZERO[survivors])
+    recipe = in_turn((dt.NM(n=1, m=4), dt.Masked()), (levels, LATE[mechanism]))
+    run = dt.attach(layer, optimizer, recipe, total_steps=60)
+    train_on(range(30))
+    left = layer.weight.detach() != 0
+    assert int(left.sum()) == 64
+    train_on(range(30, 60))
+    seen = layer.weight.detach().clone()
+    with run.compressed():
+        assert torch.equal(layer.weight != 0, left)
+        assert mechanism != "STE" or torch.equal(layer.weight, seen), "what the forward pass saw is the compressed life"
+    dt.save(run, tmp_path / "x.detent", "compressed")
+    run.finalize()
+    assert torch.equal(layer.weight != 0, left)
+    other = nn.Linear(16, 16, bias=False)
+    dt.load(tmp_path / "x.detent", other, "compressed")
+    assert torch.equal(other.weight, layer.weight)
+
+
+@pytest.mark.parametrize("count", [30, 100])
+@pytest.mark.parametrize("mechanism", LATE)
+def test_a_count_is_taken_among_what_is_left(count: int, mechanism: str) -> None:
+    layer, optimizer, train_on = one_layer()
+    levels = dt.SparseLevels(sparse=dt.TopK(keep=count), survivors=dt.Binary(granularity="channel"))
+    run = dt.attach(
+        layer, optimizer, in_turn((dt.TopK(keep=60), dt.Masked()), (levels, LATE[mechanism])), total_steps=60
+    )
+    train_on(range(30))
+    gone = run.state_dict()["weights"]["weight"]["zeros"]
+    assert int(gone.sum()) == 196
+    train_on(range(30, 60))
+    run.finalize()
+    assert int((layer.weight != 0).sum()) == min(count, 60) and not bool((layer.weight[gone] != 0).any())
+
+
+def test_blocks_that_must_be_filled_up_want_a_level_zero() -> None:
+    layer, optimizer, train_on = one_layer()
+    first = (dt.TopK(keep=20), dt.Masked())
+
+    def second(survivors: dt.Target) -> tuple[dt.Target, dt.Mechanism]:
+        return dt.SparseLevels(sparse=dt.NM(n=1, m=4), survivors=survivors), dt.STE()
+
+    with pytest.raises(ValueError, match=r"that an earlier stage pruned; it keeps more than is left: use TopK\(keep="):
+        dt.attach(layer, optimizer, in_turn(first, second(dt.Binary())), total_steps=20)
+    run = dt.attach(layer, optimizer, in_turn(first, second(dt.Ternary())), total_steps=20)
+    train_on(range(20))
+    run.finalize()
+    assert int((layer.weight != 0).sum()) <= 20
+
+
+@pytest.mark.parametrize("mechanism", LATE)
+def test_zeros_of_survivors_on_levels_hold_in_later_stages(mechanism: str) -> None:
+    layer, optimizer, train_on = one_layer()
+    first = dt.SparseLevels(sparse=dt.TopK(keep=60), survivors=dt.Uniform(bits=6))
+    second = dt.SparseLevels(sparse=dt.TopK(keep=30), survivors=dt.Uniform(bits=4))
+    recipe = in_turn((first, dt.HardProjection(every=5)), (second, LATE[mechanism]))
+    run = dt.attach(layer, optimizer, recipe, total_steps=60)
+    train_on(range(30))
+    gone = run.state_dict()["weights"]["weight"]["zeros"]
+    assert int(gone.sum()) >= 196
+    for step in range(30, 60):
+        train_on(range(step, step + 1))
+        assert not bool((layer.weight[gone] != 0).any()), step
+    run.finalize()
+    assert not bool((layer.weight[gone] != 0).any())
+
+
+def test_levels_without_zero_after_survivors_on_levels_are_refused() -> None:
+    layer, optimizer, _ = one_layer()
+    first = dt.SparseLevels(sparse=dt.TopK(keep=60), survivors=dt.Uniform(bits=6))
+    with pytest.raises(ValueError, match=r"stage 1: Binary\(\) has no zero for the weights of 'weight'"):
+        dt.attach(layer, optimizer, in_turn((first, dt.HardProjection()), (dt.Binary(), dt.STE())), total_steps=20)
+
+
+def test_a_codebook_after_a_pruning_needs_a_zero_that_stays() -> None:
+    """A codeword that pruned kernels shared with others moved, and the optimizer was blamed for moving them apart."""
+
+    def attach(target: dt.Target, mechanism: dt.Mechanism) -> tuple[Any, torch.optim.Optimizer, dt.Run]:
+        torch.manual_seed(3)
+        layer = nn.Conv2d(16, 16, 3)
+        recipe = in_turn((dt.Structured(group="filter", keep=0.5), dt.Masked()), (target, mechanism))
+        optimizer = torch.optim.Adam(layer.parameters(), lr=5e-3)
+        return layer, optimizer, dt.attach(layer, optimizer, recipe, total_steps=20)
+
+    for mechanism in (dt.CodebookLearning(), dt.STE()):
+        with pytest.raises(ValueError, match=r"KernelCodebook\(size=32\) has no zero for .* give it zero=True"):
+            attach(dt.KernelCodebook(size=32), mechanism)
+        for target in (dt.KernelCodebook(size=32, zero=True), dt.LearnedLevels(k=5, granularity="channel")):
+            layer, optimizer, run = attach(target, mechanism)
+            for step in range(20):
+                optimizer.zero_grad()
+                layer(torch.randn(2, 16, 6, 6)).sub(1).square().mean().backward()
+                optimizer.step()
+                assert step < 9 or int(layer.weight.reshape(16, -1).any(1).sum()) <= 8
+            run.finalize()
+            assert int(layer.weight.reshape(16, -1).any(1).sum()) <= 8
+
+
+def test_a_codeword_is_zero_as_a_whole_only() -> None:
+    layer = nn.Conv2d(16, 16, 3)
+    recipe = in_turn((dt.TopK(keep=0.02), dt.Masked()), (dt.KernelCodebook(size=32, zero=True), dt.STE()))
+    with pytest.raises(ValueError, match=r"stage 1: KernelCodebook\(.*prune whole filters or channels"):
+        dt.attach(layer, torch.optim.SGD(layer.parameters(), lr=0.1), recipe, total_steps=20)

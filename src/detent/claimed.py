@@ -85,6 +85,16 @@ class Entry:
         return self.pull is not self.target or (self.rule.mechanism is not None and bool(self.rule.mechanism.offset))
 
     @property
+    def known(self) -> Params | None:
+        """What a fit of the rule's own target goes on from.
+
+        That of what training pulls to, if it is the same: K-means started over would find another codebook.
+        """
+        if self.pull is self.target:
+            return self.pull_params
+        return None if self.params is None else self.target.carried(self.params)
+
+    @property
     def is_ours(self) -> bool:
         """Whether nobody else wrote the weight since the engine last did."""
         return self.version in (-1, _version_of(self.param))
@@ -93,6 +103,15 @@ class Entry:
     def is_sparse(self) -> bool:
         """Whether the target leaves survivors free, so that only its zeros bind."""
         return self.target.leaves_free
+
+    @property
+    def holds_zeros(self) -> bool:
+        """Whether the zeros of the target bind later stages.
+
+        All of them: a survivor that lies on a level zero is not told apart from what was pruned, nor has it anything
+        left that a later stage could build on.
+        """
+        return self.target.leaves_free or self.target.prunes
 
     @property
     def is_fixed(self) -> bool:
@@ -107,11 +126,11 @@ class Entry:
                 self.state["latent"].masked_fill_(self.zeros, 0.0)
 
     def map_into_target(self) -> None:
-        """The stage is over: the weight goes to its nearest place, and the zeros of a sparse target are held."""
+        """The stage is over: the weight goes to its nearest place, and the zeros of a target that prunes are held."""
         assert self.params is not None
         self.write(self.map_whole(self.target.project, self.target, self.params, self.hidden()))
         self.state.clear()
-        if self.is_sparse:
+        if self.holds_zeros:
             gone = sharding.local(self.param) == 0
             self.zeros = gone if self.zeros is None else gone | self.zeros
 
@@ -333,33 +352,77 @@ def rehearse(entries: list[Entry], plan: Plan) -> None:
             fitted = _fit_together(target, mine, [None] * len(mine), whole)
         except ValueError as error:
             raise ValueError(f"stage {stage}: {error}") from None
-        lost = _lost_zeros(mine, whole, zeros)
+        lost = _lost_zeros(mine, whole, fitted, zeros)
         for entry, params, w in zip(mine, fitted, whole, strict=True):
             q = target.project(w, params)
             if entry.name in zeros and (entry.name in lost or bool(q[zeros[entry.name]].any())):
                 raise ValueError(
                     f"stage {stage}: {short(target)} has no zero for the weights of {entry.name!r} that an earlier "
-                    "stage pruned; use SparseLevels(...) around it"
+                    f"stage pruned; {_advice(target, params)}"
                 )
             values[entry.name] = q
-            if entry.is_sparse:
+            if entry.holds_zeros:
                 zeros[entry.name] = q == 0
 
 
-def _lost_zeros(entries: list[Entry], whole: list[Tensor], zeros: Mapping[str, Tensor]) -> set[str]:
+def _advice(target: Target, params: Params) -> str:
+    if target.prunes:
+        return 'it keeps more than is left: use TopK(keep="nonzero") in it, or levels with a zero'
+    if _unit(target, params) == 1:
+        return "use SparseLevels(...) around it"
+    if not getattr(target, "zero", True):
+        return "give it zero=True"
+    return "a codeword is zero as a whole only: prune whole filters or channels, as Structured(...) does"
+
+
+def _unit(target: Target, params: Params) -> int:
+    """How many weights move together."""
+    return target.codebook(params).shape[1] if target.has_codebook else 1
+
+
+def _lost_zeros(
+    entries: list[Entry], whole: list[Tensor], fitted: list[Params], zeros: Mapping[str, Tensor]
+) -> set[str]:
     """Which weights of a rule lose zeros once some survivors are small.
 
     Levels that are fitted may have a zero by chance, while only zeros are near it; training moves survivors there.
     """
     if not any(entry.name in zeros for entry in entries) or all(entry.is_sparse for entry in entries):
         return set()
-    nearer = [w.clone() for w in whole]
-    for w in nearer:
-        w[tuple((w != 0).nonzero()[::2].t())] *= _NEARER
     target = entries[0].target
-    fitted = _fit_together(target, entries, [None] * len(entries), nearer)
-    each = zip(entries, nearer, fitted, strict=True)
-    return {e.name for e, w, p in each if e.name in zeros and bool(target.project(w, p)[zeros[e.name]].any())}
+    nearer = []
+    for w, params in zip(whole, fitted, strict=True):
+        units = w.reshape(-1, _unit(target, params)).clone()
+        units[units.any(dim=1).nonzero()[::2, 0]] *= _NEARER
+        nearer.append(units.reshape(w.shape))
+    again = _fit_together(target, entries, [None] * len(entries), nearer)
+    each = zip(entries, nearer, again, strict=True)
+    lost = {e.name for e, w, p in each if e.name in zeros and bool(target.project(w, p)[zeros[e.name]].any())}
+    if target.has_codebook:
+        lost |= _shared_zeros(entries, whole, fitted, zeros) | _shared_zeros(entries, nearer, again, zeros)
+    return lost
+
+
+def _shared_zeros(
+    entries: list[Entry], whole: list[Tensor], fitted: list[Params], zeros: Mapping[str, Tensor]
+) -> set[str]:
+    """Which weights have zeros that share a codeword with weights that are left: it will follow those."""
+    target = entries[0].target
+    pruned: dict[object, Tensor] = {}
+    left: dict[object, Tensor] = {}
+    found: dict[str, object] = {}
+    for entry, w, params in zip(entries, whole, fitted, strict=True):
+        book = target.codebook(params)
+        gone = zeros.get(entry.name, torch.zeros_like(w, dtype=torch.bool)).reshape(-1, book.shape[1])
+        index = target.assign(w, params)
+        free = torch.ones(len(book), dtype=torch.long, device=w.device)
+        if (held := target.held_codewords(params)) is not None:
+            free[held] = 0
+        key = found[entry.name] = target.family(params) or entry.name
+        for count, units in ((pruned, gone.any(dim=1)), (left, ~gone.all(dim=1))):
+            here = torch.bincount(index[units], minlength=len(book)) * free
+            count[key] = count[key] + here if key in count else here
+    return {name for name, key in found.items() if name in zeros and bool((pruned[key] * left[key]).any())}
 
 
 def by_rule(slots: list[tuple[Entry, _T]]) -> list[list[tuple[Entry, _T]]]:
@@ -421,8 +484,7 @@ def fit_target(entries: list[Entry]) -> None:
         by_rule.setdefault(entry.claim.rule, []).append(entry)
     for mine in by_rule.values():
         whole = [entry.weighed(entry.hidden_whole()) for entry in mine]
-        # On from what training pulls to, if that is the same target: K-means started over finds another codebook.
-        before = [entry.pull_params if entry.pull is entry.target else None for entry in mine]
+        before = [entry.known for entry in mine]
         for entry, params in zip(mine, _fit_together(mine[0].target, mine, before, whole), strict=True):
             entry.params = params
 
@@ -494,7 +556,7 @@ def fingerprint(entries: list[Entry]) -> bytes:
     """What tells other weights from those that were written and put back: a digest of what is held here."""
     digest = hashlib.blake2b(digest_size=16)
     for entry in entries:
-        digest.update(sharding.local(entry.param).contiguous().cpu().flatten().view(torch.uint8).numpy())
+        digest.update(sharding.local(entry.param).contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.digest()
 
 

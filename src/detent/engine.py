@@ -577,7 +577,7 @@ class Run(Lives):
             for entry in driver.entries:
                 entry.state.clear()
                 if not driver.frozen(entry):
-                    entry.pull_params = None
+                    entry.params = entry.pull_params = None
 
     # --- state ----------------------------------------------------------------------------------------------------
 

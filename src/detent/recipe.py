@@ -127,9 +127,9 @@ class Stage:
 
     Within a stage, moments and fractions (`start`, `fit_until`, schedules) count from its first step to its last. When
     it ends, its weights are mapped: `w <- project(w)` (those of the last stage by `run.finalize()`). What later stages
-    may not undo is then held whatever the optimizer does: the zeros of a sparse target stay zero, so that from the
-    second pruning stage on only survivors move; and a weight that no later stage claims again stays where it is
-    altogether, unless its target was sparse.
+    may not undo is then held whatever the optimizer does: the zeros of a sparse target (of `SparseLevels` too, also its
+    survivors on a level zero) stay zero, so that from the second pruning stage on only survivors move; and a weight
+    that no later stage claims again stays where it is altogether, unless its target left survivors free.
 
     Args:
         rules: at least one `Rule`, first match wins.

@@ -247,8 +247,13 @@ def freeze_nearest(slot: Slot, share: float, per_level: bool) -> None:
         # Ranks are those of the whole tensor, so that every sharding freezes the same weights.
         counted = slot.gather((~gone).to(q.dtype)) != 0
         frozen = ~counted
-        places = slot.gather(q)[counted] if per_level else None
-        frozen[counted] = _nearest(slot.gather(distance)[counted], share, places)
+        # Weights that move together (a kernel) are ranked together: half of one on its codeword would be no codeword.
+        size = slot.target.codebook(slot.params).shape[1] if slot.target.has_codebook else 1
+        mine = counted.reshape(-1, size).any(dim=1)
+        places = slot.gather(q).reshape(-1, size)[mine] if per_level else None
+        taken = torch.zeros_like(mine)
+        taken[mine] = _nearest(slot.gather(distance).reshape(-1, size)[mine, 0], share, places)
+        frozen |= taken[:, None].expand(-1, size).reshape(frozen.shape)
         rows = slot.params.layout.rows
         frozen = frozen if rows is None else frozen[slice(*rows)].clone()
         # Weights may leave a level: its share may then be less than what is held there already.
@@ -264,7 +269,8 @@ def _nearest(distance: Tensor, share: float, places: Tensor | None) -> Tensor:
     if places is None:
         taken = rank < round(share * len(order))
     else:
-        inverse, sizes = places.reshape(-1).unique(return_inverse=True, return_counts=True)[1:]
+        flat = places.reshape(-1) if places.shape[1] == 1 else places
+        inverse, sizes = flat.unique(return_inverse=True, return_counts=True, dim=None if flat.dim() == 1 else 0)[1:]
         order = order[inverse[order].argsort(stable=True)]
         within = rank - (sizes.cumsum(0) - sizes)[inverse[order]]
         taken = within < (share * sizes.double()).round()[inverse[order]]
@@ -411,8 +417,8 @@ class PartialFreeze(Mechanism):
         rounds: share of the weights that is frozen after each round, rising to 1.
         every: steps (int) or fraction of training (float) between rounds; `None` spreads them evenly over what is left
             after `start`, the first at once.
-        per_level: take the share among the weights of each level instead of the whole tensor. Rounds of 30 % of the
-            weights that are left at each level are `rounds=(0.3, 0.51, 0.657, 1.0)`.
+        per_level: take the share among the weights of each level (the kernels of each codeword) instead of the whole
+            tensor. Rounds of 30 % of the weights that are left at each level are `rounds=(0.3, 0.51, 0.657, 1.0)`.
         start: moment of the first round; before it the base optimizer runs untouched.
 
     Raises:

@@ -177,6 +177,10 @@ class Target(abc.ABC):
         """Find the params of all tensors of a rule at once; by default one by one."""
         return [self.fit(w, layout, old) for w, layout, old in zip(weights, layouts, previous, strict=True)]
 
+    def carried(self, params: Params) -> Params | None:
+        """What of the last params every later fit must be given as `previous`, even one that starts afresh."""
+        return None
+
     @abc.abstractmethod
     def project(self, w: Tensor, params: Params) -> Tensor:
         """The nearest point of the set, as a new tensor of the same shape and dtype."""

@@ -31,6 +31,10 @@ class SparseLevels(Target):
     Levels need no zero of their own: zeros come from the pattern, and only survivors have codes. If they have none,
     every survivor lies on a level however small it is; if they have one, a survivor may be zero.
 
+    A weight that is exactly zero has been pruned: it stays zero, whatever it would gain, and the nearest pattern is
+    sought among the other weights. Where those are fewer than `TopK` or `Structured` ask for, fewer survive; a block of
+    `NM` is filled up with zeros, which then go to the level nearest to them.
+
     The levels are fitted to the survivors alone: first to those of the largest |w|, then in turns, pattern from gains
     and levels from its survivors, as long as the squared error falls. Counts that a model-wide sparse target shares
     out follow |w|.
@@ -105,18 +109,21 @@ class SparseLevels(Target):
 
     def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
         check_finite(w)
-        return self._fit_jointly(w.detach(), self.sparse.fit(w, layout), previous)
+        pattern = self.sparse.fit(w, layout, None if previous is None else _pattern_of(previous))
+        return self._fit_jointly(w.detach(), pattern, previous)
 
     def fit_model(
         self, weights: Sequence[Tensor], layouts: Sequence[Layout], previous: Sequence[Params | None]
     ) -> list[Params]:
-        patterns = self.sparse.fit_model(weights, layouts, [None] * len(weights))
+        known = [None if old is None else _pattern_of(old) for old in previous]
+        patterns = self.sparse.fit_model(weights, layouts, known)
         fitted = zip(weights, patterns, previous, strict=True)
         return [self._fit_jointly(w.detach(), pattern, old) for w, pattern, old in fitted]
 
     def _fit_jointly(self, w: Tensor, pattern: Params, previous: Params | None) -> Params:
         old = None if previous is None else _levels_of(previous)
-        mask = self.sparse.mask(w, pattern)
+        old = old if old is not None and old.tensors else None  # what is carried over has a pattern alone
+        mask = self.sparse.extend(self.sparse.size(w), w == 0, pattern)
         levels, error, distance = pattern, torch.inf, torch.ones(())
         for turn in range(self.rounds):
             found = self._fit_levels(w, mask, pattern.layout, old)
@@ -180,7 +187,12 @@ class SparseLevels(Target):
         x, y = w.double(), q.double()
         unit = square_unit(x, y)
         x, y = x * unit, y * unit
-        return q, self.sparse.choose(x.mul_(2).sub_(y).mul_(y), pattern)
+        return q, self.sparse.extend(x.mul_(2).sub_(y).mul_(y), w == 0, pattern)
+
+    def carried(self, params: Params) -> Params | None:
+        return self.sparse.carried(_pattern_of(params)) and replace(
+            params, tensors={n: t for n, t in params.tensors.items() if n.startswith(_PATTERN)}
+        )
 
     def project(self, w: Tensor, params: Params) -> Tensor:
         q, mask = self._choose(w.detach(), _pattern_of(params), _levels_of(params))

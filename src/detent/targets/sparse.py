@@ -33,7 +33,10 @@ class Sparse(Target):
 
     @abc.abstractmethod
     def choose(self, gain: Tensor, params: Params) -> Tensor:
-        """The allowed pattern whose kept weights have the largest sum of gains, as a mask; ties go to earlier ones."""
+        """The allowed pattern whose kept weights have the largest sum of gains, as a mask; ties go to earlier ones.
+
+        Gains of -inf come after all others, and are not kept where a pattern may be smaller.
+        """
 
     @abc.abstractmethod
     def pattern(self, mask: Tensor, params: Params) -> tuple[Stream, ...]:
@@ -51,9 +54,17 @@ class Sparse(Target):
     def kept(self, params: Params) -> int:
         """Number of values written: that of the weights kept, or the largest possible one where it may differ."""
 
+    def extend(self, gain: Tensor, zero: Tensor, params: Params) -> Tensor:
+        """`choose` among the weights that are not zero already: what was pruned stays so, whatever it would gain."""
+        return self.choose(gain.masked_fill(zero, -torch.inf), params)
+
+    def size(self, w: Tensor) -> Tensor:
+        """What is lost by dropping each weight, for `choose`."""
+        return w.detach().abs()
+
     def mask(self, w: Tensor, params: Params) -> Tensor:
         """Mask of the weights that `project` keeps."""
-        return self.choose(w.detach().abs(), params)
+        return self.choose(self.size(w), params)
 
     def _numbers(self, w: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Bits of a weight, and the typical distance of those that must go: any positive number if none must."""
@@ -113,7 +124,7 @@ class TopK(Sparse):
 
     Args:
         keep: fraction of weights kept, a `float` in (0, 1], rounded to the nearest count; or a count, an `int` >= 1;
-            or "nonzero", as many as are not zero when the target is fitted: what an earlier pruning left.
+            or "nonzero", as many as are not zero when the target is first fitted: what an earlier pruning left.
         scope: "tensor": `keep` applies to each tensor. "model": `keep` applies to all tensors of the rule
             together; `fit` then shares the count out by one threshold over all of them.
         share: what that threshold is on, for scope "model". "magnitude": |w|. "lamp": w^2 divided by the sum of the
@@ -151,8 +162,11 @@ class TopK(Sparse):
             return f"TopK(keep={self.keep}) asks for more weights than the {layout.numel} there are"
         return Target.accepts(self, shape, dtype, layout)
 
-    def _count(self, weights: Sequence[Tensor]) -> int:
+    def _count(self, weights: Sequence[Tensor], previous: Sequence[Params | None]) -> int:
         if isinstance(self.keep, str):
+            known = [int(old["count"]) for old in previous if old is not None]
+            if len(known) == len(weights):  # counted once: training moves zeros that nothing holds
+                return sum(known)
             return sum(int(torch.count_nonzero(w.detach())) for w in weights)
         return _count_of("TopK", self.keep, sum(w.numel() for w in weights), "weights")
 
@@ -162,7 +176,7 @@ class TopK(Sparse):
 
     def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
         check_finite(w)
-        return self._params(w, layout or Layout(shape=tuple(w.shape)), self._count([w]))
+        return self._params(w, layout or Layout(shape=tuple(w.shape)), self._count([w], [previous]))
 
     def fit_model(
         self, weights: Sequence[Tensor], layouts: Sequence[Layout], previous: Sequence[Params | None]
@@ -172,9 +186,12 @@ class TopK(Sparse):
         for w in weights:
             check_finite(w)
         flat = torch.cat([self._score(w.detach().reshape(-1)) for w in weights])
-        kept = _largest(flat, self._count(weights))
+        kept = _largest(flat, self._count(weights, previous))
         counts = [int(part.sum()) for part in kept.split([w.numel() for w in weights])]
         return [self._params(w, layout, k) for w, layout, k in zip(weights, layouts, counts, strict=True)]
+
+    def carried(self, params: Params) -> Params | None:
+        return params if self.keep == "nonzero" else None
 
     def _score(self, w: Tensor) -> Tensor:
         """What the threshold over all tensors is on."""
@@ -278,6 +295,12 @@ class NM(Sparse):
         layout = params.layout.whole()
         blocks, rest = self._blocks(gain, layout)
         return self._whole(_best(blocks, self.n), _best(rest, self.n), layout)
+
+    def extend(self, gain: Tensor, zero: Tensor, params: Params) -> Tensor:
+        mask = super().extend(gain, zero, params)
+        if bool((mask & zero).any()):  # a block has fewer others than it keeps: those, and the best of its zeros
+            mask = self.choose(gain.masked_fill(mask & ~zero, torch.inf), params)
+        return mask
 
     def pattern(self, mask: Tensor, params: Params) -> tuple[Stream, ...]:
         blocks, rest = self._blocks(mask, params.layout.whole())
@@ -421,9 +444,13 @@ class Structured(Sparse):
             self._params(w, layout, int(part.sum())) for w, layout, part in zip(weights, layouts, kept, strict=True)
         ]
 
-    def mask(self, w: Tensor, params: Params) -> Tensor:
+    def size(self, w: Tensor) -> Tensor:
         x = w.detach().double()
-        return self.choose((x * square_unit(x)).square_(), params)
+        return (x * square_unit(x)).square_()
+
+    def extend(self, gain: Tensor, zero: Tensor, params: Params) -> Tensor:
+        layout = params.layout.whole()  # a group goes with its largest: only one of nothing but zeros is zero
+        return super().extend(gain, ~self._spread(self._groups(~zero, layout).any(dim=1), layout), params)
 
     def choose(self, gain: Tensor, params: Params) -> Tensor:
         layout = params.layout.whole()
@@ -490,17 +517,17 @@ def square_unit(*tensors: Tensor) -> float:
 
 
 def _largest(gain: Tensor, count: int) -> Tensor:
-    """Mask of the `count` largest; ties go to the earlier position in row-major order."""
+    """Mask of the `count` largest, without those of -inf; ties go to the earlier position in row-major order."""
     flat = gain.reshape(-1)
     if count >= flat.numel():
-        return torch.ones_like(gain, dtype=torch.bool)
+        return gain != -torch.inf
     if count <= 0:
         return torch.zeros_like(gain, dtype=torch.bool)
     threshold = flat.kthvalue(flat.numel() - count + 1).values
     mask = flat > threshold
     ties = (flat == threshold).nonzero().reshape(-1)
     mask[ties[: count - int(torch.count_nonzero(mask))]] = True
-    return mask.reshape(gain.shape)
+    return mask.logical_and_(flat != -torch.inf).reshape(gain.shape)
 
 
 def _best(gain: Tensor, n: int) -> Tensor:
