@@ -864,3 +864,55 @@ def test_the_presets_train_a_small_network(preset: str, least: float) -> None:
     with torch.no_grad():
         right = (model(unseen).argmax(1) == test.labels).double().mean()
     assert 100 * float(right) >= least
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_the_binary_preset_takes_few_layers(layers: int) -> None:
+    """One layer is both ends; with two there is nothing between them, and the first stage only trains."""
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(layers)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    run = dt.attach(model, optimizer, dt.Recipe.preset("admm-binary"), total_steps=40)
+    assert str(run.plan).count("Binary()") == layers
+    for step in range(40):
+        optimizer.zero_grad()
+        model(torch.randn(8, 6)).sub(1).square().mean().backward()
+        optimizer.step()
+        if step == 10:
+            assert [row["name"] for row in run.measure()] == (["1.weight"] if layers == 3 else [])
+    run.finalize()
+    assert all(len(p.unique()) == 2 for p in model.parameters() if p.dim() == 2)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "says"),
+    [
+        (dt.ADMM(every=5, until=41), r"the mapping of ADMM\(until=41\) is at step 41"),
+        (dt.ADMM(every=5, until=20, freeze_every=11), r"freeze_every=11\) is at step 42"),
+        (dt.ADMM(every=5, until=0.5, freeze_every=0.3), r"freeze_every=0.3\) is at step 44"),
+        (dt.PartialFreeze(every=21), r"PartialFreeze\(rounds=.*, every=21\) is at step 42"),
+        (dt.PartialFreeze(every=15, start=11), "is at step 41"),
+    ],
+)
+def test_what_would_come_after_the_end_is_refused(mechanism: dt.Mechanism, says: str) -> None:
+    """Rounds and mappings beyond the last step were dropped in silence."""
+
+    def attach(mechanism: dt.Mechanism, before: int, steps: int | None) -> dt.Run:
+        layer = nn.Linear(8, 8, bias=False)
+        rule = dt.Rule(match="weight", target=dt.Uniform(bits=2), mechanism=mechanism)
+        recipe = dt.Recipe([rule])
+        if before:
+            assert steps is not None
+            first = dt.Rule(match="weight", target=dt.TopK(keep=0.5), mechanism=dt.Masked())
+            share = before / (before + steps)
+            recipe = dt.Recipe(stages=[dt.Stage(rules=[r], share=s) for r, s in ((first, share), (rule, 1 - share))])
+        total = None if steps is None else before + steps
+        return dt.attach(layer, torch.optim.SGD(layer.parameters(), lr=0.1), recipe, total_steps=total)
+
+    with pytest.raises(ValueError, match=rf"'weight': .*{says}, but training has 40 steps, so it would never come"):
+        attach(mechanism, 0, 40)
+    with pytest.raises(ValueError, match=rf"'weight': .*{says}, but its stage has 40 steps"):
+        attach(mechanism, 60, 40)  # there are 100 steps in all
+    if "0.3" not in says:  # fractions grow with the training
+        attach(mechanism, 0, 46)
+    if isinstance(mechanism, dt.PartialFreeze):
+        attach(mechanism, 0, None)

@@ -332,6 +332,14 @@ def test_presets_take_any_cnn(name: str) -> None:
         )
 
 
+def test_presets_take_a_cnn_of_one_convolution() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 5))
+    for name in ("kq", "kq-layer"):
+        run = dt.compress(model, dt.Recipe.preset(name))
+        kinds = [type(run.plan.rule_of(claim).target).__name__ for claim in run.plan.claimed]
+        assert kinds == ["Uniform", "Uniform"] and "KernelCodebook" not in str(run.plan)
+
+
 # --- learning ----------------------------------------------------------------------------------------------------
 
 

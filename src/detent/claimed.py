@@ -154,9 +154,17 @@ class Entry:
         return every, None if until is None else step_at(until, total_steps, f"fit_until of {self.rule.match!r}")
 
     def check_moments(self, total_steps: int | None) -> None:
-        """Find a fraction of training that cannot be resolved now, not at step 3,000."""
+        """Find a moment that cannot be resolved, or lies beyond the end, now and not at step 3,000.
+
+        Raises:
+            ValueError: naming the moment.
+        """
         self.cadence(total_steps)
-        self.mechanism.active(Clock(step=0, total_steps=total_steps))
+        clock = Clock(step=0, total_steps=total_steps)
+        self.mechanism.active(clock)
+        if total_steps is not None and (late := self.mechanism.overrun(self.target, clock)) is not None:
+            part = "its stage" if self.staged else "training"
+            raise ValueError(f"{self.name!r}: {late}, but {part} has {total_steps} steps, so it would never come")
         for name, value in vars(self.mechanism).items():
             if isinstance(value, Schedule):
                 value(0, total_steps)

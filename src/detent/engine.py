@@ -185,7 +185,7 @@ class Run(Lives):
 
     def _refresh(self) -> None:
         """What the compressed life of this moment consists of, in the model's order."""
-        found = {e.name: e for driver in self._drivers for e in driver.standing} or {e.name: e for e in self._all}
+        found = {e.name: e for e in ([x for d in self._drivers for x in d.standing] if self._drivers else self._all)}
         self._entries = [found[claim.name] for claim in self.plan.claims if claim.name in found]
 
     def _start(self, hooks: bool) -> None:

@@ -722,7 +722,9 @@ def _kq_preset(book: Literal["layer", "global"]) -> Callable[[], Recipe]:
             grid = Uniform(bits=8, granularity="channel", range="minmax")
             return Rule(match=match, target=grid, mechanism=STE(), pinned=True, optional=True)
 
-        kernels = Rule(match="@kernels", target=KernelCodebook(size=512, book=book), mechanism=CodebookLearning())
+        target = KernelCodebook(size=512, book=book)
+        # A network whose first layer is its only convolution has no other kernels.
+        kernels = Rule(match="@kernels", target=target, mechanism=CodebookLearning(), optional=True)
         return Recipe([ends("@first"), kernels, ends(_WEIGHTS)])
 
     return make
@@ -743,9 +745,10 @@ def _admm_prune_preset(rate: int) -> Callable[[], Recipe]:
 def _admm_binary_preset() -> Recipe:
     ends = ("@first", "@last")
     pull = ADMM(every=0.1, growth=2.0, rounds=(0.5, 0.75, 0.9, 1.0))
-    body = Rule(match=_WEIGHTS, target=Binary(), mechanism=pull)
-    kept = [Rule(match=end, keep=True) for end in ends]
-    last = [Rule(match=end, target=Binary(), mechanism=pull) for end in ends]
+    # With one layer it is both ends; with two there is nothing between, and the first stage trains as ever.
+    body = Rule(match=_WEIGHTS, target=Binary(), mechanism=pull, optional=True)
+    kept = [Rule(match=end, keep=True, optional=True) for end in ends]
+    last = [Rule(match=end, target=Binary(), mechanism=pull, optional=True) for end in ends]
     stages = [Stage(rules=[*kept, body], share=0.6, name="all but the ends"), Stage(rules=last, share=0.4, name="ends")]
     return Recipe(stages=stages)
 

@@ -110,7 +110,7 @@ class ADMM(Mechanism):
         start: moment ADMM starts; before it the base optimizer runs untouched.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value outside its range; by `attach`, a mapping or a round after the end of training.
 
     Example:
         >>> import torch, detent as dt
@@ -226,6 +226,16 @@ class ADMM(Mechanism):
         if self.finish == "freeze" and target.leaves_free:
             return f'ADMM(finish="freeze") puts weights on levels, and the survivors of {name} have none to go to'
         return check_metric(self.metric, target, "ADMM")
+
+    def overrun(self, target: Target, clock: Clock) -> str | None:
+        start, until = self._moments(clock)
+        if until is None or clock.total_steps is None or start >= clock.total_steps:
+            return None
+        if until > clock.total_steps:
+            return f"the mapping of ADMM(until={self.until}) is at step {until}"
+        if self._freezes(target) and (last := self._freeze_steps(clock)[-1]) > clock.total_steps:
+            return f"the last of ADMM(rounds={self.rounds}, freeze_every={self.freeze_every}) is at step {last}"
+        return None
 
     def active(self, clock: Clock) -> bool:
         start, until = self._moments(clock)

@@ -158,6 +158,13 @@ class Mechanism(abc.ABC):
         """Why this mechanism means nothing on this target, in one sentence, or `None` if it does."""
         return None
 
+    def overrun(self, target: Target, clock: Clock) -> str | None:
+        """What of this mechanism would come after the end of training (or of its stage), in words, or `None`.
+
+        A `start` that never comes is no mistake: the base optimizer is then left alone.
+        """
+        return None
+
     @abc.abstractmethod
     def active(self, clock: Clock) -> bool:
         """Whether this step is touched at all; an inactive step is bitwise the base optimizer's."""

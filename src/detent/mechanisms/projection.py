@@ -422,7 +422,8 @@ class PartialFreeze(Mechanism):
         start: moment of the first round; before it the base optimizer runs untouched.
 
     Raises:
-        ValueError: shares that do not rise to 1, or no time between rounds.
+        ValueError: shares that do not rise to 1, or no time between rounds; by `attach`, a round after the end of
+            training.
 
     Example:
         >>> import torch, detent as dt
@@ -475,6 +476,12 @@ class PartialFreeze(Mechanism):
             name = type(target).__name__
             return f"PartialFreeze puts weights on levels, and the survivors of {name} have none to go to; use Masked"
         return None
+
+    def overrun(self, target: Target, clock: Clock) -> str | None:
+        steps = self._steps(clock)
+        if clock.total_steps is None or not steps[0] <= clock.total_steps < steps[-1]:
+            return None
+        return f"the last of PartialFreeze(rounds={self.rounds}, every={self.every}) is at step {steps[-1]}"
 
     def active(self, clock: Clock) -> bool:
         return clock.step + 1 >= self._steps(clock)[0]
