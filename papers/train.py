@@ -169,6 +169,8 @@ def differences(was: str, now: Experiment) -> list[str]:
     """What of an experiment that was saved as JSON a run of another may not go on from."""
     # through the class, so that what it has learnt since then has the default it had in effect
     old, new = Experiment.model_validate_json(was).model_dump(mode="json"), now.model_dump(mode="json")
+    for each in (old, new):
+        del each["data"]["cache"]  # where decoded images lie says nothing of them
     return sorted(k for k in new if k not in FREE_TO_CHANGE and old[k] != new[k])
 
 

@@ -210,6 +210,8 @@ def test_a_result_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) ->
             one_seed(tiny(**changes), 0, tmp_path, None, tmp_path, True, quiet)
     with pytest.raises(ValueError, match="seed"):
         one_seed(tiny(epochs=1, recipe="psg-w4"), 1, tmp_path, None, tmp_path, True, quiet)
+    elsewhere = tiny(epochs=1, recipe="psg-w4", data={**tiny().data.model_dump(), "cache": str(tmp_path / "cache")})
+    assert one_seed(elsewhere, 0, tmp_path, None, tmp_path, True, quiet) == first, "a cache is no setting"
     more = tiny(epochs=1, recipe="psg-w4", evaluate={"bits": [6], "calibrate": 64})
     again = one_seed(more, 0, tmp_path, None, tmp_path, True, quiet)
     assert set(again["test"]["compressed"]) == {"recipe", "6"} != set(first["test"]["compressed"])
