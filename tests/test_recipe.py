@@ -384,6 +384,23 @@ def test_the_pruning_preset_keeps_a_tenth_of_the_model() -> None:
 # --- YAML --------------------------------------------------------------------------------------------------------
 
 
+def test_fields_of_a_preset_may_be_changed() -> None:
+    late = dt.Recipe.preset("psg-w3", start=0.3, gain=6.0)
+    assert {(rule.mechanism.start, rule.mechanism.gain) for rule in late.rules} == {(0.3, 6.0)}  # type: ignore[union-attr]
+    assert dt.Recipe.preset("psg-w3", start=0.0) == dt.Recipe.preset("psg-w3")
+    staged = dt.Recipe.preset("admm-prune-70x", rho=0.5)
+    assert [rule.mechanism.rho for stage in staged.stages for rule in stage.rules] == [0.5] * len(staged.rules)  # type: ignore[union-attr]
+    mixed = dt.Recipe.preset("kq", reduce="sum")  # its 8-bit layers have another mechanism, without that field
+    assert [getattr(rule.mechanism, "reduce", None) for rule in mixed.rules] == [None, "sum", None]
+    with pytest.raises(ValueError, match=r"preset\('psg-w3', strat=...\): none of its mechanisms has that field"):
+        dt.Recipe.preset("psg-w3", strat=0.3)
+    for name, field in (("uniform-w4", "start"), ("psg-w3", "fit_every")):
+        with pytest.raises(ValueError, match=rf"'{name}', {field}=...\): none"):
+            dt.Recipe.preset(name, **{field: 3})
+    with pytest.raises(ValueError, match="PSG"):
+        dt.Recipe.preset("psg-w3", gain=-1.0)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_yaml(name: str, tmp_path: Path) -> None:
     recipe = dt.Recipe.preset(name)

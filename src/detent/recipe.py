@@ -287,7 +287,7 @@ class Recipe:
         return Recipe([replace(rule, mechanism=None, fit_until=None, fit_every=None) for rule in self.rules])
 
     @staticmethod
-    def preset(name: str) -> Recipe:
+    def preset(name: str, **changes: Any) -> Recipe:
         """A ready recipe by name; `print(Recipe.preset(name).to_yaml())` shows what it stands for.
 
         Names: psg-w8, psg-w6, psg-w4, psg-w3, psg-w2 (PSG onto a b-bit grid, first and last weight at 8 bits),
@@ -301,17 +301,36 @@ class Recipe:
         uniform-w8, -w6, -w4, -w3, -w2 (for `detent.compress` alone, without training: every weight on a b-bit grid, one
         step an output channel).
 
+        Args:
+            name: one of these.
+            changes: fields of its mechanisms, as `start=0.3`; all mechanisms that have such a field get it.
+
         Raises:
-            ValueError: an unknown name, with the nearest known one.
+            ValueError: an unknown name, with the nearest known one, or a change that none of its mechanisms takes.
 
         Example:
             >>> len(Recipe.preset("psg-w4").rules)
             3
+            >>> Recipe.preset("psg-w4", start=0.3).rules[-1].mechanism.start
+            0.3
         """
         if not isinstance(name, str) or name not in _PRESETS:
             known = ", ".join(_PRESETS)
             raise ValueError(f"Recipe.preset({name!r}): unknown{nearest(str(name), _PRESETS)}; known: {known}")
-        return _PRESETS[name]()
+        recipe, taken = _PRESETS[name](), set()
+
+        def changed(rule: Rule) -> Rule:
+            mechanism: Any = rule.mechanism
+            own = getattr(mechanism, "__dataclass_fields__", ())
+            mine = {key: value for key, value in changes.items() if key in own}
+            taken.update(mine)
+            return replace(rule, mechanism=replace(mechanism, **mine)) if mine else rule
+
+        stages = [replace(stage, rules=tuple(map(changed, stage.rules))) for stage in recipe.stages]
+        recipe = Recipe(stages=stages) if stages else Recipe([changed(rule) for rule in recipe.rules])
+        if unknown := sorted(changes.keys() - taken):
+            raise ValueError(f"Recipe.preset({name!r}, {unknown[0]}=...): none of its mechanisms has that field")
+        return recipe
 
     @staticmethod
     def from_yaml(source: str | Path) -> Recipe:
