@@ -486,6 +486,37 @@ ERRORS: dict[str, ErrorCase] = {
     ),
     "no rules": ErrorCase(make=lambda: dt.Recipe([]), says="give at least one Rule"),
     "not a rule": ErrorCase(make=lambda: dt.Recipe([_U4]), says="every entry must be a Rule, not Uniform"),  # type: ignore[list-item]
+    "rounds in words": ErrorCase(make=lambda: dt.Uniform(rounds="x"), says="Uniform(rounds='x')"),  # type: ignore[arg-type]
+    "a list of granularities": ErrorCase(
+        make=lambda: dt.Uniform(granularity=["channel"]),  # type: ignore[arg-type]
+        says="granularity=['channel']: must be",
+    ),
+    "a group of text": ErrorCase(make=lambda: dt.Group(size="3"), says="Group(size='3')"),  # type: ignore[arg-type]
+    "half a weight a group": ErrorCase(make=lambda: dt.Group(size=2.5), says="Group(size=2.5)"),  # type: ignore[arg-type]
+    "every step and a half": ErrorCase(
+        make=lambda: dt.HardProjection(every=1.5),  # type: ignore[arg-type]
+        says="HardProjection(every=1.5): must be a whole number",
+    ),
+    "masks in words": ErrorCase(
+        make=lambda: dt.HardProjection(masks="no"),  # type: ignore[arg-type]
+        says="HardProjection(masks='no'): must be True or False",
+    ),
+    "a ramp from a word": ErrorCase(
+        make=lambda: dt.Linear(first="a", last=1.0),  # type: ignore[arg-type]
+        says="Linear(first='a'): must be a finite number",
+    ),
+    "a ramp that begins in words": ErrorCase(
+        make=lambda: dt.Linear(first=0.0, last=1.0, begin="a"),  # type: ignore[arg-type]
+        says="Linear.begin='a'",
+    ),
+    "a ramp backwards": ErrorCase(
+        make=lambda: dt.Cosine(first=0.0, last=1.0, begin=0.8, end=0.2),
+        says="Cosine(begin=0.8, end=0.2): must not end before it begins",
+    ),
+    "a start in words": ErrorCase(
+        make=lambda: dt.Rule(match="w", target=dt.Uniform(bits=4), mechanism=dt.STE(start="x")),  # type: ignore[arg-type]
+        says="STE.start='x'",
+    ),
     "no such preset": ErrorCase(make=lambda: dt.Recipe.preset("psgw4"), says="did you mean 'psg-w4'?"),
     "rule matches nothing": ErrorCase(
         make=lambda: _resolve(dt.Rule(match="0.wieght", target=_U4)), says="the nearest name is '0.weight'"

@@ -210,8 +210,8 @@ class Group(Granularity):
     size: int
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"Group(size={self.size}): a group holds at least 1 weight")
+        if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1:
+            raise ValueError(f"Group(size={self.size!r}): must be a whole number >= 1 of weights")
 
     def _runs(self, layout: Layout) -> tuple[int, int]:
         fan_in = max(layout.numel // max(layout.channels, 1), 1)
@@ -266,6 +266,6 @@ def granularity_of(value: GranularityLike, field: str = "granularity") -> Granul
     """
     if isinstance(value, Granularity):
         return value
-    if value not in _NAMED:
+    if not isinstance(value, str) or value not in _NAMED:
         raise ValueError(f'{field}={value!r}: must be "tensor", "channel" or Group(size=...)')
     return _NAMED[value]

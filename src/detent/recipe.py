@@ -17,7 +17,7 @@ from torch import nn
 
 from detent.grouping import Layout
 from detent.mechanisms import ADMM, PSG, STE, CodebookLearning, Mechanism, MirrorDescent
-from detent.schedules import Moment, check_moment, is_number
+from detent.schedules import Moment, check_moment, is_number, is_whole
 from detent.specs import build, nearest, short, to_spec
 from detent.targets import Binary, KernelCodebook, Target, Ternary, TopK, Uniform, Zero
 
@@ -95,8 +95,7 @@ class Rule:
             raise ValueError(f"Rule(match={self.match!r}): give either target= or keep=True")
         if self.mechanism is not None and self.target is None:
             raise ValueError(f"Rule(match={self.match!r}): a mechanism needs a target")
-        steps = isinstance(self.fit_every, int) and not isinstance(self.fit_every, bool)
-        if self.fit_every is not None and not (steps and self.fit_every >= 1):
+        if self.fit_every is not None and not is_whole(self.fit_every):
             raise ValueError(f"Rule(fit_every={self.fit_every!r}): must be a whole number >= 1 of steps")
         if self.fit_until is not None:
             check_moment(self.fit_until, "Rule.fit_until")
@@ -108,6 +107,9 @@ class Rule:
                     f"Rule(match={self.match!r}, {name}={getattr(self, name)}): {type(self.mechanism).__name__} says "
                     "itself when its target is fitted; leave it out"
                 )
+        for name, moment in vars(self.mechanism).items() if self.mechanism is not None else ():
+            if name.endswith(("start", "until")) and moment is not None:
+                check_moment(moment, f"{type(self.mechanism).__name__}.{name}")
         own = self.mechanism.fit_until if self.mechanism is not None and self.mechanism.fits_after else None
         if self.fit_until is not None and own is not None:
             raise ValueError(

@@ -41,6 +41,16 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def is_whole(value: object, least: int = 1) -> bool:
+    """Whether a value is a whole number of at least so much (True and False are not).
+
+    Example:
+        >>> is_whole(2), is_whole(0), is_whole(2.0), is_whole(True)
+        (True, False, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def check_moment(moment: Moment, field: str) -> None:
     """Refuse what is no moment of any training.
 
@@ -113,9 +123,15 @@ class _Ramp(Schedule):
     end: Moment = 1.0
 
     def __post_init__(self) -> None:
+        name = type(self).__name__
         for field in ("first", "last"):
-            if not math.isfinite(getattr(self, field)):
-                raise ValueError(f"{type(self).__name__}({field}={getattr(self, field)}): must be a finite number")
+            value = getattr(self, field)
+            if not (is_number(value) and math.isfinite(value)):
+                raise ValueError(f"{name}({field}={value!r}): must be a finite number")
+        for field in ("begin", "end"):
+            check_moment(getattr(self, field), f"{name}.{field}")
+        if type(self.begin) is type(self.end) and self.end < self.begin:
+            raise ValueError(f"{name}(begin={self.begin}, end={self.end}): must not end before it begins")
 
     def __call__(self, step: int, total_steps: int | None) -> float:
         name = type(self).__name__

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from detent.mechanisms.base import Clock, Mechanism, Slot, never_zero
-from detent.schedules import Moment, Number, Schedule, check_moment, step_at, value_at
+from detent.schedules import Moment, Number, Schedule, check_moment, is_whole, step_at, value_at
 from detent.targets import Params, Target
 from detent.targets.base import compute_dtype
 
@@ -126,8 +126,10 @@ class HardProjection(Mechanism):
     memory: ClassVar[tuple[str, ...]] = ("mask",)
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"HardProjection(every={self.every}): must be >= 1 step")
+        if not is_whole(self.every):
+            raise ValueError(f"HardProjection(every={self.every!r}): must be a whole number >= 1 of steps")
+        if not isinstance(self.masks, bool):
+            raise ValueError(f"HardProjection(masks={self.masks!r}): must be True or False")
 
     @property
     def fit_every(self) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from detent.grouping import GranularityLike, Layout, granularity_of
+from detent.schedules import is_whole
 from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite, compute_dtype
 from detent.targets.kmeans import kmeans, ternary_scale
 
@@ -232,8 +233,8 @@ class Uniform(_Scaled):
         if self.range not in ("minmax", "ema", "mse", "alternate", "interval"):
             known = '"minmax", "ema", "mse", "alternate" or "interval"'
             raise ValueError(f"Uniform(range={self.range!r}): must be {known}")
-        if self.rounds < 1:
-            raise ValueError(f"Uniform(rounds={self.rounds}): must be >= 1")
+        if not is_whole(self.rounds):
+            raise ValueError(f"Uniform(rounds={self.rounds!r}): must be a whole number >= 1")
         _check_param_dtype("Uniform", self.param_dtype)
 
     @property
