@@ -215,7 +215,9 @@ ERRORS: dict[str, ErrorCase] = {
     "bits too few": ErrorCase(make=lambda: dt.Uniform(bits=1), says="Uniform(bits=1)"),
     "bits too many": ErrorCase(make=lambda: dt.Uniform(bits=9), says="Uniform(bits=9)"),
     "no such range": ErrorCase(make=lambda: dt.Uniform(bits=4, range="max"), says='"mse", "alternate" or "interval"'),  # type: ignore[arg-type]
-    "no rounds": ErrorCase(make=lambda: dt.Uniform(bits=4, rounds=0), says="Uniform(rounds=0): must be >= 1"),
+    "no rounds": ErrorCase(
+        make=lambda: dt.Uniform(bits=4, rounds=0), says="Uniform(rounds=0): must be a whole number >= 1"
+    ),
     "no such scale of a binary": ErrorCase(make=lambda: dt.Binary(scale="max"), says='must be "mean" or None'),  # type: ignore[arg-type]
     "no such param dtype of a binary": ErrorCase(
         make=lambda: dt.Binary(param_dtype="float64"),  # type: ignore[arg-type]
@@ -374,7 +376,9 @@ ERRORS: dict[str, ErrorCase] = {
     "clip_norm not positive": ErrorCase(make=lambda: dt.PSG(clip_norm=0.0), says="PSG(clip_norm=0.0): must be > 0"),
     "no such form": ErrorCase(make=lambda: dt.PSG(form="grad"), says='"auto", "gradient" or "update"'),  # type: ignore[arg-type]
     "no such units": ErrorCase(make=lambda: dt.PSG(units="metre"), says='must be "cell" or "weight"'),  # type: ignore[arg-type]
-    "project never": ErrorCase(make=lambda: dt.HardProjection(every=0), says="HardProjection(every=0): must be >= 1"),
+    "project never": ErrorCase(
+        make=lambda: dt.HardProjection(every=0), says="HardProjection(every=0): must be a whole number >= 1"
+    ),
     "ramp to nowhere": ErrorCase(make=lambda: dt.Linear(first=0.0, last=float("nan")), says="Linear(last=nan)"),
     "exponential from zero": ErrorCase(make=lambda: dt.Exponential(first=0.0, last=1.0), says="both must be > 0"),
     "latent limit not positive": ErrorCase(make=lambda: dt.STE(clip_latent=0.0), says="STE(clip_latent=0.0): must be"),
@@ -486,9 +490,9 @@ ERRORS: dict[str, ErrorCase] = {
     ),
     "no rules": ErrorCase(make=lambda: dt.Recipe([]), says="give at least one Rule"),
     "not a rule": ErrorCase(make=lambda: dt.Recipe([_U4]), says="every entry must be a Rule, not Uniform"),  # type: ignore[list-item]
-    "rounds in words": ErrorCase(make=lambda: dt.Uniform(rounds="x"), says="Uniform(rounds='x')"),  # type: ignore[arg-type]
+    "rounds in words": ErrorCase(make=lambda: dt.Uniform(bits=4, rounds="x"), says="Uniform(rounds='x')"),  # type: ignore[arg-type]
     "a list of granularities": ErrorCase(
-        make=lambda: dt.Uniform(granularity=["channel"]),  # type: ignore[arg-type]
+        make=lambda: dt.Uniform(bits=4, granularity=["channel"]),  # type: ignore[arg-type]
         says="granularity=['channel']: must be",
     ),
     "a group of text": ErrorCase(make=lambda: dt.Group(size="3"), says="Group(size='3')"),  # type: ignore[arg-type]
