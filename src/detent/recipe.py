@@ -6,20 +6,21 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import yaml
 from torch import nn
 
 from detent.grouping import Layout
-from detent.mechanisms import ADMM, PSG, STE, CodebookLearning, Mechanism, MirrorDescent
+from detent.mechanisms import Mechanism
+from detent.presets import PRESETS
 from detent.schedules import Moment, check_moment, is_number, is_whole
 from detent.specs import build, nearest, short, to_spec
-from detent.targets import Binary, KernelCodebook, Target, Ternary, TopK, Uniform, Zero
+from detent.targets import Target
 
 __all__ = ["Claim", "Plan", "Recipe", "Rule", "Stage", "canonical_name"]
 
@@ -223,6 +224,7 @@ class Recipe:
         ValueError: no rules, both rules and stages, or shares of stages that do not add up to 1.
 
     Example:
+        >>> from detent import PSG, Uniform
         >>> recipe = Recipe([Rule(match=r"^0", target=Uniform(bits=4), mechanism=PSG())])
         >>> print(recipe.resolve(nn.Sequential(nn.Linear(4, 3))))
         parameter  shape   becomes          pulled by  note
@@ -316,20 +318,25 @@ class Recipe:
             >>> Recipe.preset("psg-w4", start=0.3).rules[-1].mechanism.start
             0.3
         """
-        if not isinstance(name, str) or name not in _PRESETS:
-            known = ", ".join(_PRESETS)
-            raise ValueError(f"Recipe.preset({name!r}): unknown{nearest(str(name), _PRESETS)}; known: {known}")
-        recipe, taken = _PRESETS[name](), set()
+        if not isinstance(name, str) or name not in PRESETS:
+            known = ", ".join(PRESETS)
+            raise ValueError(f"Recipe.preset({name!r}): unknown{nearest(str(name), PRESETS)}; known: {known}")
+        made, taken = PRESETS[name](), set()
 
-        def changed(rule: Rule) -> Rule:
-            mechanism: Any = rule.mechanism
+        def rule(fields: dict[str, Any]) -> Rule:
+            mechanism: Any = fields.get("mechanism")
             own = getattr(mechanism, "__dataclass_fields__", ())
             mine = {key: value for key, value in changes.items() if key in own}
             taken.update(mine)
-            return replace(rule, mechanism=replace(mechanism, **mine)) if mine else rule
+            return Rule(**{**fields, "mechanism": replace(mechanism, **mine)} if mine else fields)
 
-        stages = [replace(stage, rules=tuple(map(changed, stage.rules))) for stage in recipe.stages]
-        recipe = Recipe(stages=stages) if stages else Recipe([changed(rule) for rule in recipe.rules])
+        if "stages" in made:
+            stages = [
+                Stage(**{**fields, "rules": [rule(each) for each in fields["rules"]]}) for fields in made["stages"]
+            ]
+            recipe = Recipe(stages=stages)
+        else:
+            recipe = Recipe([rule(fields) for fields in made["rules"]])
         if unknown := sorted(changes.keys() - taken):
             raise ValueError(f"Recipe.preset({name!r}, {unknown[0]}=...): none of its mechanisms has that field")
         return recipe
@@ -692,109 +699,3 @@ def _stage(values: Any, where: str) -> Stage:
         return Stage(rules=rules, share=values["share"], name=str(values.get("name", "")))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-# --- Presets ------------------------------------------------------------------------------------------------------
-
-
-# Recurrent layers number theirs: weight_ih_l0, weight_hh_l1_reverse.
-_WEIGHTS = r"weight(_(ih|hh|hr)(_l\d+(_reverse)?)?)?$"
-
-
-def _psg_preset(bits: int) -> Callable[[], Recipe]:
-    def make() -> Recipe:
-        ends = [
-            Rule(match=where, target=Uniform(bits=8), mechanism=PSG(), pinned=True, optional=True)
-            for where in ("@first", "@last")
-        ]
-        return Recipe([*ends, Rule(match=_WEIGHTS, target=Uniform(bits=bits), mechanism=PSG(), optional=True)])
-
-    return make
-
-
-def _paper_preset(bits: int) -> Callable[[], Recipe]:
-    def make() -> Recipe:
-        def rule(match: str, width: int, pinned: bool) -> Rule:
-            return Rule(
-                match=match,
-                target=Uniform(bits=width, range="ema"),
-                mechanism=PSG.paper(lambda_s=150),
-                include="@linear",
-                pinned=pinned,
-                fit_every=1,
-                fit_until=1.0,
-                weight_decay=0.0 if bits == 2 else None,
-            )
-
-        ends = [rule(where, 8, True) for where in ("@first", "@last")] if bits <= 3 else []
-        return Recipe([*ends, rule(rf"{_WEIGHTS}|bias$", bits, False)])
-
-    return make
-
-
-def _prune_preset() -> Recipe:
-    target, mechanism = TopK(keep=0.1, scope="model"), PSG(toward=Zero())
-    return Recipe([Rule(match=_WEIGHTS, target=target, mechanism=mechanism)])
-
-
-def _kq_preset(book: Literal["layer", "global"]) -> Callable[[], Recipe]:
-    def make() -> Recipe:
-        def ends(match: str) -> Rule:
-            grid = Uniform(bits=8, granularity="channel", range="minmax")
-            return Rule(match=match, target=grid, mechanism=STE(), pinned=True, optional=True)
-
-        target = KernelCodebook(size=512, book=book)
-        # A network whose first layer is its only convolution has no other kernels.
-        kernels = Rule(match="@kernels", target=target, mechanism=CodebookLearning(), optional=True)
-        return Recipe([ends("@first"), kernels, ends(_WEIGHTS)])
-
-    return make
-
-
-def _admm_prune_preset(rate: int) -> Callable[[], Recipe]:
-    def make() -> Recipe:
-        def stage(kept: float) -> Stage:
-            target = TopK(keep=1 / kept, scope="model")
-            rule = Rule(match=_WEIGHTS, target=target, mechanism=ADMM(rho=5e-3, growth=1.5, every=0.1))
-            return Stage(rules=[rule], share=0.5, name=f"prune {kept:g}x")
-
-        return Recipe(stages=[stage(rate / 2), stage(rate)])
-
-    return make
-
-
-def _admm_binary_preset() -> Recipe:
-    ends = ("@first", "@last")
-    pull = ADMM(every=0.1, growth=2.0, rounds=(0.5, 0.75, 0.9, 1.0))
-    # With one layer it is both ends; with two there is nothing between, and the first stage trains as ever.
-    body = Rule(match=_WEIGHTS, target=Binary(), mechanism=pull, optional=True)
-    kept = [Rule(match=end, keep=True, optional=True) for end in ends]
-    last = [Rule(match=end, target=Binary(), mechanism=pull, optional=True) for end in ends]
-    stages = [Stage(rules=[*kept, body], share=0.6, name="all but the ends"), Stage(rules=last, share=0.4, name="ends")]
-    return Recipe(stages=stages)
-
-
-def _uniform_preset(bits: int) -> Callable[[], Recipe]:
-    # No ends at 8 bits: a bare state dict does not say which layer is first or last.
-    return lambda: Recipe([Rule(match=_WEIGHTS, target=Uniform(bits=bits, granularity="channel"))])
-
-
-def _md_preset(target: Target) -> Callable[[], Recipe]:
-    def make() -> Recipe:
-        return Recipe([Rule(match=_WEIGHTS, target=target, mechanism=MirrorDescent())])
-
-    return make
-
-
-_PRESETS: dict[str, Callable[[], Recipe]] = {
-    **{f"psg-w{bits}": _psg_preset(bits) for bits in (8, 6, 4, 3, 2)},
-    "psg-prune90": _prune_preset,
-    **{f"psg-paper-w{bits}": _paper_preset(bits) for bits in (8, 6, 4, 3, 2)},
-    **{f"admm-prune-{rate}x": _admm_prune_preset(rate) for rate in (10, 70, 246)},
-    "admm-binary": _admm_binary_preset,
-    "md-binary": _md_preset(Binary()),
-    "md-ternary": _md_preset(Ternary()),
-    "kq": _kq_preset("global"),
-    "kq-layer": _kq_preset("layer"),
-    **{f"uniform-w{bits}": _uniform_preset(bits) for bits in (8, 6, 4, 3, 2)},
-}
