@@ -8,12 +8,14 @@ Each is measured at full precision and at 8, 6, 4, 3 and 2 bits, data-free and w
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from detent.report.record import Record
 from papers.train import Experiment, all_seeds
 from papers.tune import held_out, tuned
 
@@ -47,6 +49,9 @@ def prune(mechanism: dict[str, Any] | None, keep: float = 0.1) -> dict[str, Any]
 
 
 PSG = {"kind": "PSG"}
+# --gains tries PSG's gain, one for all widths, on these widths and at these values.
+GAIN_BITS = (3, 2)
+GAINS = (4.0, 8.0, 16.0)
 # Towards zero PSG lets small weights be, and weight decay takes them the rest of the way (docs/psg.md).
 PRUNE_DECAY = 5e-3
 # --tune tries the number in RIVALS times these, and goes on in such steps where the best is at the edge.
@@ -83,6 +88,7 @@ def experiment(
     *,
     milestones: bool,
     knob: float | None = None,
+    gain: float | None = None,
     holdout: int = 0,
     **extra: Any,
 ) -> Experiment:
@@ -94,6 +100,7 @@ def experiment(
         seeds: of order and augmentation.
         milestones: the published steps of the rate instead of a cosine to zero.
         knob: instead of the rival's own number for what its "tune" names.
+        gain: instead of PSG's own, for a rival that has it with a scale a tensor.
         holdout: training images that are kept apart.
         extra: more fields of the experiment.
     """
@@ -101,6 +108,9 @@ def experiment(
     if knob is not None:
         setting = {**setting, setting["tune"]: knob}
     recipe = paper(setting["paper"], setting["lambda_s"]) if "paper" in setting else setting["recipe"]
+    if gain is not None:
+        assert recipe is not None
+        recipe = ends_at_8(recipe["rules"][-1]["target"]["bits"], {**PSG, "gain": gain})
     own = 4 if recipe is None else recipe["rules"][-1]["target"].get("bits")
     schedule = {"kind": "step", "milestones": [epochs * 40 / 68]} if milestones else {"kind": "cosine"}
     sparse = {"prune90": prune(None), "prune80": prune(None, 0.2)}
@@ -155,6 +165,25 @@ def experiment(
     )
 
 
+def choose_gain(epochs: int, out: Path, data_dir: Path, console: Console, kinds: dict[str, Any]) -> None:
+    """One training for each of `GAINS` and `GAIN_BITS`, measured on held-out training images; writes a record."""
+    record = Record(
+        name="psg-cifar100-gain",
+        question="Which gain should PSG have, one for all widths?",
+        seeds=[1000],
+        config={"epochs": epochs, "gains": GAINS, "bits": GAIN_BITS, "holdout": HOLDOUT, **kinds},
+        notes="Accuracy (%) on images held out from the train split; the checkpoint has seen them.",
+    )
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    with record:
+        for gain, bits in itertools.product(GAINS, GAIN_BITS):
+            plan = experiment(f"psg-w{bits}", epochs, [1000], gain=gain, holdout=HOLDOUT, **kinds)
+            lives = held_out(plan, out / f"w{bits}-{gain:g}-{epochs}", data_dir, console)
+            found.setdefault(f"{gain:g}", {})[str(bits)] = lives
+    mean = {gain: sum(lives["compressed"] for lives in of.values()) / len(of) for gain, of in found.items()}
+    record.write(out / "record.json", {"held_out": found, "mean": mean, "best": float(max(mean, key=mean.__getitem__))})
+
+
 def main(
     data_dir: Annotated[Path, typer.Option(help="folder with data/ and checkpoints/", envvar="DETENT_SHARED")],
     epochs: Annotated[int, typer.Option(min=1)] = 68,
@@ -170,11 +199,17 @@ def main(
         int | None,
         typer.Option(min=1, help="epochs of each trial that chooses what a rival tunes, on held-out train images"),
     ] = None,
+    gains: Annotated[
+        int | None, typer.Option(min=1, help="epochs of the trials that choose PSG's gain, and train nothing else")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume")] = False,
 ) -> None:
     """Trains the rivals one after another and writes a record for each."""
     console = Console()
     kinds: dict[str, Any] = {"milestones": milestones, "compile": compiled, "threads": threads}
+    if gains is not None:
+        choose_gain(gains, out / "gain", data_dir, console, kinds)
+        return
     for rival in only or list(RIVALS):
         if rival not in RIVALS:
             raise typer.BadParameter(f"--only {rival}: must be one of {', '.join(RIVALS)}")
