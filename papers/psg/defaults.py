@@ -2,10 +2,11 @@
 
     python -m papers.psg.defaults digits-sgd lenet-mnist --data-dir ../shared
 
-Every variant of a task starts from the same weights (a seed), sees the same batches and takes the last epoch. What it
-was trained for is then measured on the images held out from the *train* split: full precision, and the compressed life
-at the trained width, data-free and (where there is BatchNorm) re-estimated. Finished trainings are kept in ``--out``,
-one line each, so that a run that was cut off goes on; the record is written from them after every seed.
+Every variant of a task starts from the same trained weights (a seed's own, or a checkpoint's), for PSG is made for
+trained networks, sees the same batches and takes the last epoch. What it was trained for is then measured on the
+images held out from the *train* split: full precision, and the compressed life at the trained width, data-free and
+(where there is BatchNorm) re-estimated. Finished trainings are kept in ``--out``, one line each, so that a run that was
+cut off goes on; the record is written from them after every seed.
 """
 
 from __future__ import annotations
@@ -50,8 +51,7 @@ CODE = tuple(f"src/detent/{part}" for part in ("mechanisms", "targets", "engine.
 # --- variants -----------------------------------------------------------------------------------------------------
 
 # Spelt out, so that a later change of a default does not change what these names mean.
-BASE: dict[str, Any] = {"gain": 12.0, "eps": dt.Linear(first=0.05, last=0.0, end=0.8), "clip": True, "clip_start": 0.1}
-FIT_EVERY, FIT_UNTIL = 100, 0.3
+BASE: dict[str, Any] = {"gain": 4.0, "eps": dt.Linear(first=0.05, last=0.0, end=0.8), "clip": True, "clip_start": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,12 @@ class MeanUnit(dt.Mechanism):
     @property
     def fit_until(self) -> Moment | None:
         return self.psg.fit_until
+
+    def fits_until(self, target: dt.Target) -> Moment | None:
+        return self.psg.fits_until(target)
+
+    def wants_fit(self, clock: Clock) -> bool:
+        return self.psg.wants_fit(clock)
 
     def active(self, clock: Clock) -> bool:
         return self.psg.active(clock)
@@ -106,7 +112,7 @@ class Variant:
         name: unique.
         factor: what it differs in from the base ("base", "gain", ..., or "rival").
         mechanism: `None` for plain training.
-        fit_until: fraction of training, or step, from which the grid is frozen.
+        fit_until: fraction of training from which the grid is frozen, instead of the mechanism's own.
         paper: the published form: running min-max range fitted at every step, linear biases on a grid of their own,
             no weight decay at 2 bits.
     """
@@ -114,35 +120,31 @@ class Variant:
     name: str
     factor: str
     mechanism: dt.Mechanism | None
-    fit_until: float = FIT_UNTIL
+    fit_until: float | None = None
     paper: bool = False
 
 
 def _variants() -> Iterator[Variant]:
-    def psg(factor: str, name: str, fit_until: float = FIT_UNTIL, **changed: Any) -> Variant:
+    def psg(factor: str, name: str, fit_until: float | None = None, **changed: Any) -> Variant:
         return Variant(name=name, factor=factor, mechanism=dt.PSG(**BASE | changed), fit_until=fit_until)
 
     yield psg("base", "base")
     yield Variant(name="SGD", factor="rival", mechanism=None)
-    yield Variant(name="Clip", factor="rival", mechanism=dt.Clip(start=0.1))
-    yield Variant(name="Clip when frozen", factor="rival", mechanism=dt.Clip(start=None))
-    yield psg("clip", "clip when frozen", clip_start=None)
-    yield from (psg("gain", f"gain {gain}", gain=float(gain)) for gain in (4, 2, 8, 20, 30, 1))
+    yield Variant(name="Clip", factor="rival", mechanism=dt.Clip())
+    yield from (psg("gain", f"gain {gain}", gain=float(gain)) for gain in (8, 2, 16, 1))
     yield psg("clip", "clip off", clip=False)
-    # Where a gain is too hot and where clipping starts are not independent: clipping also keeps weights from growing.
-    yield from (psg("pair", f"gain {gain}, clip when frozen", gain=float(gain), clip_start=None) for gain in (4, 8))
-    yield psg("pair", "gain 4, clip from 0", gain=4.0, clip_start=0.0)
-    yield psg("pair", "gain 4, fit once", fit_until=1, gain=4.0)
-    yield psg("clip", "clip from 0", clip_start=0.0)
+    yield psg("clip", "clip from 0.1", clip_start=0.1)
+    yield psg("clip", "clip when frozen", clip_start=None)
+    # The range is fitted again to what it has clipped: it shrinks, and the weights with it.
+    yield psg("fit_until", "fit until 0.3", 0.3)
     yield psg("eps", "eps 0", eps=0.0)
-    yield psg("eps", "eps 0.02", eps=0.02)
-    yield psg("eps", "eps 0.1", eps=0.1)
-    yield from (psg("fit_until", f"fit until {until}", until) for until in (0.1, 0.6, 1.0))
+    yield psg("eps", "eps 0.05", eps=0.05)
+    yield psg("eps", "eps 0.1 to 0", eps=dt.Linear(first=0.1, last=0.0, end=0.8))
     yield from (psg("start", f"start {start}", start=start) for start in (0.1, 0.3))
-    for gain in (4, 12, 1):
+    for gain in (4, 2, 8):
         rival = MeanUnit(psg=replace(dt.PSG(**BASE), gain=float(gain)))
         yield Variant(name=f"mean unit, gain {gain}", factor="unit", mechanism=rival)
-    for lambda_s in (150, 50, 20, 450):
+    for lambda_s in (150, 50, 20, 450, 1350):
         mechanism = dt.PSG.paper(lambda_s=float(lambda_s))
         yield Variant(name=f"paper {lambda_s}", factor="rival", mechanism=mechanism, fit_until=1.0, paper=True)
 
@@ -167,6 +169,8 @@ class Task:
         classes: number of classes.
         optimizer: "SGD" (momentum 0.9) or "AdamW"; cosine to 0.
         rate: learning rate.
+        first_epochs: passes of plain training before the variants part, at `first_rate`; 0 with a checkpoint.
+        first_rate: learning rate of those.
         decay: weight decay.
         epochs: passes over what is trained on.
         held_out: images of the train split that are never trained on, drawn anew for every seed.
@@ -183,6 +187,8 @@ class Task:
     classes: int = 10
     optimizer: str = "SGD"
     rate: float
+    first_epochs: int = 0
+    first_rate: float = 0.1
     decay: float = 5e-4
     epochs: int
     held_out: int
@@ -199,13 +205,17 @@ class Task:
         return {**dataclasses.asdict(self), "model": getattr(self.model, "__name__", str(self.model))}
 
 
-_DIGITS = Task(model=deep_digits, rate=0.1, epochs=30, held_out=359, ends=("conv1.weight", "fc.weight"))
+_DIGITS = Task(
+    model=deep_digits, first_epochs=20, rate=0.03, epochs=30, held_out=359, ends=("conv1.weight", "fc.weight")
+)
 TASKS: dict[str, Task] = {
     "digits-sgd": _DIGITS,
     "digits-sgd-all": dataclasses.replace(_DIGITS, ends=()),
-    "digits-adamw": dataclasses.replace(_DIGITS, optimizer="AdamW", rate=3e-3, decay=1e-2),
+    "digits-adamw": dataclasses.replace(_DIGITS, optimizer="AdamW", first_rate=3e-3, rate=1e-3, decay=1e-2),
     "lenet-mnist": Task(
         model=LeNet5,
+        first_epochs=3,
+        first_rate=0.01,
         rate=0.01,
         epochs=3,
         held_out=5000,
@@ -231,7 +241,7 @@ TASKS: dict[str, Task] = {
 def recipe_of(task: Task, variant: Variant, bits: int) -> dt.Recipe:
     """First and last weight at 8 bits if the task says so, the rest at `bits`, one scale a tensor."""
     how = "ema" if variant.paper else "mse"
-    rest: dict[str, Any] = {"mechanism": variant.mechanism, "fit_every": FIT_EVERY, "fit_until": variant.fit_until}
+    rest: dict[str, Any] = {"mechanism": variant.mechanism, "fit_until": variant.fit_until}
     if variant.paper:
         rest |= {"fit_every": 1, "include": r"(fc\d?|dense)\.bias$"}
     rules = [
@@ -253,6 +263,7 @@ class Bench:
     seed: int
     train: ImageSet
     held_out: ImageSet
+    started: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def of(task: Task, seed: int, data_dir: Path | None, cache: Path) -> Bench:
@@ -284,16 +295,30 @@ class Bench:
         more: dict[str, Any] = {"crop": crop, "flip": crop > 0, "seed": self.seed, "drop_last": training}
         return Batches(images.images, images.labels, size, training, mean, std, **more)
 
+    def trained(self) -> nn.Module:
+        """The network that every variant starts from; trained plainly the first time it is asked for."""
+        task = self.task
+        torch.manual_seed(self.seed)
+        model = task.model()
+        if task.checkpoint is not None:
+            load_checkpoint(model, task.checkpoint)
+        if task.first_epochs and not self.started:
+            batches = self.batches(self.train, task.batch, training=True)
+            optimizer = _optimizer(task, model, task.first_rate, task.decay)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.first_epochs * len(batches))
+            if not _train(model, optimizer, schedule, batches, range(task.first_epochs)):
+                raise RuntimeError(f"plain training diverges at first_rate={task.first_rate}")
+            self.started.update({name: value.clone() for name, value in model.state_dict().items()})
+        if self.started:
+            model.load_state_dict(self.started)
+        return model
+
 
 def train_one(bench: Bench, variant: Variant, bits: int | None) -> list[dict[str, Any]]:
     """Trains one variant and measures it: one row a width (plain training is measured at all of them)."""
     task, began = bench.task, time.process_time()
-    torch.manual_seed(bench.seed)
-    model = task.model()
-    if task.checkpoint is not None:
-        load_checkpoint(model, task.checkpoint)
-    decay = 0.0 if variant.paper and bits == 2 else task.decay
-    optimizer = _optimizer(task, model, decay)
+    model = bench.trained()
+    optimizer = _optimizer(task, model, task.rate, 0.0 if variant.paper and bits == 2 else task.decay)
     batches = bench.batches(bench.train, task.batch, training=True)
     total = task.epochs * len(batches)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
@@ -301,7 +326,9 @@ def train_one(bench: Bench, variant: Variant, bits: int | None) -> list[dict[str
     if variant.mechanism is not None:
         assert bits is not None
         run = dt.attach(model, optimizer, recipe_of(task, variant, bits), total, nonfinite="ignore")
-    diverged = not _train(model, optimizer, schedule, batches, task.epochs)
+    diverged = not _train(
+        model, optimizer, schedule, batches, range(task.first_epochs, task.first_epochs + task.epochs)
+    )
     rows = []
     for width in WIDTHS if bits is None else (bits,):
         row: dict[str, Any] = {"variant": variant.name, "bits": width, "seed": bench.seed, "steps": total}
@@ -316,10 +343,10 @@ def train_one(bench: Bench, variant: Variant, bits: int | None) -> list[dict[str
     return rows
 
 
-def _optimizer(task: Task, model: nn.Module, decay: float) -> torch.optim.Optimizer:
+def _optimizer(task: Task, model: nn.Module, rate: float, decay: float) -> torch.optim.Optimizer:
     if task.optimizer == "AdamW":
-        return torch.optim.AdamW(model.parameters(), lr=task.rate, weight_decay=decay)
-    return torch.optim.SGD(model.parameters(), lr=task.rate, momentum=0.9, weight_decay=decay)
+        return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay)
+    return torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=decay)
 
 
 def _train(
@@ -327,11 +354,11 @@ def _train(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     batches: Batches,
-    epochs: int,
+    epochs: range,
 ) -> bool:
     """Trains to the end; False if the loss stopped being a number."""
     model.train()
-    for epoch in range(epochs):
+    for epoch in epochs:
         batches.set_epoch(epoch)
         for x, y in batches:
             optimizer.zero_grad()
