@@ -114,10 +114,11 @@ def experiment(
     own = 4 if recipe is None else recipe["rules"][-1]["target"].get("bits")
     schedule = {"kind": "step", "milestones": [epochs * 40 / 68]} if milestones else {"kind": "cosine"}
     sparse = {"prune90": prune(None), "prune80": prune(None, 0.2)}
-    # Every rival with a scale a tensor is also read on both grids of the comparison, whatever it trained on: all layers
-    # on min-max ranges as published, and first and last at 8 bits on searched ranges as ours.
+    # Every rival with a scale a tensor is also read on the other grid of the comparison: all layers on min-max ranges
+    # as published, and first and last at 8 bits on searched ranges as ours.
     rounding = {f"minmax-w{bits}": f"psg-paper-w{bits}" for bits in (4, 3, 2)}
-    rounding |= {f"ends8-w{bits}": ends_at_8(bits, None) for bits in (4, 3, 2)}
+    if "paper" in setting:
+        rounding |= {f"ends8-w{bits}": ends_at_8(bits, None) for bits in (4, 3, 2)}
     channel = {f"channel-w{bits}": ends_at_8(bits, None, "channel") for bits in (4, 3, 2)}
     if rival.endswith("-channel"):
         rounding = channel
