@@ -10,7 +10,7 @@ from rich.console import Console
 
 from papers.train import Experiment, Trainer, differences
 
-__all__ = ["held_out", "tuned"]
+__all__ = ["chosen", "held_out", "tuned"]
 
 Lives = dict[str, float]
 
@@ -84,3 +84,34 @@ def held_out(plan: Experiment, out: Path, data_dir: Path | None, console: Consol
     if differs:
         raise ValueError(f"{kept} is of another trial: {differs} differ; choose another --out, or remove it")
     return trial["accuracy"]
+
+
+def chosen(
+    plan_of: Callable[[float], Experiment],
+    numbers: Sequence[float],
+    out: Path,
+    data_dir: Path | None,
+    console: Console | None = None,
+    *,
+    step: float | None = None,
+) -> tuple[float, dict[str, Lives]]:
+    """The number whose experiment is best on held-out training images, and what every one tried gave.
+
+    Args:
+        plan_of: the experiment of a number, with images held out.
+        numbers: as for `tuned`.
+        out: every trial has a folder of its own in it, named by its number and epochs.
+        data_dir: as for `Trainer`.
+        console: where progress goes.
+        step: as for `tuned`.
+
+    Returns:
+        The best number, and the lives by number as text, for a record.
+    """
+
+    def trial(number: float) -> Lives:
+        plan = plan_of(number)
+        return held_out(plan, out / f"tune-{number:.6g}-{plan.epochs}", data_dir, console)
+
+    best, found = tuned(trial, numbers, step=step)
+    return best, {f"{number:.6g}": lives for number, lives in found.items()}

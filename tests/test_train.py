@@ -26,7 +26,7 @@ from papers.train import (
     main,
     one_seed,
 )
-from papers.tune import held_out, tuned
+from papers.tune import chosen, held_out, tuned
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "papers" / "experiments"
 
@@ -237,6 +237,16 @@ def test_a_trial_that_diverges_is_the_worst_and_no_more() -> None:
     assert tuned(trial, [0.1, 0.2], step=3.0)[0] == 0.2
     with pytest.raises(RuntimeError, match="out of memory"):
         tuned(lambda rate: (_ for _ in ()).throw(RuntimeError("out of memory")), [0.1])
+
+
+def test_the_number_chosen_is_the_best_of_trainings_that_saw_no_test_data(tmp_path: Path) -> None:
+    def plan(rate: float) -> Experiment:
+        data = {**tiny().data.model_dump(), "holdout": 100}
+        return tiny(epochs=1, data=data, optimizer={"name": "SGD", "args": {"lr": rate}})
+
+    best, found = chosen(plan, [1e-6, 0.05], tmp_path, None)
+    assert best == 0.05 and found["0.05"]["full"] > found["1e-06"]["full"]
+    assert found["0.05"] == held_out(plan(0.05), tmp_path / "tune-0.05-1", None)
 
 
 def test_distillation_is_the_divergence_from_the_initial_network(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import detent as dt
 from detent.report.record import Record
 from papers import models
 from papers.train import Experiment, all_seeds, load_recipe
-from papers.tune import held_out, tuned
+from papers.tune import chosen
 
 CHECKPOINT = "checkpoints/cifar100_resnet32_sgd150.safetensors"
 SCHEMES: tuple[tuple[str, int], ...] = (*(("global", k) for k in (64, 256, 512, 1024)), ("layer", 64), ("layer", 256))
@@ -281,12 +281,10 @@ def train(
         rate, further = RATE, {}
         if tune is not None:
 
-            def trial(number: float, rival: str = rival, length: int = tune, folder: Path = folder) -> dict[str, float]:
-                plan = experiment(rival, length, [1000], threads, steps, number, HOLDOUT, distill)
-                return held_out(plan, folder / f"tune-{number:.3g}-{length}", data_dir, console)
+            def trial(number: float, rival: str = rival, length: int = tune) -> Experiment:
+                return experiment(rival, length, [1000], threads, steps, number, HOLDOUT, distill)
 
-            rate, found = tuned(trial, [RATE * times for times in TIMES], step=STEP)
-            tried = {f"{number:.3g}": lives for number, lives in found.items()}
+            rate, tried = chosen(trial, [RATE * times for times in TIMES], folder, data_dir, console, step=STEP)
             further = {"tuned": {"lr": rate, "epochs": tune, "held_out": tried}}
         plan = experiment(rival, epochs, seed or [1], threads, steps, rate, distill=distill)
 

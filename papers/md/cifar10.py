@@ -13,6 +13,7 @@ recipe instead: 100,000 steps, the rate times 0.3 every 30,000 of them, beta tim
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ from torch import nn
 from detent.report.record import Record
 from papers import models
 from papers.train import Experiment, one_seed, summary
-from papers.tune import held_out, tuned
+from papers.tune import chosen
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECORDS = ROOT / "benchmarks" / "records"
@@ -178,7 +179,7 @@ def main(
         torch.set_num_threads(threads)
     results: dict[str, Any] = {}
     config = {"model": model, "epochs": epochs, "rates": rates, "tuned": tune, "scale": scale, "max_steps": max_steps}
-    length = tune_epochs or epochs
+    length, kept = tune_epochs or epochs, 300 if model == "digits" else HOLDOUT
     config |= {"tune_epochs": length if tune else None, "paper": paper, "precision": precision}
     record = Record(
         name=record_as or f"md-{model}",
@@ -193,14 +194,9 @@ def main(
             folder = out / model / ("scaled" if scale else "unscaled") / name
             rate, tried = rates[0], {}
             if tune:
-
-                def trial(number: float, name: str = name, folder: Path = folder) -> dict[str, float]:
-                    kept = 300 if model == "digits" else HOLDOUT
-                    plan = experiment(name, model, length, number, [1000], holdout=kept, **kinds)
-                    return held_out(plan, folder / f"tune-{number:g}-{length}", data_dir)
-
-                rate, found = tuned(trial, rates)
-                tried = {f"{lr:g}": found[lr].get("compressed", found[lr]["full"]) for lr in rates}
+                trial = functools.partial(experiment, name, model, length, seeds=[1000], holdout=kept, **kinds)
+                rate, found = chosen(lambda number, of=trial: of(lr=number), rates, folder, data_dir)
+                tried = {lr: lives.get("compressed", lives["full"]) for lr, lives in found.items()}
             plan = experiment(name, model, epochs, rate, seeds, holdout=HOLDOUT if paper else 0, **kinds)
             runs = [one_seed(plan, n, folder / f"seed{n}", data_dir, folder, resume, console) for n in seeds]
             results[name] = {"lr": rate, "held_out": tried, "summary": summary(runs)}

@@ -8,6 +8,7 @@ Each is measured at full precision and at 8, 6, 4, 3 and 2 bits, data-free and w
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from detent.report.record import Record
 from papers.train import Experiment, all_seeds
-from papers.tune import held_out, tuned
+from papers.tune import chosen, held_out
 
 GRID8 = {"kind": "Uniform", "bits": 8}
 
@@ -218,13 +219,11 @@ def main(
         knob, further = None, {}
         if tune is not None and "tune" in RIVALS[rival]:
             what = RIVALS[rival]["tune"]
-
-            def trial(number: float, rival: str = rival, length: int = tune, folder: Path = folder) -> dict[str, float]:
-                plan = experiment(rival, length, [1000], knob=number, holdout=HOLDOUT, **kinds)
-                return held_out(plan, folder / f"tune-{number:.3g}-{length}", data_dir, console)
-
-            knob, found = tuned(trial, [RIVALS[rival][what] * times for times in TIMES], step=STEP)
-            tried = {f"{number:.3g}": lives for number, lives in found.items()}
+            trial = functools.partial(experiment, rival, tune, [1000], holdout=HOLDOUT, **kinds)
+            numbers = [RIVALS[rival][what] * times for times in TIMES]
+            knob, tried = chosen(
+                lambda number, of=trial: of(knob=number), numbers, folder, data_dir, console, step=STEP
+            )
             further = {"tuned": {what: knob, "epochs": tune, "held_out": tried}}
         plan = experiment(rival, epochs, seed or [1], knob=knob, **kinds)
         all_seeds(plan, folder, data_dir, folder, resume, console, lambda further=further: further)
