@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import detent as dt
+from detent.batchnorm import statistics_of
 from detent.data import Batches, ImageSet, count_images, digits, load_images, split_holdout, stream_images
 from detent.report.record import Record, summarise
 from papers import models
@@ -49,6 +50,7 @@ __all__ = [
 ]
 
 LOG_EVERY = 50
+YAML = (".yaml", ".yml")
 RecipeSpec = str | dict[str, Any] | list[Any] | None
 
 
@@ -175,7 +177,7 @@ def differences(was: str, now: Experiment) -> list[str]:
 
 
 def load_experiment(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Experiment:
-    """Reads an experiment; ``overrides`` are ``key=value`` with dotted keys and YAML values.
+    """Reads an experiment, and the recipes that it names as files; ``overrides`` are ``key=value`` with dotted keys.
 
     Raises:
         ValueError: for an unknown key, a value out of range or an override without "=".
@@ -194,7 +196,22 @@ def load_experiment(path: str | os.PathLike[str], overrides: Sequence[str] = ())
             if not isinstance(node, dict):
                 raise ValueError(f"--set {override!r}: {parent!r} holds a value, not a mapping")
         node[last] = yaml.safe_load(value)
-    return Experiment.model_validate(raw)
+    plan = Experiment.model_validate(raw)
+
+    def inline(spec: RecipeSpec) -> RecipeSpec:
+        # what a file says goes into checkpoints and records: its name would say nothing once it is changed
+        is_file = isinstance(spec, str) and spec.endswith(YAML)
+        recipe = load_recipe(spec, Path(path).parent) if is_file else None
+        return spec if recipe is None else yaml.safe_load(recipe.to_yaml())
+
+    named = {name: inline(spec) for name, spec in plan.evaluate.recipes.items()}
+    return plan.model_copy(
+        update={
+            "recipe": inline(plan.recipe),
+            "evaluate_recipe": inline(plan.evaluate_recipe),
+            "evaluate": plan.evaluate.model_copy(update={"recipes": named}),
+        }
+    )
 
 
 def load_recipe(spec: RecipeSpec, folder: Path | None = None) -> dt.Recipe | None:
@@ -203,7 +220,7 @@ def load_recipe(spec: RecipeSpec, folder: Path | None = None) -> dt.Recipe | Non
         return None
     if not isinstance(spec, str):
         return dt.Recipe.from_yaml(yaml.safe_dump(spec, sort_keys=False))
-    if spec.endswith((".yaml", ".yml")):
+    if spec.endswith(YAML):
         file = Path(spec) if folder is None or Path(spec).exists() else folder / spec
         return dt.Recipe.from_yaml(file.read_text())
     return dt.Recipe.preset(spec)
@@ -260,7 +277,7 @@ def evaluate_lives(
     lives: dict[str, dict[str, Any]] = {"recipe": {}}
     lives |= {str(b): {"bits": b} for b in bits}
     lives |= {name: {"recipe": recipe} for name, recipe in (recipes or {}).items()}
-    has_batchnorm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    has_batchnorm = bool(statistics_of(model))
     compressed: dict[str, dict[str, Any]] = {}
     for name, life in lives.items():
         with run.compressed(batchnorm=False, **life):

@@ -950,12 +950,12 @@ def test_looking_at_the_compressed_life_does_not_change_the_training() -> None:
 def test_steps_and_lives_inside_a_life_are_refused() -> None:
     model, optimizer, run = trained()
     before = everything(model)
+    states = run.state_dict(), optimizer.state_dict()
     with run.compressed():
         with pytest.raises(RuntimeError, match="inside run.compressed"):
             optimizer.step()
         with pytest.raises(RuntimeError, match="leave that life first"), run.compressed():
             pass
-        states = run.state_dict(), optimizer.state_dict()
         asked = (run.finalize, run.encoded, run.measure, lambda: run.recalibrate([]), lambda: run.rebind(adopt=True))
         for ask in (*asked, lambda: run.load_state_dict(states[0]), lambda: optimizer.load_state_dict(states[1])):
             with pytest.raises(RuntimeError, match="leave that life first"):
@@ -1279,3 +1279,49 @@ def test_two_compressions_of_one_model_do_not_take_each_other_for_foreign():
     for run, most in ((coarse, 3), (fine, 15), (coarse, 3)):
         with run.compressed():
             assert len(model.weight.unique()) <= most
+
+
+# ------------------------------------------------------------------------------------- models that change under a run
+
+
+@pytest.mark.parametrize("life", ["both", "compressed"])
+def test_a_layer_that_came_after_attach_is_kept_in_full_precision(tmp_path: Path, life: Any) -> None:
+    model = net()
+    optimizer = sgd(model)
+    run = dt.attach(model, optimizer, recipe(), total_steps=STEPS)
+    model.append(nn.Linear(3, 3))
+    optimizer.add_param_group({"params": model[-1].parameters()})
+    train(model, optimizer, range(3))
+    dt.save(run, tmp_path / "f", life)
+    other = net()
+    other.append(nn.Linear(3, 3))
+    dt.load(tmp_path / "f", other, life="compressed")
+    assert torch.equal(other[-1].weight, model[-1].weight)
+    with run.compressed():
+        assert_same(everything(model), everything(other))
+
+
+def test_a_tie_that_breaks_after_attach_is_said() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3), nn.Linear(6, 3))
+    model[2].weight = model[1].weight
+    run = dt.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), recipe(), total_steps=STEPS)
+    model[2].weight = nn.Parameter(model[1].weight.detach().clone())
+    with pytest.raises(RuntimeError, match=r"'2\.weight' of the model is another tensor"), run.compressed():
+        pass
+
+
+def test_no_state_is_saved_inside_the_compressed_life() -> None:
+    model = net()
+    optimizer = sgd(model)
+    run = dt.attach(model, optimizer, recipe(), total_steps=STEPS)
+    train(model, optimizer, range(2))
+    for save in (optimizer.state_dict, run.state_dict):
+        with run.compressed(), pytest.raises(RuntimeError, match="saving a state inside run.compressed"):
+            save()
+        save()
+
+
+def test_a_moment_without_a_length_of_training_names_the_mechanisms_field() -> None:
+    model = net()
+    with pytest.raises(ValueError, match=r"PSG\.eps: Linear\.end=0\.8 is a fraction of training"):
+        dt.attach(model, sgd(model), recipe())

@@ -974,6 +974,10 @@ def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
         with pytest.raises(kind, match="cannot save to " + re.escape(str(path))):
             dt.save(run, path)
     assert os.listdir(tmp_path) == ["file"]
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no regular file"):
+        dt.save(run, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_read_only_folder_is_named(tmp_path: Path) -> None:

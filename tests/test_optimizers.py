@@ -654,6 +654,28 @@ def test_a_step_inside_a_step_counts_once(mechanism: dt.Mechanism) -> None:
     assert same(*ends)
 
 
+@pytest.mark.parametrize("idle", ["rate", "gradient"])
+@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.PSG(form="update"), dt.STE()])
+def test_a_step_inside_a_step_that_moves_nothing_is_none(mechanism: dt.Mechanism, idle: str) -> None:
+    ends = []
+    for cls in (torch.optim.SGD, Doubled):
+        model = net()
+        optimizer = cls(model.parameters(), lr=0.1)
+        run = dt.attach(model, optimizer, grid(mechanism), total_steps=10)
+        optimizer.param_groups[0]["lr"] = 0.0 if idle == "rate" else 0.1
+        backward(model, 0)
+        if idle == "gradient":
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+        optimizer.step()
+        assert run.clock == 0
+        optimizer.param_groups[0]["lr"] = 0.1
+        train(model, [optimizer], range(3))
+        assert run.clock == 3
+        ends.append(weights(model))
+    assert same(*ends)
+
+
 @pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE(), dt.HardProjection(every=2)])
 def test_an_optimizer_inside_backward(mechanism: dt.Mechanism) -> None:
     """One optimizer a parameter, stepping as soon as its gradient is there: equal to the usual loop."""
@@ -753,6 +775,64 @@ def test_an_optimizer_without_hooks_through_the_two_public_halves(mechanism: dt.
             with pytest.raises(ValueError, match="name one of the 1 attached"):
                 run.before_step(torch.optim.SGD(model.parameters(), lr=0.1))
     assert same(*ends)
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE()])
+def test_a_second_half_that_is_forgotten_is_said(cls: type[torch.optim.Optimizer], mechanism: dt.Mechanism) -> None:
+    model = net()
+    optimizer = cls(model.parameters(), lr=0.1)
+    run = dt.attach(model, optimizer, grid(mechanism), total_steps=10, hooks=False)
+    backward(model, 0)
+    run.before_step()  # and then the loop thinks better of it: nothing moved
+    optimizer.zero_grad()
+    backward(model, 0)
+    run.before_step()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"run\.after_step\(\) was not called"):
+        run.before_step()
+
+
+@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE()])
+def test_by_hand_the_state_rides_with_an_optimizer_that_can_carry_it(mechanism: dt.Mechanism) -> None:
+    def go(model: nn.Module, optimizer: torch.optim.Optimizer, run: dt.Run, steps: Iterable[int]) -> None:
+        for tick in steps:
+            optimizer.zero_grad()
+            backward(model, tick)
+            run.before_step()
+            optimizer.step()
+            run.after_step()
+
+    def start() -> tuple[nn.Module, torch.optim.Optimizer, dt.Run]:
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return model, optimizer, dt.attach(model, optimizer, grid(mechanism), total_steps=10, hooks=False)
+
+    model, optimizer, run = start()
+    go(model, optimizer, run, range(4))
+    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    go(model, optimizer, run, range(4, 8))
+    again, its, resumed = start()
+    again.load_state_dict(kept[0])
+    its.load_state_dict(kept[1])
+    go(again, its, resumed, range(4, 8))
+    assert resumed.clock == 8
+    assert same(weights(model), weights(again))
+    run.detach()
+    assert "detent" not in optimizer.state_dict()
+
+
+def test_a_gradient_scaled_beyond_half_precision_is_refused_by_name() -> None:
+    model = nn.Linear(4, 4).half()
+    with torch.no_grad():
+        model.weight.copy_(torch.linspace(-1, 1, 16).reshape(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    dt.attach(model, optimizer, grid(dt.PSG(gain=100.0)), total_steps=10)
+    model.weight.grad = torch.full_like(model.weight, 1e4)
+    before = model.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"'weight'.*beyond float16"):
+        optimizer.step()
+    assert torch.equal(model.weight, before)
 
 
 # --------------------------------------------------------------------------------- second copies, copies of optimizers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,29 @@ def test_include_claims_what_it_names() -> None:
     assert "rms.weight" not in {claim.name for claim in plan.claimed}
     run = dt.compress(Odd(), dt.Recipe([dt.Rule(match=r"fc\.bias", target=U4, include="bias")]))
     assert [row["name"] for row in run.measure()] == ["fc.bias"]
+
+
+def test_an_include_that_admits_nothing_is_refused() -> None:
+    rule = dt.Rule(match="", target=U4, include="bais")
+    with pytest.raises(ValueError, match=r"rule 0 \(include='bais'\) names no bias, gain or normalisation weight"):
+        dt.Recipe([rule]).resolve(Odd())
+    dt.Recipe([replace(rule, optional=True)]).resolve(Odd())
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_of_a_weight_norm_the_direction_is_the_weight(old: bool) -> None:
+    norm = nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm
+    gain, direction = ("weight_g", "weight_v") if old else [f"parametrizations.weight.original{i}" for i in (0, 1)]
+    model = nn.Sequential(norm(nn.Conv1d(4, 16, 3)), norm(nn.ConvTranspose1d(16, 8, 3), dim=1), nn.Flatten())
+    plan = dt.Recipe([dt.Rule(match="weight", target=U4)]).resolve(model)
+    assert [claim.name for claim in plan.claimed] == [f"0.{direction}", f"1.{direction}"]
+    reasons = {claim.name: claim.reason for claim in plan.claims}
+    assert reasons[f"0.{gain}"].startswith("passed over: gain of a weight normalisation")
+    assert [claim.layout.channel_dim for claim in plan.claimed] == [0, 1]
+    preset = dt.Recipe.preset("psg-w3").resolve(model)
+    ends = {claim.name: preset.rule_of(claim).target for claim in preset.claimed}
+    assert ends == {f"{i}.{direction}": dt.Uniform(bits=8) for i in (0, 1)}
 
 
 # --- names -------------------------------------------------------------------------------------------------------
@@ -356,14 +380,15 @@ def test_presets_find_the_weights_of_recurrent_layers(name: str, layer: Any) -> 
     assert claimed - {"fc.bias"} == weights
 
 
-def test_presets_leave_the_parts_of_a_normalised_weight_alone() -> None:
+def test_presets_claim_the_direction_of_a_normalised_weight_and_leave_its_size_alone() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls it outdated; models that have it are not gone
         old = nn.utils.weight_norm(nn.Linear(8, 8))
     new = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
     model = nn.Sequential(nn.Linear(8, 8), old, new, nn.Linear(8, 8), nn.Linear(8, 3))
     plan = dt.Recipe.preset("psg-w4").resolve(model)
-    assert {claim.name for claim in plan.claimed} == {"0.weight", "3.weight", "4.weight"}
+    directions = {"1.weight_v", "2.parametrizations.weight.original1"}
+    assert {claim.name for claim in plan.claimed} == {"0.weight", *directions, "3.weight", "4.weight"}
 
 
 def _widths(name: str, model: nn.Module) -> dict[str, int]:

@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 from torch import nn
 
+import detent as dt
 from detent.report.record import Record, environment, summarise, write_record
 from papers import models
 from papers.train import (
@@ -247,6 +248,28 @@ def test_the_number_chosen_is_the_best_of_trainings_that_saw_no_test_data(tmp_pa
     best, found = chosen(plan, [1e-6, 0.05], tmp_path, None)
     assert best == 0.05 and found["0.05"]["full"] > found["1e-06"]["full"]
     assert found["0.05"] == held_out(plan(0.05), tmp_path / "tune-0.05-1", None)
+
+
+def test_a_recipe_file_that_changed_is_another_experiment(tmp_path: Path) -> None:
+    recipe = "rules: [{match: weight$, target: {kind: Uniform, bits: 3}, mechanism: {kind: PSG, gain: 5.0}}]"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(tiny(recipe="recipe.yaml").model_dump(mode="json")))
+    plan = load_experiment(tmp_path / "plan.yaml")
+    assert plan.recipe["rules"][0]["mechanism"]["gain"] == 5.0  # type: ignore[index,call-overload]
+    first = Trainer(plan, 0, tmp_path / "out", folder=tmp_path)
+    first.train(stop_at=2)
+    assert Trainer(load_experiment(tmp_path / "plan.yaml"), 0, tmp_path / "out").resume()
+    (tmp_path / "recipe.yaml").write_text(recipe.replace("5.0", "50.0"))
+    with pytest.raises(ValueError, match="another experiment: .*recipe"):
+        Trainer(load_experiment(tmp_path / "plan.yaml"), 0, tmp_path / "out").resume()
+
+
+def test_batchnorm_without_running_statistics_has_nothing_to_estimate() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8, track_running_stats=False))
+    run = dt.compress(model, dt.Recipe.preset("uniform-w4"))
+    batches = [(torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.long))]
+    lives = evaluate_lives(model, run, batches, calibration=batches)
+    assert set(lives["compressed"]["recipe"]) == {"data_free", "weights", "layers"}
 
 
 def test_distillation_is_the_divergence_from_the_initial_network(tmp_path: Path) -> None:

@@ -167,7 +167,10 @@ class Entry:
             raise ValueError(f"{self.name!r}: {late}, but {part} has {total_steps} steps, so it would never come")
         for name, value in vars(self.mechanism).items():
             if isinstance(value, Schedule):
-                value(0, total_steps)
+                try:
+                    value(0, total_steps)
+                except ValueError as error:
+                    raise ValueError(f"{type(self.mechanism).__name__}.{name}: {error}") from None
             elif name.endswith("start") and value is not None:  # by convention a moment
                 step_at(value, total_steps, f"{type(self.mechanism).__name__}.{name}")
 
@@ -537,7 +540,14 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _replaced(model: nn.Module, entries: list[Entry]) -> str | None:
     named = named_parameters(model)
-    return next((entry.name for entry in entries if named.get(entry.name) is not entry.param), None)
+    for entry in entries:
+        if named.get(entry.name) is not entry.param:
+            return entry.name
+        # A tie that broke: the other name has a tensor of its own, which nobody claims.
+        untied = [name for name in entry.claim.aliases if named.get(name, entry.param) is not entry.param]
+        if untied:
+            return untied[0]
+    return None
 
 
 def refuse_replaced(model: nn.Module, entries: list[Entry], *, attached: bool) -> None:

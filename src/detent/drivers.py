@@ -37,6 +37,8 @@ class Driver:
     skip: bool = False
     clean: list[Entry] = field(default_factory=list)
     pending: bool = False
+    by_hand: bool = False  # no step hooks: the user calls both halves
+    begun: list[tuple[Entry, int]] = field(default_factory=list)
     nested: int = 0
     checked_copies: bool = False
     handles: list[Any] = field(default_factory=list)

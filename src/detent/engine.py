@@ -48,7 +48,8 @@ def attach(
         optimizer: the optimizer, or all optimizers that hold claimed parameters.
         recipe: which weights go where and how.
         total_steps: optimizer steps in the whole training; needed where the recipe speaks of fractions of training.
-        hooks: register optimizer hooks; with `False` call `run.before_step()` and `run.after_step()` yourself.
+        hooks: register hooks around the optimizer's step; with `False` call `run.before_step()` and `run.after_step()`
+            yourself. Where the optimizer has no hooks of its state dict either, save and load `run.state_dict()`.
         nonfinite: "raise" stops before the step when a claimed weight's gradient is NaN or infinite (one
             reduction a step); "ignore" does not look.
 
@@ -195,8 +196,8 @@ class Run(Lives):
         try:
             for driver in self._drivers:
                 optimizers.refuse_unfollowable(driver.optimizer)
-                if hooks:
-                    self._register(driver)
+                driver.by_hand = not hooks
+                self._register(driver)
             for entry in self._all:  # a fraction that cannot be resolved is found now, not at step 3,000
                 entry.check_moments(self._drivers[0].steps_of(entry.stage))
             if not any(entry.param.is_meta for entry in self._all):
@@ -258,11 +259,13 @@ class Run(Lives):
 
     def _register(self, driver: Driver) -> None:
         optimizer = driver.optimizer
-        if not hasattr(optimizer, "register_step_pre_hook"):
+        if not driver.by_hand and not hasattr(optimizer, "register_step_pre_hook"):
             raise ValueError(
                 f"{type(optimizer).__name__} has no step hooks: attach with hooks=False and call run.before_step() and "
                 "run.after_step() around its step"
             )
+        if driver.by_hand and not hasattr(optimizer, "register_state_dict_post_hook"):
+            return  # nothing to hang on to; run.state_dict() is there
         if optimizer in _ATTACHED:
             raise ValueError(f"this {type(optimizer).__name__} has a run attached already; call its run.detach() first")
         _ATTACHED.add(optimizer)
@@ -288,9 +291,9 @@ class Run(Lives):
         def load(opt: Any) -> None:
             self._load_riding(driver)
 
-        driver.handles = [
-            optimizer.register_step_pre_hook(before),
-            optimizer.register_step_post_hook(after),
+        if not driver.by_hand:
+            driver.handles += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        driver.handles += [
             optimizer.register_state_dict_post_hook(save),
             optimizer.register_load_state_dict_pre_hook(look),
             # Ours is taken over only after torch has accepted its own.
@@ -345,9 +348,13 @@ class Run(Lives):
         if self._closed:
             return None
         self._refuse_inside("optimizer.step()")
-        if driver.pending and optimizers.is_nested_step(driver.optimizer):
+        if (driver.pending or driver.skip) and optimizers.is_nested_step(driver.optimizer):
             driver.nested += 1
             return None
+        if driver.by_hand and driver.pending and any(entry.mark()[0] != version for entry, version in driver.begun):
+            raise RuntimeError(
+                "weights moved since run.before_step(), and run.after_step() was not called: call both around a step"
+            )
         self._repair(driver)
         seen: list[tuple[Entry, int, bool]] = []
         replay = optimizers.replay_closure(args, kwargs, lambda: any(entry.mark() != (v, g) for entry, v, g in seen))
@@ -386,6 +393,7 @@ class Run(Lives):
             for entry, slot in driver.slots:
                 driver.first_moment(entry, slot, clock)
             driver.clip_norm()
+        driver.begun = [(entry, entry.mark()[0]) for entry in driver.entries] if driver.by_hand else []
         seen += [(entry, *entry.mark()) for entry in driver.entries]
         return replay
 
@@ -585,7 +593,10 @@ class Run(Lives):
         """Everything a resumed run needs besides weights and optimizer state: clocks, fitted params, latents, masks.
 
         It also rides as key "detent" in the optimizer's own state dict, so saving model and optimizer is enough;
-        save this one explicitly under `torch.distributed.checkpoint`.
+        save this one explicitly under `torch.distributed.checkpoint`, and for an optimizer without state-dict hooks.
+
+        Raises:
+            RuntimeError: inside `compressed()`, where the model's weights are not those that training goes on from.
 
         Example:
             >>> import torch, detent as dt
@@ -636,6 +647,7 @@ class Run(Lives):
             self._load_driver(driver, part)
 
     def _driver_state(self, driver: Driver, complete: bool = False) -> dict[str, Any]:
+        self._refuse_inside("saving a state")
         self._repair(driver)
         weights = {entry.name: entry.saved(complete) for entry in driver.standing}
         return {

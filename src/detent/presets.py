@@ -13,8 +13,9 @@ __all__ = ["PRESETS", "Preset"]
 # {"rules": [fields of a rule, ...]}, or {"stages": [fields of a stage, ...]} whose rules are given so.
 Preset: TypeAlias = dict[str, list[dict[str, Any]]]
 
-# Recurrent layers number theirs: weight_ih_l0, weight_hh_l1_reverse.
-_WEIGHTS = r"weight(_(ih|hh|hr)(_l\d+(_reverse)?)?)?$"
+# Recurrent layers number theirs: weight_ih_l0, weight_hh_l1_reverse. Of a weight norm it is the direction: weight_v, or
+# as a parametrization original1.
+_WEIGHTS = r"(weight(_v|_(ih|hh|hr)(_l\d+(_reverse)?)?)?|parametrizations\.weight\w*\.original1?)$"
 
 
 def _psg_preset(bits: int) -> Callable[[], Preset]:

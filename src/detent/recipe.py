@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 import yaml
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.weight_norm import WeightNorm
 
 from detent.grouping import Layout
 from detent.mechanisms import Mechanism
@@ -443,7 +445,7 @@ class Recipe:
             raise ValueError(f"two parameters of this model have the canonical name {odd!r}; rename one of the modules")
         eligible = [p for p in found if not p.passed_over]
         # A position embedding or a class token of the model's own is no layer.
-        eligible = [p for p in eligible if "weight" in p.name.rsplit(".", 1)[-1]] or eligible
+        eligible = [p for p in eligible if "weight" in _own_name(p.name)] or eligible
         special: dict[str, set[str]] = {}
         for where, end in (("@first", eligible[:1]), ("@last", eligible[-1:])):
             special[where] = {p.name for p in end}
@@ -461,6 +463,16 @@ class Recipe:
                 near = difflib.get_close_matches(rule.match.strip("^$").replace("\\", ""), names, 1, 0.0)
                 why = "matches no parameter of this model" + (f"; the nearest name is {near[0]!r}" if near else "")
             raise ValueError(f"rule {i} (match={rule.match!r}) {why}")
+        for i, rule in enumerate(self.rules):
+            if (
+                rule.include not in (None, "@linear")
+                and not rule.optional
+                and not any(re.search(rule.include, p.name) for p in found if p.passed_over)
+            ):
+                raise ValueError(
+                    f"rule {i} (include={rule.include!r}) names no bias, gain or normalisation weight of this model: "
+                    "nothing that is passed over without it"
+                )
         if not any(taken):
             raise ValueError("every rule of this recipe is optional, and none finds a parameter in this model")
         return Plan(recipe=self, claims=merged(by_stage), stages=tuple(by_stage))
@@ -624,19 +636,22 @@ def canonical_name(name: str) -> str:
 def _parameters(model: nn.Module) -> Iterator[_Found]:
     """Every distinct parameter once, under its first name, with its tied aliases."""
     names: dict[int, list[str]] = {}
-    owners: dict[int, tuple[nn.Module, nn.Parameter]] = {}
+    owners: dict[int, tuple[nn.Module, nn.Parameter, bool]] = {}
     writers: dict[int, str] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
+        gains, layer = _weight_norm_gains(module), module
+        if isinstance(module, ParametrizationList):  # what it makes is the weight of the module above
+            layer = model.get_submodule(re.sub(r"(^|\.)parametrizations\.[^.]+$", "", module_name))
         for own, parameter in module._parameters.items():
             if parameter is not None:
                 full = canonical_name(f"{module_name}.{own}" if module_name else own)
                 seen = names.setdefault(id(parameter), [])
                 if full not in seen:
                     seen.append(full)
-                owners.setdefault(id(parameter), (module, parameter))
+                owners.setdefault(id(parameter), (layer, parameter, own in gains))
                 if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
                     writers[id(parameter)] = f"{type(module).__name__}(max_norm={module.max_norm:g})"
-    for key, (module, parameter) in owners.items():
+    for key, (module, parameter, gain) in owners.items():
         first, *others = names[key]
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"{first!r} has no shape yet (a lazy module); run one batch through the model first")
@@ -650,15 +665,34 @@ def _parameters(model: nn.Module) -> Iterator[_Found]:
                 channel_dim=1 if transposed else 0,
                 conv_groups=int(module.groups) if transposed else 1,  # type: ignore[arg-type]
             ),
-            passed_over=_passed_over(first, parameter, module),
+            passed_over="gain of a weight normalisation" if gain else _passed_over(first, parameter, module),
             layer=id(module),
             linear_bias=isinstance(module, nn.Linear) and parameter is module.bias,
             writer=writers.get(key, ""),
         )
 
 
+def _own_name(name: str) -> str:
+    """What its module calls a parameter, also where a parametrization stands between them.
+
+    Example:
+        >>> _own_name("conv.weight"), _own_name("conv.parametrizations.weight.original1")
+        ('weight', 'weight')
+    """
+    *_, own = name.split(".parametrizations." if ".parametrizations." in name else ".")
+    return own.removeprefix("parametrizations.").split(".")[0]
+
+
+def _weight_norm_gains(module: nn.Module) -> set[str]:
+    """Names of the parameters that are the sizes of weights whose directions are parameters of their own."""
+    if isinstance(module, ParametrizationList):
+        return {"original0"} if type(module[0]).__name__ == "_WeightNorm" else set()
+    hooks = module._forward_pre_hooks.values()
+    return {f"{hook.name}_g" for hook in hooks if isinstance(hook, WeightNorm)}
+
+
 def _passed_over(name: str, parameter: nn.Parameter, module: nn.Module) -> str:
-    if name.rsplit(".", 1)[-1].startswith("bias"):
+    if _own_name(name).startswith("bias"):
         return "bias"
     if isinstance(module, _NORMS):
         return "normalisation weight"

@@ -191,6 +191,13 @@ class PSG(Mechanism):
         if self._scales_gradient(slot):
             for w, grad in _pieces(slot, slot.weight, slot.grad):
                 grad.mul_(self._scale_of(w, slot, clock))
+            # Finite before, and looked at then: what was scaled beyond the largest half-precision number would end at
+            # the range's end, where clipping hides it.
+            if slot.grad.dtype == torch.float16 and not bool(torch.isfinite(slot.grad).all()):
+                raise RuntimeError(
+                    f"the gradient of {slot.name!r}, as PSG(gain={self.gain:g}) scales it, is beyond float16; train "
+                    "with float32 weights (autocast), or with a smaller gain"
+                )
         else:
             slot.decay()  # an optimizer whose decay cannot be told is refused before any weight moves
             slot.scratch["before"] = slot.weight.clone()

@@ -22,6 +22,8 @@ def destination(path: str | os.PathLike[str]) -> Path:
         raise type(error)(f"cannot save to {path}: {error.strerror}") from error
     if is_folder:
         raise IsADirectoryError(f"cannot save to {path}: it is a folder; name a file in it")
+    if where.exists() and not where.is_file():
+        raise OSError(f"cannot save to {path}: it is a device, a pipe or a socket, no regular file")
     if not has_folder:
         raise FileNotFoundError(f"cannot save to {path}: there is no folder {where.parent}; make it first")
     return where

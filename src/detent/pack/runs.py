@@ -155,7 +155,8 @@ def _tensors(
             rule = plan.rule_of(claims[name])
             arguments["mechanism"] = short(rule.mechanism) if rule.mechanism else ""
         else:
-            arguments["reason"] = claims[name].reason
+            claim = claims.get(name)  # none: a module that came after the recipe was resolved
+            arguments["reason"] = "came after the recipe was resolved" if claim is None else claim.reason
         arguments["value"] = sharding.whole(tensor) if life == "both" or not encode else None
         yield name, arguments
 

@@ -228,7 +228,7 @@ class Uniform(_Scaled):
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or self.bits not in self.widths:
-            raise ValueError(f"Uniform(bits={self.bits}): bits must be a whole number from 2 to 8")
+            raise ValueError(f"Uniform(bits={self.bits!r}): bits must be a whole number from 2 to 8")
         granularity_of(self.granularity, "Uniform.granularity")
         if self.range not in ("minmax", "ema", "mse", "alternate", "interval"):
             known = '"minmax", "ema", "mse", "alternate" or "interval"'

@@ -254,9 +254,9 @@ class NM(Sparse):
 
     def __post_init__(self) -> None:
         if isinstance(self.m, bool) or not isinstance(self.m, int) or self.m < 1:
-            raise ValueError(f"NM(m={self.m}): a block holds a whole number of weights, at least 1")
+            raise ValueError(f"NM(m={self.m!r}): a block holds a whole number of weights, at least 1")
         if isinstance(self.n, bool) or not isinstance(self.n, int) or not 1 <= self.n <= self.m:
-            raise ValueError(f"NM(n={self.n}, m={self.m}): n must be a whole number from 1 to m")
+            raise ValueError(f"NM(n={self.n!r}, m={self.m}): n must be a whole number from 1 to m")
         if self.along not in ("channels", "columns"):
             raise ValueError(f'NM(along={self.along!r}): must be "channels" or "columns"')
 
