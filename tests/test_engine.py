@@ -1302,7 +1302,7 @@ def test_a_layer_that_came_after_attach_is_kept_in_full_precision(tmp_path: Path
 
 
 def test_a_tie_that_breaks_after_attach_is_said() -> None:
-    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3), nn.Linear(6, 3))
+    model: Any = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3), nn.Linear(6, 3))
     model[2].weight = model[1].weight
     run = dt.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), recipe(), total_steps=STEPS)
     model[2].weight = nn.Parameter(model[1].weight.detach().clone())

@@ -779,7 +779,7 @@ def test_an_optimizer_without_hooks_through_the_two_public_halves(mechanism: dt.
 
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE()])
-def test_a_second_half_that_is_forgotten_is_said(cls: type[torch.optim.Optimizer], mechanism: dt.Mechanism) -> None:
+def test_a_second_half_that_is_forgotten_is_said(cls: Any, mechanism: dt.Mechanism) -> None:
     model = net()
     optimizer = cls(model.parameters(), lr=0.1)
     run = dt.attach(model, optimizer, grid(mechanism), total_steps=10, hooks=False)
