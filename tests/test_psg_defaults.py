@@ -93,10 +93,10 @@ def _row(variant, bits, seed, accuracy):
 def test_differences_are_paired_and_missing_trainings_are_left_out_of_both():
     rows = [
         *(_row("base", bits, seed, 90.0 + 4 * seed - 2 * (bits == 2)) for bits in (2, 3) for seed in (0, 1)),
-        *(_row("gain 2", bits, 0, 91.0 - 2 * (bits == 2)) for bits in (2, 3)),
-        _row("gain 2", 3, 1, 93.0),
+        *(_row("gain 4", bits, 0, 91.0 - 2 * (bits == 2)) for bits in (2, 3)),
+        _row("gain 4", 3, 1, 93.0),
     ]
-    entry = {e["variant"]: e for e in defaults.summarise_rows(rows)}["gain 2"]
+    entry = {e["variant"]: e for e in defaults.summarise_rows(rows)}["gain 4"]
     # Seed 0: +1 at both widths. Seed 1: only 3 bits, 93 against 94.
     assert entry["data_free_minus_base"]["values"] == [1.0, -1.0]
     assert entry["data_free"]["values"] == [90.0, 93.0]

@@ -51,7 +51,7 @@ CODE = tuple(f"src/detent/{part}" for part in ("mechanisms", "targets", "engine.
 # --- variants -----------------------------------------------------------------------------------------------------
 
 # Spelt out, so that a later change of a default does not change what these names mean.
-BASE: dict[str, Any] = {"gain": 4.0, "eps": dt.Linear(first=0.05, last=0.0, end=0.8), "clip": True, "clip_start": 0.0}
+BASE: dict[str, Any] = {"gain": 8.0, "eps": dt.Linear(first=0.05, last=0.0, end=0.8), "clip": True, "clip_start": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def _variants() -> Iterator[Variant]:
     yield psg("base", "base")
     yield Variant(name="SGD", factor="rival", mechanism=None)
     yield Variant(name="Clip", factor="rival", mechanism=dt.Clip())
-    yield from (psg("gain", f"gain {gain}", gain=float(gain)) for gain in (8, 2, 16, 1))
+    yield from (psg("gain", f"gain {gain}", gain=float(gain)) for gain in (4, 16, 2))
     yield psg("clip", "clip off", clip=False)
     yield psg("clip", "clip from 0.1", clip_start=0.1)
     yield psg("clip", "clip when frozen", clip_start=None)
@@ -141,7 +141,7 @@ def _variants() -> Iterator[Variant]:
     yield psg("eps", "eps 0.05", eps=0.05)
     yield psg("eps", "eps 0.1 to 0", eps=dt.Linear(first=0.1, last=0.0, end=0.8))
     yield from (psg("start", f"start {start}", start=start) for start in (0.1, 0.3))
-    for gain in (4, 2, 8):
+    for gain in (8, 4):
         rival = MeanUnit(psg=replace(dt.PSG(**BASE), gain=float(gain)))
         yield Variant(name=f"mean unit, gain {gain}", factor="unit", mechanism=rival)
     for lambda_s in (150, 50, 20, 450, 1350):

@@ -52,7 +52,8 @@ def _paper_preset(bits: int) -> Callable[[], Preset]:
 
 
 def _prune_preset() -> Preset:
-    target, mechanism = TopK(keep=0.1, scope="model"), PSG(toward=Zero())
+    # Towards zero every large weight has a large factor: half the gain of a grid.
+    target, mechanism = TopK(keep=0.1, scope="model"), PSG(gain=4.0, toward=Zero())
     return {"rules": [{"match": _WEIGHTS, "target": target, "mechanism": mechanism}]}
 
 

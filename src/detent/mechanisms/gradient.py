@@ -57,8 +57,8 @@ class PSG(Mechanism):
 
     Args:
         strength: 0 is the base optimizer, bitwise; 1 is pure PSG. Number in [0, 1] or a schedule.
-        gain: mean factor on the learning rate, > 0. Clicking goes with (learning rate * gain)^2, but so does the risk:
-            4 is what the published lambda_s = 150 amounts to at 4 bits; a net with BatchNorm may take more.
+        gain: mean factor on the learning rate, > 0. Clicking goes with (learning rate * gain)^2, but so does the price
+            in full precision; the published lambda_s = 150 amounts to a factor of about 4 at 4 bits.
         eps: smallest distance, as a fraction of the cell, >= 0. Number or schedule; ending at 0 lets clusters close.
         clip: keep the weights inside the range of a bounded target, after each step from `clip_start` on.
         clip_start: moment (step or fraction of training) clipping starts, with a fresh fit that is the last one, unless
@@ -95,7 +95,7 @@ class PSG(Mechanism):
     """
 
     strength: Number = 1.0
-    gain: float = 4.0
+    gain: float = 8.0
     eps: Number = field(default=_EPS)
     clip: bool = True
     clip_start: Moment | None = 0.0
