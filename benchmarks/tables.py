@@ -694,6 +694,23 @@ def psg_defaults(records: Path) -> str:
     return "\n".join(parts) or NOTHING
 
 
+@simple("psg-gain")
+def psg_gain(record: dict[str, Any]) -> str:
+    """Trials of PSG's gain on held-out images, by width."""
+    results = record["results"]
+    widths = sorted({bits for of in results["held_out"].values() for bits in of}, key=int, reverse=True)
+    rows = []
+    for gain, of in results["held_out"].items():
+        lives = [f"{of[b][life]:.2f}" if b in of else "–" for b in widths for life in ("full", "compressed")]
+        mean = results["mean"].get(gain)
+        rows.append([gain, *lives, "–" if mean is None else f"{mean:.2f}"])
+    epochs = record["config"]["epochs"]
+    text = f"Accuracy (%) after {epochs} epoch{'s' * (epochs > 1)} on {record['config']['holdout']:,} images held out "
+    text += "from the train split, which the checkpoint has seen; W3: rounded to 3 bits without data.\n\n"
+    columns = [f"trained for W{bits}, {what}" for bits in widths for what in ("full", f"W{bits}")]
+    return text + markdown(["gain", *columns, "mean"], rows)
+
+
 @simple("combination")
 def combination(record: dict[str, Any]) -> str:
     """One set at once, or one after the other."""

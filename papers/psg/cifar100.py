@@ -173,7 +173,7 @@ def choose_gain(epochs: int, out: Path, data_dir: Path, console: Console, kinds:
     the full life for the compressed one, and both count.
     """
     record = Record(
-        name="psg-cifar100-gain",
+        name="psg-gain",
         question="Which gain should PSG have, one for all widths?",
         seeds=[1000],
         config={"epochs": epochs, "gains": GAINS, "holdout": HOLDOUT, **kinds},

@@ -471,8 +471,8 @@ def refuse_stages(recipe: Recipe, who: str) -> None:
     """
     if recipe.stages:
         raise ValueError(
-            f"{who}(recipe=...): stages follow one another in a training; give the rules of one, as "
-            "Recipe(recipe.stages[-1].rules), or one target for what they lead to, as SparseLevels(...)"
+            f"{who}(recipe=...): its stages follow one another in a training, and here is none; give a recipe with "
+            "rules alone: those of one stage, or one target for what they lead to, as SparseLevels(...)"
         )
 
 
@@ -639,8 +639,9 @@ def refuse_foreign_writes(entries: list[Entry]) -> None:
     for entry in entries:
         if not entry.is_ours:
             raise RuntimeError(
-                f"{entry.name!r} was written by someone else since the last step (a load_state_dict after "
-                "attach?); call run.rebind(adopt=True) to go on from the new values"
+                f"{entry.name!r} was written by someone else since the last step (a load_state_dict after attach?); to "
+                "resume, load the optimizer's state after the model's; to start afresh from the new values, call "
+                "run.rebind(adopt=True)"
             )
 
 

@@ -28,6 +28,7 @@ from detent.cli_work import (
     export_file,
     model_of,
     recipe_of,
+    refuse_standing,
     report_of,
     skeleton,
     widths_in,
@@ -198,7 +199,7 @@ def _show(outcome: Outcome) -> None:
         cells = [f"{row.cells[life].accuracy:.1f}" for life in lives]
         is_last = row is outcome.rows[-1]
         table.add_row(row.name, row.range, *cells, style="bold" if is_last else "", end_section=is_last)
-    table.add_row("kilobytes", "", *(f"{outcome.rows[-1].cells[life].bytes / 1000:.1f}" for life in lives))
+    table.add_row("kilobytes, PSG", "", *(f"{outcome.rows[-1].cells[life].bytes / 1000:.1f}" for life in lives))
     console.print(table)
     for line in _notes(outcome):
         console.print(Text(line), soft_wrap=True)
@@ -413,6 +414,8 @@ def unpack(
         plain = out or file.with_suffix(".safetensors")
         if plain.resolve() == file.resolve():
             raise ValueError(f"--out {plain}: is the file itself; give another name")
+        if out is None:
+            refuse_standing(plain)
         with _watched() as watch:
             size = write_plain(file, plain, life, advance=watch("unpacking", tensors))
         if as_json:

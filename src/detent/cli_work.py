@@ -38,6 +38,7 @@ __all__ = [
     "export_file",
     "model_of",
     "recipe_of",
+    "refuse_standing",
     "report_of",
     "skeleton",
     "widths_in",
@@ -127,6 +128,26 @@ def _hang(root: nn.Module, name: str, value: Tensor) -> None:
         here.register_parameter(own, nn.Parameter(value))
 
 
+def _taken(number: int, axes: str) -> str:
+    """How many tensors are taken for something.
+
+    Example:
+        >>> _taken(1, "two axes"), _taken(2, "two axes")
+        ('1 tensor of two axes is taken', '2 tensors of two axes are taken')
+    """
+    return f"{number} tensor{'s' * (number != 1)} of {axes} {'is' if number == 1 else 'are'} taken"
+
+
+def refuse_standing(path: Path) -> None:
+    """Write over a file only where its name was given: under a default name there may be what cannot be made again.
+
+    Raises:
+        ValueError: there is such a file.
+    """
+    if path.exists():
+        raise ValueError(f"{path} is there already; remove it, or name the file to write with --out")
+
+
 def guesses(plan: Plan) -> list[str]:
     """What had to be guessed of a model that only its state dict is known of, in sentences."""
     matrices = [claim for claim in plan.claims if len(claim.layout.shape) == 2]
@@ -134,11 +155,11 @@ def guesses(plan: Plan) -> list[str]:
     said = []
     if kernels:
         said.append(
-            f"{len(kernels)} tensors of more than two axes are taken as convolutions with output channels first; "
+            f"{_taken(len(kernels), 'more than two axes')} as convolutions with output channels first; "
             "transposed ones cannot be told apart without --model."
         )
     if matrices:
-        said.append(f"{len(matrices)} tensors of two axes are taken as linear or embedding weights, a row an output.")
+        said.append(f"{_taken(len(matrices), 'two axes')} as linear or embedding weights, a row an output.")
     used = {rule.match for rule in plan.recipe.rules} & {"@first", "@last"}
     ranked = [claim.name for claim in plan.claims if len(claim.layout.shape) > 1]
     if used and ranked:
@@ -183,6 +204,8 @@ def compress_weights(
         file = source.with_suffix(".detent") if out is None else out
         if file.resolve() == source.resolve():
             raise ValueError(f"--out {file}: is the state dict itself; give another name")
+        if out is None:
+            refuse_standing(file)
         if life not in ("compressed", "both"):
             raise ValueError(f"--life {life}: must be compressed or both")
         if coding not in (None, *CODINGS):

@@ -380,7 +380,7 @@ class Run(Lives):
                 mine = {id(p) for group in driver.optimizer.param_groups for p in group["params"]}
                 named = named_parameters(self.model).items()
                 grads |= {n: grad for n, p in named if id(p) in mine and (grad := p.grad) is not None}
-            optimizers.check_finite_gradients(grads, [e.param for e in active], driver.step)
+            optimizers.check_finite_gradients(grads, [e.param for e in active], driver.step, self.model)
         with torch.no_grad():
             self._fit_due(driver)
             driver.slots = [(entry, driver.slot(entry)) for entry in active]

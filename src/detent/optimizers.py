@@ -192,8 +192,16 @@ def refuse_sparse_gradients(named: Mapping[str, Tensor]) -> None:
             raise RuntimeError(f"{name!r} has a sparse gradient, which no mechanism can scale; use sparse=False")
 
 
-def check_finite_gradients(named: Mapping[str, Tensor], claimed: Sequence[Tensor], step: int) -> None:
+def check_finite_gradients(
+    named: Mapping[str, Tensor], claimed: Sequence[Tensor], step: int, model: nn.Module | None = None
+) -> None:
     """Raise before the step if a gradient is NaN or infinite; one reduction if all is well.
+
+    Args:
+        named: gradients by name.
+        claimed: the parameters they are of.
+        step: for the error.
+        model: whose weights are looked at only when a gradient is bad: one that is NaN already is the cause.
 
     Raises:
         RuntimeError: on every process, naming the parameter on those that hold the bad entries.
@@ -207,7 +215,10 @@ def check_finite_gradients(named: Mapping[str, Tensor], claimed: Sequence[Tensor
             bad = [name for name, grad in grads.items() if not bool(torch.isfinite(grad).all())]
     if sharding.anywhere(bool(bad), claimed):
         what = f"the gradient of {bad[0]!r}" if bad else "a gradient held by another process"
-        raise RuntimeError(f"{what} is not finite at step {step}; no weight was changed by this step")
+        held = {} if model is None else {n: sharding.local(p) for n, p in model.named_parameters()}
+        lost = next((name for name, p in held.items() if not bool(torch.isfinite(p).all())), None)
+        why = "" if lost is None else f"; {lost!r} itself holds NaN or infinite values, from an earlier step"
+        raise RuntimeError(f"{what} is not finite at step {step}; no weight was changed by this step{why}")
 
 
 def clip_total_norm(optimizer: Any, limit: float) -> None:

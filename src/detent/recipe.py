@@ -360,6 +360,8 @@ class Recipe:
         if isinstance(source, Path) or ("\n" not in source and source.endswith((".yaml", ".yml"))):
             try:
                 return Recipe.from_yaml(Path(source).read_text(encoding="utf-8") + "\n")
+            except FileNotFoundError:
+                raise FileNotFoundError(f"cannot open {source}: there is no such file") from None
             except ValueError as error:
                 raise ValueError(f"{source}: {error}") from None
         try:

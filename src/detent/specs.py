@@ -96,7 +96,8 @@ def from_spec(spec: Any, where: str = "spec", bases: tuple[type, ...] = _BASES) 
     kinds, kind = _kinds(), spec.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
         fit = sorted(name for name, cls in kinds.items() if issubclass(cls, bases) and not name.startswith("_"))
-        raise ValueError(f"{where}: unknown kind {kind!r}{nearest(str(kind), fit)}; known: {', '.join(fit)}")
+        wrong = "no kind is given" if kind is None else f"unknown kind {kind!r}{nearest(str(kind), fit)}"
+        raise ValueError(f"{where}: {wrong}; known: {', '.join(fit)}")
     return build(kinds[kind], {k: v for k, v in spec.items() if k != "kind"}, where)
 
 
@@ -130,6 +131,8 @@ def build(cls: type, values: Any, where: str) -> Any:
         first = error.errors()[0]
         field_name = ".".join(str(part) for part in first["loc"][:1])
         message = first["msg"].removeprefix("Value error, ")
+        if len(first["loc"]) > 1:  # one of several types was meant, and pydantic speaks of the first
+            message = f"cannot be {values.get(str(first['loc'][0]))!r}"
         place = f"{where}: {cls.__name__}.{field_name}" if field_name else where
         raise ValueError(f"{place}: {message}") from None
 

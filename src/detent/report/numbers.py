@@ -542,11 +542,14 @@ def assemble(
         layers.append(layer.model_copy(update={"sensitivity": losses.get(name)}))
     place = {name: i for i, name in enumerate(order)}
     layers.sort(key=lambda layer: place[layer.name])
+    card = card_of(header, targets, order)
+    if both is not None:  # what is weighed here are files of the compressed life alone
+        card = card.model_copy(update={"lives": "both"})
     return Report(
         layers=tuple(layers),
         widths=tuple(widths),
         sizes=Sizes(raw=raw, parts={coding: _parts(found.total) for coding, found in written.items()}, both=both),
-        card=card_of(header, targets, order),
+        card=card,
         **rest,
     )
 

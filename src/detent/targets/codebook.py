@@ -46,7 +46,7 @@ class _Codebook(Target):
         name = type(self).__name__
         least = 2 if self.zero else 1
         if not isinstance(self.size, int) or not least <= self.size <= 2**16:
-            raise ValueError(f"{name}(size={self.size}): must be a whole number from {least} to 65536")
+            raise ValueError(f"{name}(size={self.size!r}): must be a whole number from {least} to 65536")
         if self.book not in ("layer", "global"):
             raise ValueError(f'{name}(book={self.book!r}): must be "layer" or "global"')
         if self.codebook_bits is not None and self.codebook_bits not in range(2, 9):

@@ -570,7 +570,7 @@ class PowerOfTwo(_Listed):
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or self.bits not in self.widths:
-            raise ValueError(f"PowerOfTwo(bits={self.bits}): bits must be a whole number from 2 to 5")
+            raise ValueError(f"PowerOfTwo(bits={self.bits!r}): bits must be a whole number from 2 to 5")
         granularity_of(self.granularity, "PowerOfTwo.granularity")
         if self.range not in ("max", "mse"):
             raise ValueError(f'PowerOfTwo(range={self.range!r}): must be "max" or "mse"')
@@ -680,7 +680,7 @@ class LearnedLevels(_Listed):
 
     def __post_init__(self) -> None:
         if not isinstance(self.k, int) or isinstance(self.k, bool) or not 2 <= self.k <= 256:
-            raise ValueError(f"LearnedLevels(k={self.k}): k must be a whole number from 2 to 256")
+            raise ValueError(f"LearnedLevels(k={self.k!r}): k must be a whole number from 2 to 256")
         granularity_of(self.granularity, "LearnedLevels.granularity")
         _check_param_dtype("LearnedLevels", self.param_dtype)
 
