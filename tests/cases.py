@@ -548,7 +548,7 @@ ERRORS: dict[str, ErrorCase] = {
         says="rules[0].target: unknown kind 'Unifrom'; did you mean 'Uniform'?",
     ),
     "yaml: no kind": ErrorCase(
-        make=lambda: _yaml("{match: a, target: {bits: 4}}"), says="rules[0].target: unknown kind"
+        make=lambda: _yaml("{match: a, target: {bits: 4}}"), says="rules[0].target: no kind is given; known: Binary"
     ),
     "yaml: unknown field": ErrorCase(
         make=lambda: _yaml("{match: a, target: {kind: Uniform, bit: 4}}"),
@@ -560,6 +560,10 @@ ERRORS: dict[str, ErrorCase] = {
     ),
     "yaml: value out of range": ErrorCase(
         make=lambda: _yaml("{match: a, target: {kind: Uniform, bits: 40}}"), says="rules[0].target: Uniform(bits=40)"
+    ),
+    "yaml: a word for a number or a schedule": ErrorCase(
+        make=lambda: _yaml("{match: a, target: {kind: Uniform, bits: 4}, mechanism: {kind: PSG, start: soon}}"),
+        says="rules[0].mechanism: PSG.start: cannot be 'soon'",
     ),
     "yaml: word not in the list": ErrorCase(
         make=lambda: _yaml("{match: a, target: {kind: Uniform, bits: 4, range: max}}"), says="Uniform.range"

@@ -571,7 +571,7 @@ def test_a_file_without_training_does_not_claim_one(weights: Path) -> None:
 
 def test_compress_says_what_it_guessed(weights: Path) -> None:
     stdout = call("compress", weights, "-r", "psg-w4").stdout
-    assert "1 tensors of more than two axes are taken as convolutions" in stdout
+    assert "1 tensor of more than two axes is taken as convolutions" in stdout
     assert "2 tensors of two axes are taken as linear" in stdout
     assert "@first is conv.weight and @last is out.weight" in stdout
     stdout = call("compress", weights, "-r", "psg-w4", "--model", f"{HERE}:Net").stdout
@@ -659,11 +659,13 @@ def test_names_that_a_wrapper_left_are_those_of_the_network(tmp_path: Path) -> N
     state = {f"module.{name}": t for name, t in model.state_dict().items()}
     save_file(state, tmp_path / "ddp.safetensors")
     for more in ((), ("--model", f"{HERE}:Net")):
-        said = json.loads(call("compress", tmp_path / "ddp.safetensors", *more, "--json").stdout)
+        out = tmp_path / "ddp.detent"
+        said = json.loads(call("compress", tmp_path / "ddp.safetensors", "-o", out, *more, "--json").stdout)
         assert said["compressed_weights"] == 4 * 27 + 24 + 12
-        load(tmp_path / "ddp.detent", Net(), "compressed")
+        load(out, Net(), "compressed")
     save_file(state | {"conv.bias": torch.zeros(4)}, tmp_path / "ddp.safetensors")
-    sentence = refused(call("compress", tmp_path / "ddp.safetensors", "--model", f"{HERE}:Net"), 2)
+    assert "ddp.detent is there already" in refused(call("compress", tmp_path / "ddp.safetensors"), 2)
+    sentence = refused(call("compress", tmp_path / "ddp.safetensors", "-o", out, "--model", f"{HERE}:Net"), 2)
     assert "are one name once wrapper names are removed" in sentence
 
 
@@ -810,6 +812,9 @@ def test_a_wrong_unpack_is_refused(file: Path) -> None:
     save_file({"a": torch.ones(2)}, plain)
     assert "is a safetensors file without a Detent header" in refused(call("unpack", plain), 2)
     assert "is the file itself" in refused(call("unpack", file, "-o", file), 2)
+    before = plain.read_bytes()
+    assert f"{plain.name} is there already; remove it, or name" in refused(call("unpack", file), 2)
+    assert plain.read_bytes() == before
     alone = file.with_name("alone.detent")
     save(dt.compress(Net(), Recipe.preset("psg-w4")), alone, "compressed")
     assert "holds only the compressed life" in refused(call("unpack", alone, "--life", "full"), 2)

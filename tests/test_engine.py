@@ -1325,3 +1325,17 @@ def test_a_moment_without_a_length_of_training_names_the_mechanisms_field() -> N
     model = net()
     with pytest.raises(ValueError, match=r"PSG\.eps: Linear\.end=0\.8 is a fraction of training"):
         dt.attach(model, sgd(model), recipe())
+
+
+def test_a_weight_that_is_lost_already_is_named_as_the_cause() -> None:
+    model = net()
+    optimizer = sgd(model)
+    dt.attach(model, optimizer, recipe(), total_steps=STEPS)
+    inputs, wanted = batch(0)
+    (model(inputs) - wanted).square().mean().backward()
+    model[2].bias.grad[0] = float("nan")  # which no rule claims, and nobody looks at
+    optimizer.step()
+    optimizer.zero_grad()
+    model(inputs).sum().backward()
+    with pytest.raises(RuntimeError, match=r"'0\.weight' is not finite at step 1.*; '2\.bias' itself holds NaN"):
+        optimizer.step()

@@ -173,6 +173,11 @@ def test_include_claims_what_it_names() -> None:
     assert [row["name"] for row in run.measure()] == ["fc.bias"]
 
 
+def test_a_recipe_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match=r"cannot open no-such\.yaml: No such file"):
+        dt.Recipe.from_yaml("no-such.yaml")
+
+
 def test_an_include_that_admits_nothing_is_refused() -> None:
     rule = dt.Rule(match="", target=U4, include="bais")
     with pytest.raises(ValueError, match=r"rule 0 \(include='bais'\) names no bias, gain or normalisation weight"):

@@ -361,7 +361,7 @@ class Recipe:
             try:
                 return Recipe.from_yaml(Path(source).read_text(encoding="utf-8") + "\n")
             except FileNotFoundError:
-                raise FileNotFoundError(f"cannot open {source}: there is no such file") from None
+                raise FileNotFoundError(f"cannot open {source}: No such file or directory") from None
             except ValueError as error:
                 raise ValueError(f"{source}: {error}") from None
         try:

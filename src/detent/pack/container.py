@@ -451,7 +451,7 @@ class Reader:
             raise ValueError(f'load(life={life!r}): must be "full" or "compressed"')
         if life == "full" and self._head.life == "compressed":
             raise ValueError(
-                f"{self._opened.path} holds the compressed life alone; ask for life='compressed', or save it with "
+                f"{self._opened.path} holds only the compressed life; ask for life='compressed', or save it with "
                 "life='both'"
             )
 
