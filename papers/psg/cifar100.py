@@ -177,7 +177,8 @@ def choose_gain(epochs: int, out: Path, data_dir: Path, console: Console, kinds:
         question="Which gain should PSG have, one for all widths?",
         seeds=[1000],
         config={"epochs": epochs, "gains": GAINS, "holdout": HOLDOUT, **kinds},
-        notes="Accuracy (%) on images held out from the train split; the checkpoint has seen them.",
+        notes="Accuracy (%) on images held out from the train split; the checkpoint has seen them. A trial that --out "
+        "holds already is read, so that the seconds may be those of reading.",
     )
     found: dict[str, dict[str, dict[str, float]]] = {}
     with record:
