@@ -700,7 +700,7 @@ def psg_gain(record: dict[str, Any]) -> str:
     results = record["results"]
     widths = sorted({bits for of in results["held_out"].values() for bits in of}, key=int, reverse=True)
     rows = []
-    for gain, of in results["held_out"].items():
+    for gain, of in sorted(results["held_out"].items(), key=lambda item: float(item[0])):
         lives = [f"{of[b][life]:.2f}" if b in of else "–" for b in widths for life in ("full", "compressed")]
         mean = results["mean"].get(gain)
         rows.append([gain, *lives, "–" if mean is None else f"{mean:.2f}"])
