@@ -14,7 +14,7 @@ from detent import sharding
 from detent.mechanisms import Clock, Mechanism
 from detent.mechanisms.base import never_zero
 from detent.recipe import Claim, Plan, Recipe, Rule, canonical_name
-from detent.schedules import Schedule, step_at
+from detent.schedules import Schedule, check_moment, moments_of, step_at
 from detent.specs import short
 from detent.targets import Params, Target
 
@@ -171,8 +171,10 @@ class Entry:
                     value(0, total_steps)
                 except ValueError as error:
                     raise ValueError(f"{type(self.mechanism).__name__}.{name}: {error}") from None
-            elif name.endswith("start") and value is not None:  # by convention a moment
-                step_at(value, total_steps, f"{type(self.mechanism).__name__}.{name}")
+        for name, moment in moments_of(self.mechanism).items():
+            check_moment(moment, f"{type(self.mechanism).__name__}.{name}")
+            if name.endswith("start"):  # others may go unused, as the end of what never happens
+                step_at(moment, total_steps, f"{type(self.mechanism).__name__}.{name}")
 
     def check_decay(self, options: Mapping[str, Any]) -> None:
         """Refuse a parameter group whose weight decay is not the one that the rule asks for.

@@ -20,7 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from detent.grouping import Layout
 from detent.mechanisms import Mechanism
 from detent.presets import PRESETS
-from detent.schedules import Moment, check_moment, is_number, is_whole
+from detent.schedules import Moment, check_moment, is_number, is_whole, moments_of
 from detent.specs import build, nearest, short, to_spec
 from detent.targets import Target
 
@@ -110,9 +110,8 @@ class Rule:
                     f"Rule(match={self.match!r}, {name}={getattr(self, name)}): {type(self.mechanism).__name__} says "
                     "itself when its target is fitted; leave it out"
                 )
-        for name, moment in vars(self.mechanism).items() if self.mechanism is not None else ():
-            if name.endswith(("start", "until")) and moment is not None:
-                check_moment(moment, f"{type(self.mechanism).__name__}.{name}")
+        for name, moment in moments_of(self.mechanism).items() if self.mechanism is not None else ():
+            check_moment(moment, f"{type(self.mechanism).__name__}.{name}")
         own = self.mechanism.fit_until if self.mechanism is not None and self.mechanism.fits_after else None
         if self.fit_until is not None and own is not None:
             raise ValueError(

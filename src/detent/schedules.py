@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import abc
 import math
-from dataclasses import dataclass
-from typing import TypeAlias
+import sys
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
 
 __all__ = [
     "Cosine",
@@ -23,7 +24,12 @@ __all__ = [
     "Schedule",
     "Sigmoid",
     "check_moment",
+    "check_types",
+    "ends_of",
+    "is_finite",
     "is_number",
+    "is_whole",
+    "moments_of",
     "step_at",
     "value_at",
 ]
@@ -41,14 +47,25 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def is_whole(value: object, least: int = 1) -> bool:
-    """Whether a value is a whole number of at least so much (True and False are not).
+def is_finite(value: object) -> bool:
+    """Whether a value is a plain number that a float can hold (True and False are not).
 
     Example:
-        >>> is_whole(2), is_whole(0), is_whole(2.0), is_whole(True)
-        (True, False, False, False)
+        >>> is_finite(1.5), is_finite(math.inf), is_finite(math.nan), is_finite(10**400), is_finite("1.5")
+        (True, False, False, False, False)
     """
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    # math.isfinite would raise for a whole number too large for a float.
+    return isinstance(value, (int, float)) and is_number(value) and abs(value) <= sys.float_info.max
+
+
+def is_whole(value: object, least: float = 1, most: float = math.inf) -> bool:
+    """Whether a value is a whole number within bounds, both included (True and False are not).
+
+    Example:
+        >>> is_whole(2), is_whole(0), is_whole(9, 2, 8), is_whole(2.0), is_whole(True)
+        (True, False, False, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def check_moment(moment: Moment, field: str) -> None:
@@ -95,6 +112,81 @@ def step_at(moment: Moment, total_steps: int | None, field: str) -> int:
     return round(moment * total_steps)
 
 
+def _declared(annotation: object) -> tuple[str, bool]:
+    """The name of a field's one type besides `None` ("" if there are several), and whether `None` is among them.
+
+    Read off the annotation as it stands: a stranger's may name what cannot be looked up at run time.
+    """
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    names = [name.strip() for name in text.split("|")]
+    others = [name for name in names if name != "None"]
+    return others[0] if len(others) == 1 else "", len(others) < len(names)
+
+
+def _is_moment(declared: str) -> bool:
+    return declared.rpartition(".")[2] == "Moment"
+
+
+def moments_of(obj: Any) -> dict[str, Any]:
+    """The moments among what an object holds, by name, but for those that are `None`.
+
+    Those are the fields declared as `Moment`, and by convention all others whose name ends in "start" or "until",
+    unless they are declared as `bool`.
+
+    Example:
+        >>> from detent import CodebookLearning
+        >>> moments_of(CodebookLearning(ste_from=0.5, reassign_until=9))
+        {'ste_from': 0.5, 'reassign_until': 9}
+    """
+    declared = {name: _declared(f.type)[0] for name, f in getattr(obj, "__dataclass_fields__", {}).items()}
+    return {
+        name: value
+        for name, value in vars(obj).items()
+        if value is not None
+        and declared.get(name) != "bool"
+        and (_is_moment(declared.get(name, "")) or name.endswith(("start", "until")))
+    }
+
+
+def check_types(obj: Any) -> None:
+    """Refuse fields of a dataclass whose value is not of the type they are declared with.
+
+    Looked at are `bool`, `int`, `float` and `Moment`, each also with `| None`; fields of other types, and ranges, are
+    for the class itself to check. Whatever a class has for a default is right.
+
+    Raises:
+        ValueError: anything but True and False, a bool or a fraction for a whole number, no number at all, or what is
+            no moment of any training.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Every:
+        ...     steps: int = 1
+        >>> check_types(Every(3))
+        >>> check_types(Every(True))
+        Traceback (most recent call last):
+        ...
+        ValueError: Every(steps=True): must be a whole number
+    """
+    who = type(obj).__name__
+    for f in fields(obj):
+        value = getattr(obj, f.name)
+        declared, may_be_none = _declared(f.type)
+        if value is f.default or (value is None and may_be_none):
+            continue
+        must = None
+        if declared == "bool" and not isinstance(value, bool):
+            must = "True or False"
+        elif declared == "int" and not is_whole(value, -math.inf):
+            must = "a whole number"
+        elif declared == "float" and not (is_number(value) and value == value):
+            must = "a number"
+        elif _is_moment(declared):
+            check_moment(value, f"{who}.{f.name}")
+        if must is not None:
+            raise ValueError(f"{who}({f.name}={value!r}): must be {must}{', or None' if may_be_none else ''}")
+
+
 class Schedule(abc.ABC):
     """A pure function from the step number to a strength.
 
@@ -103,6 +195,9 @@ class Schedule(abc.ABC):
         >>> [ramp(step, None) for step in (0, 5, 10, 99)]
         [0.0, 0.5, 1.0, 1.0]
     """
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     @abc.abstractmethod
     def __call__(self, step: int, total_steps: int | None) -> float:
@@ -126,12 +221,13 @@ class _Ramp(Schedule):
         name = type(self).__name__
         for field in ("first", "last"):
             value = getattr(self, field)
-            if not (is_number(value) and math.isfinite(value)):
+            if not is_finite(value):
                 raise ValueError(f"{name}({field}={value!r}): must be a finite number")
         for field in ("begin", "end"):
             check_moment(getattr(self, field), f"{name}.{field}")
         if type(self.begin) is type(self.end) and self.end < self.begin:
             raise ValueError(f"{name}(begin={self.begin}, end={self.end}): must not end before it begins")
+        super().__post_init__()
 
     def __call__(self, step: int, total_steps: int | None) -> float:
         name = type(self).__name__
@@ -264,9 +360,9 @@ class Sigmoid(_Ramp):
     steepness: float = 10.0
 
     def __post_init__(self) -> None:
+        if not (is_number(self.steepness) and 0 < self.steepness <= 500):
+            raise ValueError(f"Sigmoid(steepness={self.steepness!r}): must lie in (0, 500]")
         super().__post_init__()
-        if not 0 < self.steepness <= 500:
-            raise ValueError(f"Sigmoid(steepness={self.steepness}): must lie in (0, 500]")
 
     def _between(self, t: float) -> float:
         def s(t: float) -> float:
@@ -305,12 +401,13 @@ class Growth(Schedule):
     last: float = 1e4
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.factor) and self.factor >= 1):
-            raise ValueError(f"Growth(factor={self.factor}): must be a finite number >= 1")
-        if self.every < 1:
-            raise ValueError(f"Growth(every={self.every}): must be >= 1 step")
-        if not 0 < self.first <= self.last < math.inf:
-            raise ValueError(f"Growth(first={self.first}, last={self.last}): need 0 < first <= last, both finite")
+        if not (is_finite(self.factor) and self.factor >= 1):
+            raise ValueError(f"Growth(factor={self.factor!r}): must be a finite number >= 1")
+        if not is_whole(self.every):
+            raise ValueError(f"Growth(every={self.every!r}): must be >= 1 step, a whole number")
+        if not (is_finite(self.first) and is_finite(self.last) and 0 < self.first <= self.last):
+            raise ValueError(f"Growth(first={self.first!r}, last={self.last!r}): need 0 < first <= last, both finite")
+        super().__post_init__()
 
     def __call__(self, step: int, total_steps: int | None) -> float:
         times = -(-step // self.every)
@@ -325,6 +422,16 @@ class Growth(Schedule):
 
 
 Number: TypeAlias = float | Linear | Cosine | Cubic | Exponential | Sigmoid | Growth
+
+
+def ends_of(value: float | Schedule) -> tuple[float, ...]:
+    """The values between which a number or a schedule stays; none if a schedule does not tell.
+
+    Example:
+        >>> ends_of(0.3), ends_of(Linear(first=0.0, last=1.0))
+        ((0.3,), (0.0, 1.0))
+    """
+    return (value.bounds() or ()) if isinstance(value, Schedule) else (value,)
 
 
 def value_at(value: float | Schedule, step: int, total_steps: int | None) -> float:

@@ -31,7 +31,7 @@ from detent.mechanisms.projection import (
     survivors,
     watch_gradient,
 )
-from detent.schedules import Moment, Number, step_at, value_at
+from detent.schedules import Moment, Number, is_finite, is_number, step_at, value_at
 from detent.targets import Target
 from detent.targets.base import compute_dtype
 
@@ -151,18 +151,18 @@ class ADMM(Mechanism):
     own_cadence: ClassVar[tuple[str, ...]] = ("fit_every",)
 
     def __post_init__(self) -> None:
-        if not (self.rho > 0 and math.isfinite(self.rho)):
-            raise ValueError(f"ADMM(rho={self.rho}): must be a finite number > 0")
-        if not (self.growth >= 1 and math.isfinite(self.growth)):
-            raise ValueError(f"ADMM(growth={self.growth}): must be a finite number >= 1")
-        if self.balance and self.growth == 1:
+        if not (is_finite(self.rho) and self.rho > 0):
+            raise ValueError(f"ADMM(rho={self.rho!r}): must be a finite number > 0")
+        if not (is_finite(self.growth) and self.growth >= 1):
+            raise ValueError(f"ADMM(growth={self.growth!r}): must be a finite number >= 1")
+        if self.balance is True and self.growth == 1:
             raise ValueError("ADMM(balance=True, growth=1.0): balancing moves rho by growth; give one > 1")
-        if not self.every > 0:
-            raise ValueError(f"ADMM(every={self.every}): must be >= 1 step, or a fraction of training > 0")
-        if self.until is not None and not self.until > 0:
-            raise ValueError(f"ADMM(until={self.until}): must be > 0 or None")
-        if self.rho_max is not None and not self.rho_max >= self.rho:
-            raise ValueError(f"ADMM(rho_max={self.rho_max}): must be >= rho={self.rho}, or None")
+        if not (is_number(self.every) and self.every > 0):
+            raise ValueError(f"ADMM(every={self.every!r}): must be >= 1 step, or a fraction of training > 0")
+        if self.until is not None and not (is_number(self.until) and self.until > 0):
+            raise ValueError(f"ADMM(until={self.until!r}): must be > 0 or None")
+        if self.rho_max is not None and not (is_number(self.rho_max) and self.rho_max >= self.rho):
+            raise ValueError(f"ADMM(rho_max={self.rho_max!r}): must be >= rho={self.rho}, or None")
         if self.form not in ("gradient", "decoupled"):
             raise ValueError(f'ADMM(form={self.form!r}): must be "gradient" or "decoupled"')
         if self.finish not in ("auto", "mask", "freeze", None):
@@ -171,8 +171,9 @@ class ADMM(Mechanism):
         check_metric(self.metric, None, "ADMM")
         if self.metric == "fisher" and self.until is None:
             raise ValueError('ADMM(until=None): metric="fisher" needs a moment at which survivors are chosen for good')
-        if self.freeze_every is not None and not self.freeze_every > 0:
-            raise ValueError(f"ADMM(freeze_every={self.freeze_every}): must be > 0 or None")
+        if self.freeze_every is not None and not (is_number(self.freeze_every) and self.freeze_every > 0):
+            raise ValueError(f"ADMM(freeze_every={self.freeze_every!r}): must be > 0 or None")
+        super().__post_init__()
 
     @property
     def memory(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -551,6 +552,7 @@ class Penalty(Mechanism):
         check_strength(self.strength, "Penalty")
         if self.norm not in ("l2", "l1"):
             raise ValueError(f'Penalty(norm={self.norm!r}): must be "l2" or "l1"')
+        super().__post_init__()
 
     @property
     def fit_every(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from detent.schedules import Moment
+from detent.schedules import Moment, check_types
 from detent.targets import Params, Target
 
 __all__ = ["Clock", "Mechanism", "Slot", "never_zero"]
@@ -117,6 +117,9 @@ class Mechanism(abc.ABC):
     own_cadence: ClassVar[tuple[str, ...]] = ()
     # Lets a recipe file be checked field by field although fields may hold abstract types.
     __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}
+
+    def __post_init__(self) -> None:
+        check_types(self)  # a class with ranges of its own checks those first, and says them
 
     @property
     def pull(self) -> Target | None:

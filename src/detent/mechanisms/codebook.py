@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from detent.mechanisms.base import Clock, Mechanism, Slot
-from detent.schedules import Moment, step_at
+from detent.schedules import Moment, is_whole, step_at
 from detent.targets import Target
 
 __all__ = ["CodebookLearning"]
@@ -74,8 +74,9 @@ class CodebookLearning(Mechanism):
     def __post_init__(self) -> None:
         if self.reduce not in ("mean", "sum"):
             raise ValueError(f'CodebookLearning(reduce={self.reduce!r}): must be "mean" or "sum"')
-        if self.reassign_every is not None and self.reassign_every < 1:
-            raise ValueError(f"CodebookLearning(reassign_every={self.reassign_every}): must be >= 1 step or None")
+        if self.reassign_every is not None and not is_whole(self.reassign_every):
+            raise ValueError(f"CodebookLearning(reassign_every={self.reassign_every!r}): must be >= 1 step or None")
+        super().__post_init__()
 
     @property
     def memory(self) -> tuple[str, ...]:  # type: ignore[override]

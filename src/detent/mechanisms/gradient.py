@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detent.mechanisms.base import Clock, Mechanism, Slot
 from detent.mechanisms.projection import clip_to_range, clipping, clipping_begins
-from detent.schedules import Linear, Moment, Number, Schedule, check_moment, is_number, step_at, value_at
+from detent.schedules import Linear, Moment, Number, ends_of, is_finite, is_number, step_at, value_at
 from detent.targets import Params, Target, Uniform, Zero
 from detent.targets.base import compute_dtype
 
@@ -20,11 +20,6 @@ __all__ = ["PSG"]
 
 _EPS = Linear(first=0.05, last=0.0, begin=0.0, end=0.8)
 _PIECE = 1 << 17  # weights: half a megabyte in float32, so that the passing tensors of a piece stay in a core's cache
-
-
-def _ends(value: float | Schedule) -> tuple[float, ...]:
-    """The values between which a number or a schedule stays; none if a schedule does not tell."""
-    return (value.bounds() or ()) if isinstance(value, Schedule) else (value,)
 
 
 def _pieces(slot: Slot, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -109,27 +104,23 @@ class PSG(Mechanism):
 
     def __post_init__(self) -> None:
         for name in ("strength", "eps"):
-            if not (is_number(getattr(self, name)) or isinstance(getattr(self, name), Schedule)):
+            if not all(is_number(end) for end in ends_of(getattr(self, name))):
                 raise ValueError(f"PSG({name}={getattr(self, name)!r}): must be a number or a schedule")
-        if not all(0.0 <= end <= 1.0 for end in _ends(self.strength)):
+        if not all(0.0 <= end <= 1.0 for end in ends_of(self.strength)):
             raise ValueError(f"PSG(strength={self.strength}): must lie in [0, 1]")
-        if not (is_number(self.gain) and self.gain > 0 and math.isfinite(self.gain)):
+        if not (is_finite(self.gain) and self.gain > 0):
             raise ValueError(f"PSG(gain={self.gain!r}): must be a finite number > 0")
-        if not all(end >= 0 and math.isfinite(end) for end in _ends(self.eps)):
+        if not all(end >= 0 and is_finite(end) for end in ends_of(self.eps)):
             raise ValueError(f"PSG(eps={self.eps}): must be a finite number >= 0")
         if self.clip_norm is not None and not (is_number(self.clip_norm) and self.clip_norm > 0):
             raise ValueError(f"PSG(clip_norm={self.clip_norm!r}): must be > 0 or None")
-        if not isinstance(self.clip, bool):
-            raise ValueError(f"PSG(clip={self.clip!r}): must be True or False")
         if self.toward is not None and not isinstance(self.toward, Target):
             raise ValueError(f"PSG(toward={self.toward!r}): must be a Target or None")
-        check_moment(self.start, "PSG.start")
-        if self.clip_start is not None:
-            check_moment(self.clip_start, "PSG.clip_start")
         if self.form not in ("auto", "gradient", "update"):
             raise ValueError(f'PSG(form={self.form!r}): must be "auto", "gradient" or "update"')
         if self.units not in ("cell", "weight"):
             raise ValueError(f'PSG(units={self.units!r}): must be "cell" or "weight"')
+        super().__post_init__()
 
     @classmethod
     def paper(cls, lambda_s: float = 150.0, eps: float = 0.0) -> PSG:

@@ -14,7 +14,7 @@ from torch import Tensor
 from detent.grouping import GranularityLike, Layout, granularity_of
 from detent.mechanisms.base import Clock, Mechanism, Slot
 from detent.mechanisms.maps import MirrorMap, SoftmaxMap, TanhMap, checked, piecewise_affine
-from detent.schedules import Exponential, Moment, Number, Schedule, Sigmoid, step_at, value_at
+from detent.schedules import Exponential, Moment, Number, Sigmoid, ends_of, is_finite, is_number, step_at, value_at
 from detent.targets import Target
 from detent.targets.base import compute_dtype
 
@@ -71,10 +71,11 @@ class _Latent(Mechanism):
     memory: ClassVar[tuple[str, ...]] = ("latent",)
 
     def __post_init__(self) -> None:
-        if self.clip_latent is not None and not 0 < self.clip_latent < math.inf:
+        if self.clip_latent is not None and not (is_finite(self.clip_latent) and self.clip_latent > 0):
             raise ValueError(
-                f"{type(self).__name__}(clip_latent={self.clip_latent}): must be a finite number > 0 or None"
+                f"{type(self).__name__}(clip_latent={self.clip_latent!r}): must be a finite number > 0 or None"
             )
+        super().__post_init__()
 
     @abc.abstractmethod
     def _seen(self, slot: Slot, latent: Tensor, step: int, total_steps: int | None) -> Tensor:
@@ -180,9 +181,8 @@ class PARQ(_Latent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for value in _bounds(self.inverse_slope):
-            if not 0 <= value <= 1:
-                raise ValueError(f"PARQ(inverse_slope={self.inverse_slope}): must lie in [0, 1]")
+        if not all(is_number(end) and 0 <= end <= 1 for end in ends_of(self.inverse_slope)):
+            raise ValueError(f"PARQ(inverse_slope={self.inverse_slope!r}): must lie in [0, 1]")
 
     def check(self, target: Target) -> str | None:
         return _needs_levels(self, target, "use BinaryRelax")
@@ -195,11 +195,6 @@ class PARQ(_Latent):
         return piecewise_affine(x, levels_of(slot, x), inverse_slope).to(latent.dtype)
 
 
-def _bounds(value: float | Schedule) -> tuple[float, ...]:
-    """The values between which a number or a schedule stays, as far as they are known."""
-    return (value.bounds() or ()) if isinstance(value, Schedule) else (value,)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Annealed(_Latent):
     """A latent seen through something that hardens with beta."""
@@ -209,9 +204,8 @@ class _Annealed(_Latent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for value in _bounds(self.beta):
-            if not value > 0:
-                raise ValueError(f"{type(self).__name__}(beta={self.beta}): must be > 0")
+        if not all(is_number(end) and end > 0 for end in ends_of(self.beta)):
+            raise ValueError(f"{type(self).__name__}(beta={self.beta!r}): must be > 0")
 
     def beta_at(self, step: int, total_steps: int | None) -> float:
         """Beta of the forward pass of a step; `inf` from `hard_start` on.

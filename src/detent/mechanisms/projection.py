@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from detent.mechanisms.base import Clock, Mechanism, Slot, never_zero
-from detent.schedules import Moment, Number, Schedule, check_moment, is_whole, step_at, value_at
+from detent.schedules import Moment, Number, Schedule, ends_of, is_finite, is_number, is_whole, step_at, value_at
 from detent.targets import Params, Target
 from detent.targets.base import compute_dtype
 
@@ -67,10 +67,6 @@ class Clip(Mechanism):
     start: Moment | None = 0.0
 
     keeps_full_life: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.start is not None:
-            check_moment(self.start, "Clip.start")
 
     @property
     def fit_every(self) -> int:
@@ -128,8 +124,7 @@ class HardProjection(Mechanism):
     def __post_init__(self) -> None:
         if not is_whole(self.every):
             raise ValueError(f"HardProjection(every={self.every!r}): must be a whole number >= 1 of steps")
-        if not isinstance(self.masks, bool):
-            raise ValueError(f"HardProjection(masks={self.masks!r}): must be True or False")
+        super().__post_init__()
 
     @property
     def fit_every(self) -> int:
@@ -287,9 +282,10 @@ def check_rounds(rounds: tuple[float, ...], who: str) -> None:
     Raises:
         ValueError: naming the field.
     """
-    rising = all(a < b for a, b in zip((0.0, *rounds), rounds, strict=False))
-    if not rounds or not rising or rounds[-1] != 1.0:
-        raise ValueError(f"{who}(rounds={rounds}): shares of frozen weights must rise within (0, 1] and end at 1.0")
+    listed = rounds if isinstance(rounds, Sequence) and all(is_number(share) for share in rounds) else ()
+    rising = all(a < b for a, b in zip((0.0, *listed), listed, strict=False))
+    if not listed or not rising or listed[-1] != 1.0:
+        raise ValueError(f"{who}(rounds={rounds!r}): shares of frozen weights must rise within (0, 1] and end at 1.0")
 
 
 def round_steps(begin: int, every: Moment | None, rounds: int, total_steps: int | None, who: str) -> list[int]:
@@ -354,6 +350,7 @@ class Masked(Mechanism):
 
     def __post_init__(self) -> None:
         check_metric(self.metric, None, "Masked")
+        super().__post_init__()
         if self.metric == "fisher" and not self.start > 0:
             raise ValueError(f'Masked(start={self.start}): metric="fisher" gathers gradients before it; give start > 0')
 
@@ -455,8 +452,9 @@ class PartialFreeze(Mechanism):
 
     def __post_init__(self) -> None:
         check_rounds(self.rounds, "PartialFreeze")
-        if self.every is not None and not self.every > 0:
-            raise ValueError(f"PartialFreeze(every={self.every}): must be > 0 or None")
+        if self.every is not None and not (is_number(self.every) and self.every > 0):
+            raise ValueError(f"PartialFreeze(every={self.every!r}): must be > 0 or None")
+        super().__post_init__()
 
     @property
     def fit_every(self) -> int:
@@ -520,9 +518,8 @@ def check_strength(strength: float | Schedule, who: str) -> None:
     Raises:
         ValueError: naming the field.
     """
-    ends = (strength.bounds() or ()) if isinstance(strength, Schedule) else (strength,)
-    if not all(end >= 0 and math.isfinite(end) for end in ends):
-        raise ValueError(f"{who}(strength={strength}): must be a finite number >= 0, or a schedule that stays so")
+    if not all(is_finite(end) and end >= 0 for end in ends_of(strength)):
+        raise ValueError(f"{who}(strength={strength!r}): must be a finite number >= 0, or a schedule that stays so")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -563,8 +560,9 @@ class Proximal(Mechanism):
         check_strength(self.strength, "Proximal")
         if self.norm not in ("l2", "l1"):
             raise ValueError(f'Proximal(norm={self.norm!r}): must be "l2" or "l1"')
-        if self.every < 1:
-            raise ValueError(f"Proximal(every={self.every}): must be >= 1 step")
+        if not is_whole(self.every):
+            raise ValueError(f"Proximal(every={self.every!r}): must be >= 1 step, a whole number")
+        super().__post_init__()
 
     @property
     def fit_every(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from detent.grouping import Layout
+from detent.schedules import check_types
 
 __all__ = ["Codes", "Params", "Scope", "Stream", "Target", "check_finite", "compute_dtype"]
 
@@ -132,6 +133,9 @@ class Target(abc.ABC):
     shared: ClassVar[tuple[str, ...]] = ()
     # Lets a recipe file be checked field by field although fields may hold abstract types.
     __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}
+
+    def __post_init__(self) -> None:
+        check_types(self)  # a class with ranges of its own checks those first, and says them
 
     @property
     @abc.abstractmethod

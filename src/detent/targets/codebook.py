@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from detent.grouping import Layout
+from detent.schedules import is_whole
 from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite, compute_dtype
 from detent.targets.levels import _PARAM_DTYPES, Uniform
 
@@ -45,23 +46,22 @@ class _Codebook(Target):
     def __post_init__(self) -> None:
         name = type(self).__name__
         least = 2 if self.zero else 1
-        if not isinstance(self.size, int) or not least <= self.size <= 2**16:
+        if not is_whole(self.size, least, 2**16):
             raise ValueError(f"{name}(size={self.size!r}): must be a whole number from {least} to 65536")
         if self.book not in ("layer", "global"):
             raise ValueError(f'{name}(book={self.book!r}): must be "layer" or "global"')
-        if self.codebook_bits is not None and self.codebook_bits not in range(2, 9):
-            raise ValueError(f"{name}(codebook_bits={self.codebook_bits}): must be 2 to 8, or None for floats")
+        if self.codebook_bits is not None and not is_whole(self.codebook_bits, 2, 8):
+            raise ValueError(f"{name}(codebook_bits={self.codebook_bits!r}): must be 2 to 8, or None for floats")
         if self.few not in ("reduce", "refuse"):
             raise ValueError(f'{name}(few={self.few!r}): must be "reduce" or "refuse"')
-        if self.param_dtype not in _PARAM_DTYPES:
+        if not isinstance(self.param_dtype, str) or self.param_dtype not in _PARAM_DTYPES:
             raise ValueError(f"{name}(param_dtype={self.param_dtype!r}): must be one of {sorted(_PARAM_DTYPES)}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ValueError(f"{name}(seed={self.seed}): must be a whole number from 0 to 2**63 - 1")
+        if not is_whole(self.seed, 0, 2**63 - 1):
+            raise ValueError(f"{name}(seed={self.seed!r}): must be a whole number from 0 to 2**63 - 1")
         for field in ("restarts", "iterations", "sample"):
-            if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
-                raise ValueError(f"{name}({field}={getattr(self, field)}): must be a whole number >= 1")
-        if not isinstance(self.warm_start, bool):
-            raise ValueError(f"{name}(warm_start={self.warm_start!r}): must be True or False")
+            if not is_whole(getattr(self, field)):
+                raise ValueError(f"{name}({field}={getattr(self, field)!r}): must be a whole number >= 1")
+        super().__post_init__()
 
     @property
     def scope(self) -> Scope:
@@ -409,9 +409,9 @@ class VectorCodebook(_Codebook):
     block: int
 
     def __post_init__(self) -> None:
+        if not is_whole(self.block):
+            raise ValueError(f"VectorCodebook(block={self.block!r}): must be a whole number >= 1")
         super().__post_init__()
-        if not isinstance(self.block, int) or self.block < 1:
-            raise ValueError(f"VectorCodebook(block={self.block}): must be a whole number >= 1")
 
     def _length(self, shape: Sequence[int]) -> int:
         return self.block

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from detent.grouping import Granularity, Layout, PerTensor, granularity_of
+from detent.schedules import is_whole
 from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite
 from detent.targets.sparse import Sparse, padded, square_unit
 
@@ -72,8 +73,9 @@ class SparseLevels(Target):
                 f"SparseLevels(survivors={self.survivors!r}): must be a target that takes weights one at a time, such "
                 "as Uniform(bits=4)"
             )
-        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 1:
-            raise ValueError(f"SparseLevels(rounds={self.rounds}): must be a whole number >= 1")
+        if not is_whole(self.rounds):
+            raise ValueError(f"SparseLevels(rounds={self.rounds!r}): must be a whole number >= 1")
+        super().__post_init__()
 
     @property
     def is_exact(self) -> bool:  # type: ignore[override]

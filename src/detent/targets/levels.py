@@ -24,7 +24,7 @@ _PIECE = 1 << 21  # weights placed at a time where a group's levels have to be l
 
 
 def _check_param_dtype(who: str, name: str) -> None:
-    if name not in _PARAM_DTYPES:
+    if not isinstance(name, str) or name not in _PARAM_DTYPES:
         raise ValueError(f"{who}(param_dtype={name!r}): must be one of {sorted(_PARAM_DTYPES)}")
 
 
@@ -236,6 +236,7 @@ class Uniform(_Scaled):
         if not is_whole(self.rounds):
             raise ValueError(f"Uniform(rounds={self.rounds!r}): must be a whole number >= 1")
         _check_param_dtype("Uniform", self.param_dtype)
+        super().__post_init__()
 
     @property
     def _n(self) -> int:
@@ -359,6 +360,7 @@ class Binary(_Signs):
             raise ValueError(f'Binary(scale={self.scale!r}): must be "mean" or None')
         granularity_of(self.granularity, "Binary.granularity")
         _check_param_dtype("Binary", self.param_dtype)
+        super().__post_init__()
 
     @property
     def _width(self) -> int:
@@ -409,6 +411,7 @@ class Ternary(_Signs):
             raise ValueError(f'Ternary(scale={self.scale!r}): must be "exact", "alternate" or None')
         granularity_of(self.granularity, "Ternary.granularity")
         _check_param_dtype("Ternary", self.param_dtype)
+        super().__post_init__()
 
     @property
     def _width(self) -> int:
@@ -574,6 +577,7 @@ class PowerOfTwo(_Listed):
         granularity_of(self.granularity, "PowerOfTwo.granularity")
         if self.range not in ("max", "mse"):
             raise ValueError(f'PowerOfTwo(range={self.range!r}): must be "max" or "mse"')
+        super().__post_init__()
 
     @property
     def widths(self) -> Sequence[int]:
@@ -679,10 +683,11 @@ class LearnedLevels(_Listed):
     stored: ClassVar[tuple[str, ...]] = ("levels",)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.k, int) or isinstance(self.k, bool) or not 2 <= self.k <= 256:
+        if not is_whole(self.k, 2, 256):
             raise ValueError(f"LearnedLevels(k={self.k!r}): k must be a whole number from 2 to 256")
         granularity_of(self.granularity, "LearnedLevels.granularity")
         _check_param_dtype("LearnedLevels", self.param_dtype)
+        super().__post_init__()
 
     @property
     def _width(self) -> int:
@@ -756,6 +761,7 @@ class Zero(Target):
 
     def __post_init__(self) -> None:
         granularity_of(self.granularity, "Zero.granularity")
+        super().__post_init__()
 
     @property
     def scope(self) -> Scope:

@@ -45,8 +45,9 @@ class Round(Target):
     stored: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        if self.dtype not in _STORE:
+        if not isinstance(self.dtype, str) or self.dtype not in _STORE:
             raise ValueError(f"Round(dtype={self.dtype!r}): must be one of {sorted(_STORE)}")
+        super().__post_init__()
 
     @property
     def scope(self) -> Scope:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from detent.grouping import Layout
+from detent.schedules import is_whole
 from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite, compute_dtype
 
 __all__ = ["NM", "Sparse", "Structured", "TopK", "square_unit"]
@@ -156,6 +157,7 @@ class TopK(Sparse):
             raise ValueError(f'TopK(share={self.share!r}): must be "magnitude" or "lamp"')
         if self.share == "lamp" and self.scope != "model":
             raise ValueError(f'TopK(share="lamp", scope={self.scope!r}): a count is shared out in scope "model" only')
+        super().__post_init__()
 
     def accepts(self, shape: Sequence[int], dtype: torch.dtype, layout: Layout) -> str | None:
         if self.scope == "tensor" and isinstance(self.keep, int) and self.keep > layout.numel:
@@ -253,12 +255,13 @@ class NM(Sparse):
     along: Literal["channels", "columns"] = "channels"
 
     def __post_init__(self) -> None:
-        if isinstance(self.m, bool) or not isinstance(self.m, int) or self.m < 1:
+        if not is_whole(self.m):
             raise ValueError(f"NM(m={self.m!r}): a block holds a whole number of weights, at least 1")
-        if isinstance(self.n, bool) or not isinstance(self.n, int) or not 1 <= self.n <= self.m:
+        if not is_whole(self.n, 1, self.m):
             raise ValueError(f"NM(n={self.n!r}, m={self.m}): n must be a whole number from 1 to m")
         if self.along not in ("channels", "columns"):
             raise ValueError(f'NM(along={self.along!r}): must be "channels" or "columns"')
+        super().__post_init__()
 
     @property
     def scope(self) -> Scope:
@@ -368,6 +371,7 @@ class Structured(Sparse):
         sides = self.block if isinstance(self.block, tuple) and len(self.block) == 2 else (0,)
         if self.block is not None and not all(type(side) is int and side >= 1 for side in sides):
             raise ValueError(f"Structured(block={self.block}): must be a pair (rows, columns) of whole numbers >= 1")
+        super().__post_init__()
 
     def accepts(self, shape: Sequence[int], dtype: torch.dtype, layout: Layout) -> str | None:
         reason = Target.accepts(self, shape, dtype, layout)
