@@ -138,7 +138,7 @@ def test_what_was_taken_for_something_else(name: str) -> None:
     with pytest.raises(ValueError) as caught:
         make(**given)
     said = str(caught.value)
-    assert said.startswith(f"{make.__name__}(") and f"{field}={value!r}" in said and says in said  # type: ignore[attr-defined]
+    assert said.startswith(f"{make.__name__}(") and f"{field}={value!r}" in said and says in said
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ class Plain(dt.Mechanism):
 
 
 def test_a_strangers_fields_of_other_types_are_let_through() -> None:
-    made = Plain(width=None, size=2.5, table={"a": torch.ones(1)}, many=True)  # type: ignore[dict-item]
+    made = Plain(width=None, size=2.5, table={"a": torch.ones(1)}, many=True)
     assert made.sloppy is None and Plain(limit=5).limit == 5 and Plain(limit=-math.inf).limit == -math.inf
     with pytest.raises(ValueError, match=r"Plain\(steps=True\): must be a whole number$"):
         Plain(steps=True)
@@ -218,7 +218,7 @@ def test_a_strangers_moments_are_checked_by_the_rule() -> None:
     assert dt.Rule(match="w", target=target, mechanism=Own(gather_from=0.5, warm_start=True)).mechanism is not None
     for field in ("gather_from", "late_start"):
         with pytest.raises(ValueError, match=rf"Own.{field}=1.5: a fraction of training must lie in"):
-            dt.Rule(match="w", target=target, mechanism=Own(**{field: 1.5}))
+            dt.Rule(match="w", target=target, mechanism=Own(**{field: 1.5}))  # type: ignore[arg-type]
 
 
 def test_attach_looks_at_moments_once_more() -> None:

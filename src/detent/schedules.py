@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias
 
 __all__ = [
@@ -138,10 +138,11 @@ def moments_of(obj: Any) -> dict[str, Any]:
         >>> moments_of(CodebookLearning(ste_from=0.5, reassign_until=9))
         {'ste_from': 0.5, 'reassign_until': 9}
     """
-    declared = {name: _declared(f.type)[0] for name, f in getattr(obj, "__dataclass_fields__", {}).items()}
+    declared = {f.name: _declared(f.type)[0] for f in (fields(obj) if is_dataclass(obj) else ())}
+    held: dict[str, Any] = vars(obj)
     return {
         name: value
-        for name, value in vars(obj).items()
+        for name, value in held.items()
         if value is not None
         and declared.get(name) != "bool"
         and (_is_moment(declared.get(name, "")) or name.endswith(("start", "until")))
@@ -170,7 +171,7 @@ def check_types(obj: Any) -> None:
     """
     who = type(obj).__name__
     for f in fields(obj):
-        value = getattr(obj, f.name)
+        value: Any = getattr(obj, f.name)
         declared, may_be_none = _declared(f.type)
         if value is f.default or (value is None and may_be_none):
             continue
@@ -182,7 +183,7 @@ def check_types(obj: Any) -> None:
         elif declared == "float" and not (is_number(value) and value == value):
             must = "a number"
         elif _is_moment(declared):
-            check_moment(value, f"{who}.{f.name}")
+            check_moment(getattr(obj, f.name), f"{who}.{f.name}")
         if must is not None:
             raise ValueError(f"{who}({f.name}={value!r}): must be {must}{', or None' if may_be_none else ''}")
 
