@@ -380,6 +380,29 @@ def test_runs_change_the_levels_by_next_to_nothing(monkeypatch: pytest.MonkeyPat
     assert _error(target, w) == pytest.approx(exact, rel=5e-3)
 
 
+@pytest.mark.parametrize(("k", "far"), [(4, 1000.0), (16, -1000.0), (16, 100.0)])
+def test_an_outlier_among_many_numbers_takes_one_level(k: int, far: float) -> None:
+    """The mean of a run that the outlier ends must draw no level, and the outlier's own must not be lost."""
+    w = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0))
+    w[17] = far
+    by_hand = _error(dt.LearnedLevels(k=k - 1), w[w != far])  # and a level at the outlier, which has no error
+    target = dt.LearnedLevels(k=k)
+    params = target.fit(w)
+    assert len(params["levels"].unique()) == k
+    assert _error(target, w) < 1.01 * by_hand
+
+
+def test_few_outliers_and_a_gap_take_one_level_each_in_groups_of_unequal_length() -> None:
+    """Around -8 and 8 a level of more would save 0.0064 * 100,000, which is less than any outlier costs."""
+    centres = torch.tensor([-8.0, 8.0]).repeat_interleave(100_000)
+    near = centres + 0.1 * torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    w = torch.cat([near, torch.tensor([-50.0] * 3 + [70.0] * 2), near[:150_000]])[None]
+    target = dt.LearnedLevels(k=4, granularity=dt.Group(size=200_005))
+    params = target.fit(w)
+    assert params["levels"][0].tolist() == pytest.approx([-50.0, -8.0, 8.0, 70.0], abs=0.01)
+    assert float((target.project(w, params) - w).abs().max()) < 0.6  # six sigma, in the shorter group too
+
+
 @pytest.mark.parametrize("name", ["learned-5-group", "power-3-no-zero"])
 def test_placing_in_pieces_is_placing_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     w = torch.randn(9, 5, 4)

@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = ["kmeans", "ternary_scale"]
 
 _RUNS = 1 << 16  # sorted numbers of a group that Lloyd's rounds look at; longer groups are cut into as many runs
+_WIDEST = 256  # runs, the widest of a group, of which each number is looked at: there may be as many levels
 _ROUNDS = 100
 _PIECE = 1 << 19  # numbers handled at a time in float64
 
@@ -24,7 +25,8 @@ def kmeans(x: Tensor, sizes: Tensor, k: int, pinned: bool) -> Tensor:
     The starts are k levels evenly spaced over the range, and k levels as dense as the cube root of the numbers' own
     density, which is the best for large k. A level that serves no number moves to the far end of the cluster with the
     largest error. Groups of more than 2^16 numbers are summed up in 2^16
-    runs of neighbours first; one last round on all numbers makes every level the exact mean of those it serves.
+    runs of neighbours first, but for the runs that span most, at far outliers and wide gaps, whose numbers stay single;
+    one last round on all numbers makes every level the exact mean of those it serves.
 
     Args:
         x: matrix (groups, numbers); a shorter group ends in `inf`.
@@ -53,11 +55,11 @@ def kmeans(x: Tensor, sizes: Tensor, k: int, pinned: bool) -> Tensor:
         levels = starts[0]
         for other in starts[1:]:
             levels = torch.where((points.error(other) < points.error(levels)).unsqueeze(1), other, levels)
-        met = torch.zeros(len(levels), dtype=torch.bool)
+        served = points.between(points.below, points.edges(levels))
         if ordered.shape[1] > _RUNS:
-            levels, met = _exact_means(ordered, counts, levels, pinned)
-        # A number too rare to be the mean of a run serves no run, and yet has its level where all are met exactly.
-        found.append(torch.where(met.unsqueeze(1), levels + 0.0, _tidy(points, levels, pinned)))
+            # By the numbers, not by the runs: a level of few numbers may serve no run, and yet be needed.
+            levels, served = _exact_means(ordered, counts, levels, pinned)
+        found.append(_tidy(levels, served, pinned))
     return torch.cat(found).to(x.device)
 
 
@@ -118,7 +120,10 @@ def _pieces(first: int, past: int) -> Iterator[tuple[int, int]]:
 
 
 def _runs(ordered: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, count) of up to 2^16 runs of neighbours a row, in float64 on the CPU; an empty run has mean inf."""
+    """(mean, count) of up to 2^16 runs of neighbours a row, in float64 on the CPU; an empty run has mean inf.
+
+    Where there are more numbers than that, those of the widest runs stand for themselves, with count 1.
+    """
     rows, columns = ordered.shape
     length = -(-columns // _RUNS)
     runs = -(-columns // length)
@@ -132,7 +137,27 @@ def _runs(ordered: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         missing = -part.shape[1] % length
         part = torch.nn.functional.pad(part.masked_fill_(part.isinf(), 0.0), (0, missing))
         sums[:, first : first + width] = part.reshape(rows, -1, length).sum(2).cpu()
-    return torch.where(counts > 0, sums / counts, torch.inf), counts
+    return _apart(ordered, torch.where(counts > 0, sums / counts, torch.inf), counts, length)
+
+
+def _apart(ordered: Tensor, means: Tensor, counts: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The runs' (mean, count), with the numbers of the widest of them in place of their mean.
+
+    The mean of a run that an outlier ends, or that a gap parts, lies where there are no numbers, and draws a level.
+    """
+    first = (torch.arange(counts.shape[1]) * length).expand_as(counts)
+    low, high = (_at(ordered, place) for place in (first, first + (counts.long() - 1).clamp_min(0)))
+    widest = torch.where(counts > 0, high - low, -1.0).argsort(dim=1, descending=True, stable=True)[:, :_WIDEST]
+    within = torch.arange(length)
+    live = (within < counts.gather(1, widest).unsqueeze(2)).flatten(1)
+    places = (widest.unsqueeze(2) * length + within).flatten(1).clamp_max(ordered.shape[1] - 1)
+    numbers = torch.where(live, _at(ordered, places), torch.inf)
+    points, order = torch.cat([means.scatter(1, widest, torch.inf), numbers], dim=1).sort(dim=1, stable=True)
+    return points, torch.cat([counts.scatter(1, widest, 0.0), live.double()], dim=1).gather(1, order)
+
+
+def _at(ordered: Tensor, places: Tensor) -> Tensor:
+    return ordered.gather(1, places.to(ordered.device)).double().cpu()
 
 
 class _Points:
@@ -227,9 +252,9 @@ def _repair(
 def _exact_means(ordered: Tensor, sizes: Tensor, levels: Tensor, pinned: bool) -> tuple[Tensor, Tensor]:
     """One round on all numbers: each level the mean of those it serves, or the numbers themselves if there are few.
 
-    Also returns for which rows the levels are the numbers themselves.
+    Also returns how many numbers each level serves.
     """
-    exact, met = levels.clone(), torch.zeros(len(levels), dtype=torch.bool)
+    exact, served = levels.clone(), torch.zeros(levels.shape, dtype=torch.int64)
     for row, (numbers, size) in enumerate(zip(ordered, sizes.tolist(), strict=True)):
         values = _distinct(numbers[:size], levels.shape[1])
         if values is not None and pinned and not bool((values == 0).any()):
@@ -237,15 +262,16 @@ def _exact_means(ordered: Tensor, sizes: Tensor, levels: Tensor, pinned: bool) -
         if values is not None and len(values) <= levels.shape[1]:
             exact[row] = values[-1]
             exact[row, : len(values)] = values
-            met[row] = True
+            served[row] = 1  # or more: none of them is idle
             continue
         middles = _middles(levels[row : row + 1])[0].to(numbers.dtype).to(numbers.device)
         bounds = torch.searchsorted(numbers, middles, right=True).clamp_max(size).tolist()
         for j, (first, past) in enumerate(zip([0, *bounds], [*bounds, size], strict=True)):
+            served[row, j] = past - first
             if past > first and not (pinned and float(levels[row, j]) == 0.0):
                 total = sum(float(numbers[a:b].sum(dtype=torch.float64)) for a, b in _pieces(first, past))
                 exact[row, j] = total / (past - first)
-    return exact, met
+    return exact, served
 
 
 def _distinct(numbers: Tensor, most: int) -> Tensor | None:
@@ -255,10 +281,9 @@ def _distinct(numbers: Tensor, most: int) -> Tensor | None:
     return numbers[new].double().cpu() if int(new.sum()) <= most else None
 
 
-def _tidy(points: _Points, levels: Tensor, pinned: bool) -> Tensor:
+def _tidy(levels: Tensor, served: Tensor, pinned: bool) -> Tensor:
     """Levels that serve nothing repeat the largest that does; -0.0 becomes +0.0."""
-    edges = points.edges(levels)
-    spare = points.between(points.below, edges) == 0
+    spare = served == 0
     if pinned:
         spare &= levels != 0
     largest = levels.masked_fill(spare, -torch.inf).amax(dim=1, keepdim=True)
