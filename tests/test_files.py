@@ -879,7 +879,7 @@ WRONG_NOTES: Any = {1: "a"}
 @pytest.mark.parametrize(
     ("act", "sentence"),
     [
-        (lambda run, path: dt.load(path, run.model), "holds only the compressed life; load it with"),
+        (lambda run, path: dt.load(path, run.model), "holds only the compressed life; ask for life='compressed'"),
         (lambda run, path: dt.load(path, run.model, WRONG), "load.life='neither'.: must be"),
         (lambda run, path: dt.load(path, run, "compressed"), "must be a torch.nn.Module, not Run"),
         (lambda run, path: dt.save(run, path, WRONG), "save.life='neither'.: must be"),

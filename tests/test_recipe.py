@@ -178,9 +178,11 @@ def test_a_recipe_file_that_is_not_there_is_named() -> None:
         dt.Recipe.from_yaml("no-such.yaml")
 
 
-def test_an_include_that_admits_nothing_is_refused() -> None:
+def test_an_include_that_names_nothing_is_refused() -> None:
     rule = dt.Rule(match="", target=U4, include="bais")
-    with pytest.raises(ValueError, match=r"rule 0 \(include='bais'\) names no bias, gain or normalisation weight"):
+    with pytest.raises(
+        ValueError, match=r"rule 0 \(include='bais'\) names no parameter of this model; the nearest name is"
+    ):
         dt.Recipe([rule]).resolve(Odd())
     dt.Recipe([replace(rule, optional=True)]).resolve(Odd())
 

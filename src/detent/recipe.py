@@ -468,11 +468,12 @@ class Recipe:
             if (
                 rule.include not in (None, "@linear")
                 and not rule.optional
-                and not any(re.search(rule.include, p.name) for p in found if p.passed_over)
+                and not any(re.search(rule.include, p.name) for p in found)
             ):
+                near = difflib.get_close_matches(rule.include.strip("^$").replace("\\", ""), names, 1, 0.0)
                 raise ValueError(
-                    f"rule {i} (include={rule.include!r}) names no bias, gain or normalisation weight of this model: "
-                    "nothing that is passed over without it"
+                    f"rule {i} (include={rule.include!r}) names no parameter of this model"
+                    + (f"; the nearest name is {near[0]!r}" if near else "")
                 )
         if not any(taken):
             raise ValueError("every rule of this recipe is optional, and none finds a parameter in this model")
