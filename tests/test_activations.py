@@ -287,7 +287,7 @@ def test_integer_kernels_run_and_weights_stay(name: str, bits: int, tmp_path: Pa
     step = float(value(tmp_path / "m.onnx", "mean.rounded.scale"))
     allowed = 3 * step * float(run.encoded()["fc.weight"].decode().abs().sum(1).max())
     for optimize in (False, True):
-        theirs = run_ort(tmp_path / "m.onnx", [x.numpy()], optimize=optimize)[0]
+        theirs = run_ort(tmp_path / "m.onnx", [x.numpy()], optimize=optimize, exact=True)[0]
         # Nearly all of it is the same number; a tie in rounding may move one activation by a step.
         assert np.median(np.abs(theirs - expected)) < 1e-4 * np.abs(expected).max()
         assert np.abs(theirs - expected).max() <= allowed
@@ -301,7 +301,7 @@ def test_a_dead_channel_keeps_its_bias(tmp_path: Path) -> None:
     run = dt.compress(model, on(dt.Uniform(bits=8, granularity="channel")))
     to_onnx(run, tmp_path / "m.onnx", batches[0], activations=Activations(), calibration=batches)
     expected = reference(run, tmp_path / "m.onnx", batches[0], 8).numpy()
-    theirs = run_ort(tmp_path / "m.onnx", [batches[0].numpy()])[0]
+    theirs = run_ort(tmp_path / "m.onnx", [batches[0].numpy()], exact=True)[0]
     assert np.median(np.abs(theirs - expected)) < 1e-4 * np.abs(expected).max()
 
 
@@ -319,7 +319,7 @@ def test_what_no_kernel_computes_is_said(tmp_path: Path) -> None:
             return self.plain(self.table(self.blocks(self.up(torch.relu(self.conv(x))))).mean((2, 3)))
 
     rules = [
-        dt.Rule(match=r"(conv|up)\.weight", target=dt.Uniform(bits=8)),
+        dt.Rule(match=r"(conv|up)\.weight", target=dt.Uniform(bits=7)),  # which no kernel clips, with VNNI or without
         dt.Rule(match=r"blocks\.weight", target=dt.Uniform(bits=8, granularity=dt.Group(size=16))),
         dt.Rule(match=r"table\.weight", target=dt.LearnedLevels(k=4)),
     ]
@@ -333,8 +333,7 @@ def test_what_no_kernel_computes_is_said(tmp_path: Path) -> None:
     # The trap: around float weights ONNX Runtime would put rounding of its own. Nothing but ours may be in the graph.
     plain = run.model.get_parameter("plain.weight").detach()
     assert np.array_equal(value(tmp_path / "m.onnx", "plain.weight"), plain.numpy())
-    on, off = (run_ort(tmp_path / "m.onnx", [x.numpy()], optimize=optimize)[0] for optimize in (True, False))
-    assert np.abs(on - off).max() < 1e-3 * np.abs(off).max()
+    assert abs(report.difference["on"] - report.difference["off"]) < 1e-3
 
 
 def test_products_of_matrices_run_in_integers(tmp_path: Path) -> None:

@@ -97,13 +97,18 @@ def initializers(path: Path) -> dict[str, onnx.TensorProto]:
 
 
 def run_ort(
-    path: Path | bytes, feeds: list[np.ndarray], *, optimize: bool = True, want: list[str] | None = None
+    path: Path | bytes,
+    feeds: list[np.ndarray],
+    *,
+    optimize: bool = True,
+    want: list[str] | None = None,
+    exact: bool = False,
 ) -> Any:
     options = ort.SessionOptions()
+    if exact:  # without VNNI x86 sums 8-bit products in pairs in 16 bits and clips them (docs/export.md)
+        options.add_session_config_entry("session.x64quantprecision", "1")
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
-    # Without VNNI x86 sums 8-bit products in pairs in 16 bits and clips them (docs/export.md); this asks for exact ones.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     options.intra_op_num_threads = 1
     data = path if isinstance(path, bytes) else path.read_bytes()
     running = ort.InferenceSession(data, options)

@@ -268,7 +268,7 @@ def test_without_training_there_are_no_stages() -> None:
     with pytest.raises(ValueError, match=r"compress\(recipe=...\): its stages follow one another in a training"):
         dt.compress(net(), PROGRESSIVE)
     run = dt.compress(net(), dt.Recipe([grid("weight")]))
-    with pytest.raises(ValueError, match=r"compressed\(recipe=...\): stages"), run.compressed(recipe=PROGRESSIVE):
+    with pytest.raises(ValueError, match=r"compressed\(recipe=...\): its stages"), run.compressed(recipe=PROGRESSIVE):
         pass
 
 

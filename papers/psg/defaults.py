@@ -481,7 +481,8 @@ def _write(name: str, task: Task, rows: Sequence[Mapping[str, Any]], path: Path,
         config={"task": name, **task.plain(), "threads": torch.get_num_threads(), "calibrate": CALIBRATE},
         results={"summary": summarise_rows(rows), "rows": list(rows)},
         notes="Accuracies in % on images held out from the train split; the test split was not opened. Last epoch. "
-        f"seconds are CPU seconds of one training, on a machine that did other work too. {note}".rstrip(),
+        f"seconds are CPU seconds of one training, on a machine that did other work too. Peak "
+        f"memory was not measured: rows are gathered from cached trainings. {note}".rstrip(),
         cost={"cpu_seconds": sum(row["seconds"] for row in rows), "code": sorted({row["code"] for row in rows})},
     )
 
