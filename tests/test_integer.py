@@ -169,7 +169,7 @@ def kernels_clip() -> bool:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"x": np.full((1, 64), 255, np.uint8)})
-    return bool((found != 255 * 127 * 64).any())
+    return bool((np.asarray(found) != 255 * 127 * 64).any())
 
 
 def equal_in_onnxruntime(found: IntegerModel, x: Tensor) -> None:
