@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import detent as dt
 from detent.grouping import GranularityLike, granularity_of
-from detent.targets import Sparse, sparse
+from detent.targets import Sparse, composite, sparse
 from detent.testing import check_mechanism, check_pair, check_target
 
 U3 = dt.Uniform(bits=3, range="minmax")
@@ -673,3 +673,27 @@ def test_lamp_of_ties_and_zeros_keeps_the_count() -> None:
         target = dt.TopK(keep=keep, scope="model", share="lamp")
         fitted = target.fit_model(weights, [dt.Layout(shape=tuple(w.shape)) for w in weights], [None] * 3)
         assert sum(int(params["count"]) for params in fitted) == keep
+
+
+def test_gains_and_ranks_in_pieces_choose_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also among gains that only float64 tells apart, where float32 ranks first."""
+    near = 1.0 + torch.randint(9, (40, 25), generator=torch.Generator().manual_seed(0)) * 1e-12
+    gains = {"near": near, "plain": torch.randn(40, 25, dtype=torch.float64), "beyond float32": near * 1e200}
+    gains["some are out"] = near.masked_fill(near > 1 + 5e-12, -torch.inf)
+    weights = [torch.randn(40, 25), torch.randn(6, 10, 3, 3).to(memory_format=torch.channels_last), torch.tensor(2.0)]
+    few = (dt.TopK(keep=0.3), dt.TopK(keep=0.3, scope="model", share="lamp"), dt.NM(n=2, m=4))
+    targets = [*few, *(dt.SparseLevels(sparse=one, survivors=dt.LearnedLevels(k=3)) for one in few)]
+
+    def found() -> list[Tensor]:
+        fitted = [(t, w, t.fit_model([w], [dt.Layout(shape=w.shape)], [None])[0]) for t in targets for w in weights]
+        return [t.project(w, params) for t, w, params in fitted]
+
+    plain = found()
+    monkeypatch.setattr(sparse, "_PIECE", 64)
+    monkeypatch.setattr(composite, "_PIECE", 37)
+    assert all(map(torch.equal, found(), plain))
+    for name, gain in gains.items():
+        order = np.argsort(-gain.numpy().reshape(-1), kind="stable")
+        for count in (1, 300, 999):
+            kept = {int(at) for at in order[:count] if gain.reshape(-1)[at] > -math.inf}
+            assert places(sparse._largest(gain, count)) == kept, (name, count)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ __all__ = ["SparseLevels"]
 
 _PATTERN = "pattern."
 _CODES = "survivors."
+_PIECE = 1 << 18  # weights whose gains are worked out at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +131,11 @@ class SparseLevels(Target):
         for turn in range(self.rounds):
             found = self._fit_levels(w, mask, pattern.layout, old)
             q, chosen = self._choose(w, pattern, found)
-            gap = torch.where(chosen, q, torch.zeros_like(q)).double().sub_(w).abs_()
-            off = float(gap.square().sum())
+            far, off = _distance(w, q, chosen)
+            del q
             if turn and not off < error:
                 break
-            levels, error, distance = found, off, gap.mean().float()
+            levels, error, distance = found, off, far
             if torch.equal(chosen, mask):
                 break
             mask = chosen
@@ -186,10 +187,7 @@ class SparseLevels(Target):
     def _choose(self, w: Tensor, pattern: Params, levels: Params) -> tuple[Tensor, Tensor]:
         """(the nearest level of each weight, mask of those to keep)."""
         q = self.survivors.project(w, levels)
-        x, y = w.double(), q.double()
-        unit = square_unit(x, y)
-        x, y = x * unit, y * unit
-        return q, self.sparse.extend(x.mul_(2).sub_(y).mul_(y), w == 0, pattern)
+        return q, self.sparse.extend(_gain(w, q), w == 0, pattern)
 
     def carried(self, params: Params) -> Params | None:
         return self.sparse.carried(_pattern_of(params)) and replace(
@@ -274,10 +272,36 @@ class SparseLevels(Target):
         if survivors is not self.survivors and not _has_zero(survivors):
             # The zeros of the others were no part of it: a fit to the survivors alone may be better.
             fresh = replace(self, survivors=survivors)._fit_levels(w, mask, params.layout, None)
-            errors = [(survivors.project(w, p).double() - w)[mask].square().sum() for p in (found, fresh)]
+            errors = [(survivors.project(w, p)[mask].double() - w[mask]).square().sum() for p in (found, fresh)]
             found = fresh if bool(errors[1] < errors[0]) else found
         kept = {name: tensor for name, tensor in params.tensors.items() if name.startswith(_PATTERN)}
         return replace(self, survivors=survivors), replace(params, tensors={**kept, **found.tensors})
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of tensors of one shape: in float64, or where dtypes mix, the whole would be copied."""
+    whole = [x if x.dim() else x.reshape(1) for x in tensors]
+    rows = max(1, _PIECE * len(whole[0]) // max(whole[0].numel(), 1))
+    return zip(*(x.split(rows) for x in whole), strict=True)
+
+
+def _gain(w: Tensor, q: Tensor) -> Tensor:
+    """w^2 - (w - q)^2 in float64, up to one power of two."""
+    unit = square_unit(w, q)
+    gain = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+    for out, x, y in _pieces(gain, w, q):
+        x, y = x.double() * unit, y.double() * unit
+        out.copy_(x.mul_(2).sub_(y).mul_(y))
+    return gain
+
+
+def _distance(w: Tensor, q: Tensor, mask: Tensor) -> tuple[Tensor, float]:
+    """(mean distance of the weights to what is kept of q, the squared error)."""
+    gap = torch.where(mask, q, torch.zeros_like(q)).double()
+    for part, x in _pieces(gap, w):
+        part.sub_(x).abs_()
+    mean = gap.mean().float()
+    return mean, float(gap.square_().sum())
 
 
 def _pattern_of(params: Params) -> Params:

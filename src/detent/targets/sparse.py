@@ -17,7 +17,7 @@ from detent.targets.base import Codes, Params, Scope, Stream, Target, check_fini
 
 __all__ = ["NM", "Sparse", "Structured", "TopK", "square_unit"]
 
-_PIECE = 1 << 20  # weights ranked at a time, so that passing tensors stay small beside the weight
+_PIECE = 1 << 19  # weights ranked at a time, so that passing tensors stay small beside the weight
 _COMPARED = 16  # up to this length of a block, comparing all pairs is faster than sorting
 _LONGEST_RANK = 1 << 62  # patterns of a block that int64 can count
 
@@ -56,8 +56,11 @@ class Sparse(Target):
         """Number of values written: that of the weights kept, or the largest possible one where it may differ."""
 
     def extend(self, gain: Tensor, zero: Tensor, params: Params) -> Tensor:
-        """`choose` among the weights that are not zero already: what was pruned stays so, whatever it would gain."""
-        return self.choose(gain.masked_fill(zero, -torch.inf), params)
+        """`choose` among the weights that are not zero already: what was pruned stays so, whatever it would gain.
+
+        May write over gain.
+        """
+        return self.choose(gain.masked_fill_(zero, -torch.inf), params)
 
     def size(self, w: Tensor) -> Tensor:
         """What is lost by dropping each weight, for `choose`."""
@@ -187,9 +190,12 @@ class TopK(Sparse):
             return Target.fit_model(self, weights, layouts, previous)
         for w in weights:
             check_finite(w)
-        flat = torch.cat([self._score(w.detach().reshape(-1)) for w in weights])
+        scores = [self._score(w.detach().reshape(-1)) for w in weights]
+        flat = torch.cat(scores) if len(scores) > 1 else scores[0]
+        del scores
         kept = _largest(flat, self._count(weights, previous))
-        counts = [int(part.sum()) for part in kept.split([w.numel() for w in weights])]
+        del flat
+        counts = [int(torch.count_nonzero(part)) for part in kept.split([w.numel() for w in weights])]
         return [self._params(w, layout, k) for w, layout, k in zip(weights, layouts, counts, strict=True)]
 
     def carried(self, params: Params) -> Params | None:
@@ -199,13 +205,21 @@ class TopK(Sparse):
         """What the threshold over all tensors is on."""
         if self.share == "magnitude":
             return w.to(compute_dtype(w.dtype)).abs()
-        size = w.double().square()
+        # Squares of float32 are exact in float64 and sort as |w| does; those of float64 may be equal where |w| is not.
+        size = (w.double().square() if w.dtype == torch.float64 else w.abs().float()).flip(0)
         # From the smallest up, of equal ones the later first: the order in which `_largest` lets them go.
-        order = size.flip(0).argsort(stable=True)
-        rising = size.flip(0)[order]
-        below = rising.cumsum(0)
-        score = torch.where(below > 0, rising / torch.where(below > 0, below, 1.0), rising)
-        return torch.empty_like(score).scatter_(0, order, score).flip(0)
+        if size.device.type == "cpu":  # where torch would write the sorted numbers too
+            order = torch.from_numpy(size.numpy().argsort(kind="stable"))
+        else:
+            order = size.argsort(stable=True)
+        score = torch.empty(size.shape, dtype=torch.float64, device=w.device)
+        below = torch.zeros(1, dtype=torch.float64, device=w.device)
+        for places in order.split(_PIECE):
+            part = size[places] if w.dtype == torch.float64 else size[places].double().square_()
+            sums = torch.cat([below, part]).cumsum(0)[1:]
+            below = sums[-1:].clone()
+            score[len(score) - 1 - places] = torch.where(sums > 0, part / torch.where(sums > 0, sums, 1.0), part)
+        return score
 
     def choose(self, gain: Tensor, params: Params) -> Tensor:
         return _largest(gain, int(params["count"]))
@@ -273,20 +287,19 @@ class NM(Sparse):
         length = _matrix(layout)[1] // kernel
         return layout.channels * kernel, length // self.m, length % self.m
 
-    def _blocks(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """(full blocks, short blocks), one a row."""
+    def _blocks(self, matrix: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """(full blocks, short blocks), one a row, of some channels: rows of `Layout.by_channel`."""
         lines, full, _ = self._shape(layout)
-        matrix = layout.by_channel(x)
         kernel = lines // layout.channels
-        line = matrix.reshape(layout.channels, -1, kernel).transpose(1, 2).reshape(lines, -1)
+        line = matrix.reshape(len(matrix), -1, kernel).transpose(1, 2).reshape(len(matrix) * kernel, -1)
         return line[:, : full * self.m].reshape(-1, self.m), line[:, full * self.m :]
 
-    def _whole(self, blocks: Tensor, rest: Tensor, layout: Layout) -> Tensor:
+    def _rows(self, blocks: Tensor, rest: Tensor, layout: Layout) -> Tensor:
         """Inverse of `_blocks`."""
         lines, full, _ = self._shape(layout)
-        line = torch.cat([blocks.reshape(lines, full * self.m), rest], dim=1)
-        matrix = line.reshape(layout.channels, lines // layout.channels, -1).transpose(1, 2)
-        return layout.from_channels(matrix.reshape(layout.channels, -1))
+        line = torch.cat([blocks.reshape(len(rest), full * self.m), rest], dim=1)
+        kernel = lines // layout.channels
+        return line.reshape(len(rest) // kernel, kernel, -1).transpose(1, 2).reshape(len(rest) // kernel, -1)
 
     def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
         check_finite(w)
@@ -296,23 +309,28 @@ class NM(Sparse):
 
     def choose(self, gain: Tensor, params: Params) -> Tensor:
         layout = params.layout.whole()
-        blocks, rest = self._blocks(gain, layout)
-        return self._whole(_best(blocks, self.n), _best(rest, self.n), layout)
+        # Some channels at a time: along the channels of a convolution, lines are a copy of the gains.
+        parts = layout.by_channel(gain).split(max(1, _PIECE * layout.channels // layout.numel))
+        chosen = [self._rows(*(_best(some, self.n) for some in self._blocks(part, layout)), layout) for part in parts]
+        return layout.from_channels(torch.cat(chosen))
 
     def extend(self, gain: Tensor, zero: Tensor, params: Params) -> Tensor:
+        held = gain[zero]
         mask = super().extend(gain, zero, params)
         if bool((mask & zero).any()):  # a block has fewer others than it keeps: those, and the best of its zeros
-            mask = self.choose(gain.masked_fill(mask & ~zero, torch.inf), params)
+            gain[zero] = held
+            mask = self.choose(gain.masked_fill_(mask & ~zero, torch.inf), params)
         return mask
 
     def pattern(self, mask: Tensor, params: Params) -> tuple[Stream, ...]:
-        blocks, rest = self._blocks(mask, params.layout.whole())
+        blocks, rest = self._blocks(params.layout.whole().by_channel(mask), params.layout.whole())
         return (*_ranked("positions", blocks, self.n), *_ranked("last", rest, self.n))
 
     def unpattern(self, codes: Codes, params: Params) -> Tensor:
         lines, full, tail = self._shape(params.layout)
         blocks = _unranked("positions", codes, lines * full, self.m, self.n)
-        return self._whole(blocks, _unranked("last", codes, lines, tail, self.n), params.layout)
+        rows = self._rows(blocks, _unranked("last", codes, lines, tail, self.n), params.layout)
+        return params.layout.from_channels(rows)
 
     def pattern_bits(self, params: Params) -> int:
         lines, full, tail = self._shape(params.layout)
@@ -527,11 +545,37 @@ def _largest(gain: Tensor, count: int) -> Tensor:
         return gain != -torch.inf
     if count <= 0:
         return torch.zeros_like(gain, dtype=torch.bool)
-    threshold = flat.kthvalue(flat.numel() - count + 1).values
+    threshold = _nth(flat, flat.numel() - count)
     mask = flat > threshold
     ties = (flat == threshold).nonzero().reshape(-1)
     mask[ties[: count - int(torch.count_nonzero(mask))]] = True
     return mask.logical_and_(flat != -torch.inf).reshape(gain.shape)
+
+
+def _nth(flat: Tensor, n: int) -> Tensor:
+    """The number at place n, from 0, of a vector in ascending order."""
+    if flat.device.type != "cpu":
+        return flat.kthvalue(n + 1).values
+    if flat.dtype == torch.float64 and flat.numel() > _PIECE:
+        # Rounding keeps the order, so that only what rounds to the same number is left to be told apart: in this way
+        # the copy takes half the memory.
+        found = _parted(flat.float(), n)
+        if bool(found.isnan()):
+            return found.double()
+        like = []
+        for part in flat.split(_PIECE):
+            rounded = part.float()
+            n -= int(torch.count_nonzero(rounded < found))
+            like.append(part[rounded == found])
+        return _parted(torch.cat(like), n)
+    return _parted(flat.detach().to(compute_dtype(flat.dtype), copy=True), n).to(flat.dtype)
+
+
+def _parted(flat: Tensor, n: int) -> Tensor:
+    """The number at place n in ascending order; writes over the vector."""
+    # NumPy works in place; torch would write positions of 8 bytes a number beside a copy.
+    flat.detach().numpy().partition(n)
+    return flat[n].clone()
 
 
 def _best(gain: Tensor, n: int) -> Tensor:
