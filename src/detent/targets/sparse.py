@@ -311,7 +311,10 @@ class NM(Sparse):
         layout = params.layout.whole()
         # Some channels at a time: along the channels of a convolution, lines are a copy of the gains.
         parts = layout.by_channel(gain).split(max(1, _PIECE * layout.channels // layout.numel))
-        chosen = [self._rows(*(_best(some, self.n) for some in self._blocks(part, layout)), layout) for part in parts]
+        chosen = []
+        for part in parts:
+            blocks, rest = self._blocks(part, layout)
+            chosen.append(self._rows(_best(blocks, self.n), _best(rest, self.n), layout))
         return layout.from_channels(torch.cat(chosen))
 
     def extend(self, gain: Tensor, zero: Tensor, params: Params) -> Tensor:
