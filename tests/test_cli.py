@@ -194,6 +194,14 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     return bars
 
 
+def test_long_work_off_a_terminal_says_a_line_when_a_part_begins(capsys: pytest.CaptureFixture[str]) -> None:
+    for long, said in ((False, ""), (True, "SGD [one]: 1,200 steps\nPSG: 3 steps\n")):
+        with cli._watched(long=long) as watch:
+            for advance in (watch("SGD [one]", 1200), watch("PSG", 3)):
+                advance()
+        assert capsys.readouterr() == ("", said)
+
+
 # ---------------------------------------------------------------------------------------------------------- the demo
 
 

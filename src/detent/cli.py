@@ -131,8 +131,11 @@ def _print_json(value: Any) -> None:
 
 
 @contextlib.contextmanager
-def _watched() -> Iterator[Callable[[str, int], Callable[[], None]]]:
-    """Bars on standard error: call what this gives with a label and a number of steps, what that gives at each."""
+def _watched(long: bool = False) -> Iterator[Callable[[str, int], Callable[[], None]]]:
+    """Bars on standard error: call what this gives with a label and a number of steps, what that gives at each.
+
+    Off a terminal nothing is shown, except of `long` work: a line when each of its parts begins.
+    """
     columns = (
         TextColumn("{task.description:<20}"),
         BarColumn(),
@@ -145,7 +148,9 @@ def _watched() -> Iterator[Callable[[str, int], Callable[[], None]]]:
     with contextlib.ExitStack() as shown:
 
         def watch(label: str, total: int) -> Callable[[], None]:
-            if not progress.tasks:  # only now: what is refused before the work starts should leave no empty bar
+            if progress.disable and long:
+                console.print(Text(f"{label}: {total:,} steps"), soft_wrap=True)
+            elif not progress.tasks:  # only now: what is refused before the work starts should leave no empty bar
                 shown.enter_context(progress)
             task = progress.add_task(label, total=total)
             return lambda: progress.advance(task)
@@ -176,7 +181,7 @@ def demo(
         if method not in ("psg", *METHODS):
             raise ValueError(f"--method {method}: must be one of psg, {', '.join(METHODS)}")
         settings = Settings(data=data, out=out, epochs=epochs, seed=seed, device=device, bits=bits)
-        with _watched() as watch:
+        with _watched(long=True) as watch:
             outcome = demonstrate(settings, watch) if method == "psg" else compare(method, settings, watch)  # type: ignore[arg-type]
         if as_json:
             _print_json(dataclasses.asdict(outcome))
