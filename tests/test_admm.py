@@ -107,6 +107,7 @@ def test_the_residuals_are_those_of_the_update() -> None:
         optimizer.step()
     found, z = dt.residuals(run)["weight"], _state(run)["z"].numpy()
     assert found["primal"] == pytest.approx(np.linalg.norm(layer.weight.detach().numpy() - z), rel=1e-12)
+    assert found["relative"] == pytest.approx(found["primal"] / float(layer.weight.detach().norm()), rel=1e-12)
     assert found["drift"] == pytest.approx(np.linalg.norm(z - before), rel=1e-12)
     assert found["drift"] > 0 and found["rho"] == pytest.approx(0.75)
 
@@ -347,7 +348,9 @@ def test_periodic_rate() -> None:
         (lambda: dt.Proximal(strength=math.inf), "Proximal(strength=inf)"),
         (lambda: dt.Proximal(strength=1.0, every=0), "Proximal(every=0): must be >= 1 step"),
         (lambda: dt.Proximal(strength=1.0, norm="l0"), 'must be "l2" or "l1"'),  # type: ignore[arg-type]
-        (lambda: _attach(dt.ADMM(start=0.8, until=0.5), 10), "until=0.5 (step 5) must come after start=0.8 (step 8)"),
+        (lambda: dt.ADMM(start=0.8, until=0.5), "ADMM(until=0.5): must come after start=0.8"),
+        (lambda: _attach(dt.ADMM(start=8, until=0.5), 10), "until=0.5 (step 5) must come after start=8 (step 8)"),
+        (lambda: _attach(dt.ADMM(), 1), "(step 0); training, or its stage, has too few steps (1)"),
         (lambda: _attach(dt.ADMM(every=2, until=4), None), "ADMM.freeze_every: pass total_steps= to attach"),
         (lambda: _attach(dt.PartialFreeze(), None), "PartialFreeze: pass total_steps= to attach"),
         (lambda: _rule(dt.TopK(keep=5), dt.ADMM(finish="freeze")), "the survivors of TopK have none to go to"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -538,3 +540,56 @@ def test_a_codeword_is_zero_as_a_whole_only() -> None:
     recipe = in_turn((dt.TopK(keep=0.02), dt.Masked()), (dt.KernelCodebook(size=32, zero=True), dt.STE()))
     with pytest.raises(ValueError, match=r"stage 1: KernelCodebook\(.*prune whole filters or channels"):
         dt.attach(layer, torch.optim.SGD(layer.parameters(), lr=0.1), recipe, total_steps=20)
+
+
+# --- stopped early ------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_says_of_every_stage_why_a_weight_is_left() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    last = dt.Rule(match="@last", target=dt.Binary(), mechanism=dt.STE())
+    everywhere = dt.Rule(match="weight$", target=dt.Binary(), mechanism=dt.STE())
+    for stages in ([everywhere], [last]), ([last], [everywhere]):
+        plan = dt.Recipe(stages=[dt.Stage(rules=rules, share=0.5) for rules in stages]).resolve(model)
+        reasons = {claim.name: claim.reason for claim in plan.claims}
+        assert reasons["1.weight"].startswith("passed over: normalisation weight"), stages
+        assert reasons["1.bias"] == "no rule matches" and reasons["0.weight"] == reasons["3.weight"] == ""
+
+
+def _admm(until: float = 0.5, **more: Any) -> dt.Rule:
+    return dt.Rule(match="weight", target=dt.TopK(keep=0.5), mechanism=dt.ADMM(until=until, **more))
+
+
+FREEZE = dt.Rule(match="weight", target=dt.Binary(), mechanism=dt.PartialFreeze(start=0.1, every=5))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps", "says"),
+    [
+        (dt.Recipe([_admm()]), 9, r"after 9 of 20 steps: the mapping of ADMM\(until=0.5\) is at step 10, so"),
+        (dt.Recipe([_admm()]), 10, None),
+        (dt.Recipe([_admm(until=0.9, finish=None)]), 3, None),
+        (dt.Recipe([FREEZE]), 11, r"after 11 of 20 steps: the last of PartialFreeze.* is at step 12, so"),
+        (dt.Recipe([FREEZE]), 12, None),
+        (dt.Recipe(stages=[dt.Stage(rules=[_admm()], share=0.5)] * 2), 9, "stage 1 of 2 is not over"),
+        (dt.Recipe(stages=[dt.Stage(rules=[_admm()], share=0.5)] * 2), 14, r"is at step 5 of its stage, so"),
+        (dt.Recipe(stages=[dt.Stage(rules=[_admm()], share=0.5)] * 2), 15, None),
+    ],
+)
+def test_the_compressed_life_of_a_training_stopped_early_says_so(
+    recipe: dt.Recipe, steps: int, says: str | None, tmp_path: Path
+) -> None:
+    model = net()
+    optimizers = sgd(model)
+    run = dt.attach(model, optimizers, recipe, total_steps=STEPS)
+    train(model, optimizers, range(steps))
+    dt.save(run, tmp_path / "both.detent")  # a checkpoint, of which nothing is said
+    with run.compressed():
+        pass
+    for end in (lambda: dt.save(run, tmp_path / "small.detent", life="compressed"), run.finalize):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            end()
+        assert len(caught) == (says is not None), [str(each.message) for each in caught]
+        if says is not None:
+            assert re.search(says, str(caught[0].message)) and caught[0].filename == __file__

@@ -162,9 +162,11 @@ class Entry:
         self.cadence(total_steps)
         clock = Clock(step=0, total_steps=total_steps)
         self.mechanism.active(clock)
-        if total_steps is not None and (late := self.mechanism.overrun(self.target, clock)) is not None:
+        last = self.mechanism.mapping(self.target, clock)
+        if total_steps is not None and last is not None and last[0] > total_steps:
             part = "its stage" if self.staged else "training"
-            raise ValueError(f"{self.name!r}: {late}, but {part} has {total_steps} steps, so it would never come")
+            where = f"{last[1]} is at step {last[0]}, but {part} has {total_steps} steps"
+            raise ValueError(f"{self.name!r}: {where}, so it would never come")
         for name, value in vars(self.mechanism).items():
             if isinstance(value, Schedule):
                 try:
@@ -641,8 +643,8 @@ def refuse_foreign_writes(entries: list[Entry]) -> None:
     for entry in entries:
         if not entry.is_ours:
             raise RuntimeError(
-                f"{entry.name!r} was written by someone else since the last step (a load_state_dict after attach?); to "
-                "resume, load the optimizer's state after the model's; to start afresh from the new values, call "
+                f"{entry.name!r} was written from outside since attach or the last step (a load_state_dict?); to resume, "
+                "load the optimizer's state too, after the model's; to start afresh from the new values, call "
                 "run.rebind(adopt=True)"
             )
 

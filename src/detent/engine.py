@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -714,7 +715,8 @@ class Run(Lives):
     def finalize(self) -> None:
         """Make the compressed life permanent: every claimed weight ends in its target exactly, and the run is over.
 
-        Statistics found by `recalibrate` become the model's own. Save both lives *before* this.
+        Statistics found by `recalibrate` become the model's own. Save both lives *before* this. Warns if the recipe
+        had not come to its end (a stage, the mapping of ADMM): then this is a projection of unfinished weights.
 
         Example:
             >>> import torch, detent as dt
@@ -724,6 +726,7 @@ class Run(Lives):
             >>> len(model.weight.unique())
             3
         """
+        self._warn_early("finalize()")
         life = self._life(None, None)
         for entry, target, _ in life:
             claimed.refuse_nonfinite(entry.name, entry.hidden_whole(), target)
@@ -738,6 +741,24 @@ class Run(Lives):
         sharding.reshard(self.model)
         self._adopt()
         self.detach()
+
+    def _warn_early(self, who: str) -> None:
+        """Say so if the recipe has not come to its end: what it does in the end is what makes this life a good one."""
+        for driver in self._drivers:
+            if driver.stage + 1 < len(driver.bounds):
+                why = f"stage {driver.stage + 1} of {len(driver.bounds)} is not over"
+            else:
+                ends = [e.mechanism.mapping(e.target, driver.clock) for e in driver.entries]
+                late = max((end for end in ends if end is not None), default=(0, ""))
+                if late[0] <= driver.clock.step:
+                    continue
+                why = f"{late[1]} is at step {late[0]}" + (" of its stage" if driver.stage else "")
+            total = "" if driver.total_steps is None else f" of {driver.total_steps}"
+            warnings.warn(
+                f"{who} after {driver.step}{total} steps: {why}, so the weights are projected from where they are now",
+                stacklevel=3,
+            )
+            return
 
     def detach(self) -> None:
         """Remove all hooks: the optimizers are again what they were. The weights stay as they are."""

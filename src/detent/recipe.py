@@ -26,6 +26,7 @@ from detent.targets import Target
 
 __all__ = ["Claim", "Plan", "Recipe", "Rule", "Stage", "canonical_name"]
 
+_UNMATCHED = "no rule matches"
 _WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
@@ -320,13 +321,15 @@ class Recipe:
             0.3
         """
         if not isinstance(name, str) or name not in PRESETS:
-            known = ", ".join(PRESETS)
-            raise ValueError(f"Recipe.preset({name!r}): unknown{nearest(str(name), PRESETS)}; known: {known}")
+            hint = nearest(str(name), PRESETS)
+            raise ValueError(f"Recipe.preset({name!r}): unknown{hint}; known: {', '.join(PRESETS)}")
         made, taken = PRESETS[name](), set()
+        known: set[str] = set()
 
         def rule(fields: dict[str, Any]) -> Rule:
             mechanism: Any = fields.get("mechanism")
             own = getattr(mechanism, "__dataclass_fields__", ())
+            known.update(own)
             mine = {key: value for key, value in changes.items() if key in own}
             taken.update(mine)
             return Rule(**{**fields, "mechanism": replace(mechanism, **mine)} if mine else fields)
@@ -339,7 +342,11 @@ class Recipe:
         else:
             recipe = Recipe([rule(fields) for fields in made["rules"]])
         if unknown := sorted(changes.keys() - taken):
-            raise ValueError(f"Recipe.preset({name!r}, {unknown[0]}=...): none of its mechanisms has that field")
+            hint = nearest(unknown[0], known)
+            raise ValueError(
+                f"Recipe.preset({name!r}, {unknown[0]}=...): none of its mechanisms has that field{hint}"
+                + (f"; they have {', '.join(sorted(known))}" if known else "")
+            )
         return recipe
 
     @staticmethod
@@ -514,7 +521,7 @@ class Recipe:
                 )
             taken[i] += 1
             decided = (i, "")
-        rule_index, reason = decided or (None, passed or "no rule matches")
+        rule_index, reason = decided or (None, passed or _UNMATCHED)
         return Claim(name=p.name, aliases=p.aliases, layout=p.layout, dtype=p.dtype, rule=rule_index, reason=reason)
 
 
@@ -589,7 +596,11 @@ class Plan:
 
 def merged(stages: Sequence[Sequence[Claim]]) -> tuple[Claim, ...]:
     """Where every parameter stands after some stages: the last claim on it counts."""
-    return tuple(next((c for c in reversed(each) if c.claimed), each[-1]) for each in zip(*stages, strict=True))
+    return tuple(
+        next((c for c in reversed(each) if c.claimed), None)
+        or next((c for c in reversed(each) if c.reason != _UNMATCHED), each[-1])  # why, of a stage that has a reason
+        for each in zip(*stages, strict=True)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

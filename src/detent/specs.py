@@ -139,5 +139,6 @@ def build(cls: type, values: Any, where: str) -> Any:
 
 def nearest(word: str, known: Any) -> str:
     """A question for a misspelt word, or nothing."""
-    near = difflib.get_close_matches(word, list(known), 1, 0.5)
+    begun = [name for name in known if len(word) > 1 and name.startswith(word)]
+    near = begun or difflib.get_close_matches(word, list(known), 1, 0.5)
     return f"; did you mean {near[0]!r}?" if near else ""

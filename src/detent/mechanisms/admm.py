@@ -161,6 +161,8 @@ class ADMM(Mechanism):
             raise ValueError(f"ADMM(every={self.every!r}): must be >= 1 step, or a fraction of training > 0")
         if self.until is not None and not (is_number(self.until) and self.until > 0):
             raise ValueError(f"ADMM(until={self.until!r}): must be > 0 or None")
+        if type(self.until) is type(self.start) and self.until <= self.start:  # of two kinds, only steps can tell
+            raise ValueError(f"ADMM(until={self.until!r}): must come after start={self.start!r}")
         if self.rho_max is not None and not (is_number(self.rho_max) and self.rho_max >= self.rho):
             raise ValueError(f"ADMM(rho_max={self.rho_max!r}): must be >= rho={self.rho}, or None")
         if self.form not in ("gradient", "decoupled"):
@@ -177,7 +179,7 @@ class ADMM(Mechanism):
 
     @property
     def memory(self) -> tuple[str, ...]:  # type: ignore[override]
-        always = ("z", "dual", "rho", "primal", "drift", "mask", "frozen", "held")
+        always = ("z", "dual", "rho", "primal", "relative", "drift", "mask", "frozen", "held")
         return always if self.metric == "euclidean" else (*always, WEIGHT)
 
     # --- when ---------------------------------------------------------------------------------------------------
@@ -228,21 +230,22 @@ class ADMM(Mechanism):
             return f'ADMM(finish="freeze") puts weights on levels, and the survivors of {name} have none to go to'
         return check_metric(self.metric, target, "ADMM")
 
-    def overrun(self, target: Target, clock: Clock) -> str | None:
+    def mapping(self, target: Target, clock: Clock) -> tuple[int, str] | None:
         start, until = self._moments(clock)
-        if until is None or clock.total_steps is None or start >= clock.total_steps:
+        never = clock.total_steps is not None and start >= clock.total_steps
+        if until is None or self.finish is None or never:
             return None
-        if until > clock.total_steps:
-            return f"the mapping of ADMM(until={self.until}) is at step {until}"
-        if self._freezes(target) and (last := self._freeze_steps(clock)[-1]) > clock.total_steps:
-            return f"the last of ADMM(rounds={self.rounds}, freeze_every={self.freeze_every}) is at step {last}"
-        return None
+        if self._freezes(target) and (clock.total_steps is None or until <= clock.total_steps):
+            last = self._freeze_steps(clock)[-1]
+            return last, f"the last of ADMM(rounds={self.rounds}, freeze_every={self.freeze_every})"
+        return until, f"the mapping of ADMM(until={self.until})"
 
     def active(self, clock: Clock) -> bool:
         start, until = self._moments(clock)
         if until is not None and until <= start and (clock.total_steps is None or start < clock.total_steps):
+            few = f"; training, or its stage, has too few steps ({clock.total_steps})" if until == start else ""
             raise ValueError(
-                f"ADMM: until={self.until} (step {until}) must come after start={self.start} (step {start})"
+                f"ADMM: until={self.until} (step {until}) must come after start={self.start} (step {start}){few}"
             )
         step_at(self.every, clock.total_steps, "ADMM.every")  # asked again at `start`, which is late for a refusal
         return clock.step + 1 >= start
@@ -252,8 +255,8 @@ class ADMM(Mechanism):
     def open(self, slot: Slot, clock: Clock) -> None:
         start, until = self._moments(clock)
         self._number(slot, "rho", self.rho)
-        self._number(slot, "primal", math.nan)
-        self._number(slot, "drift", math.nan)
+        for name in ("primal", "relative", "drift"):
+            self._number(slot, name, math.nan)
         if until is not None and self._freezes(slot.target):
             self._freeze_steps(clock)  # an end that is not known is found now, not at the mapping
         if until is not None and clock.step >= until:
@@ -314,6 +317,7 @@ class ADMM(Mechanism):
         state["z"], state["dual"] = z, state["dual"] + w - z
         primal, drift = slot.gather(w - z).double().norm(), slot.gather(z - old).double().norm()
         self._number(slot, "primal", primal)
+        self._number(slot, "relative", primal / slot.gather(w).double().norm())
         self._number(slot, "drift", drift)
         before = state["rho"]
         self._number(slot, "rho", self._next(before.double(), primal, drift))
@@ -356,7 +360,8 @@ def residuals(run: _Remembers) -> dict[str, dict[str, float]]:
         run: from `attach`.
 
     Returns:
-        By name of the weight: primal (|w - z|), drift (|z - z_old|) and rho; nan before the first update.
+        By name of the weight: primal (|w - z|), relative (|w - z| / |w|: a few hundredths at the mapping, or the
+        mapping costs accuracy), drift (|z - z_old|) and rho; nan before the first update.
 
     Example:
         >>> import torch, detent as dt
@@ -370,7 +375,7 @@ def residuals(run: _Remembers) -> dict[str, dict[str, float]]:
     found = {}
     for name, entry in run.state_dict()["weights"].items():
         if entry["held"].get("rho") and "drift" in entry["held"]:
-            found[name] = {key: float(entry["state"][key]) for key in ("primal", "drift", "rho")}
+            found[name] = {key: float(entry["state"][key]) for key in ("primal", "relative", "drift", "rho")}
     return found
 
 

@@ -161,10 +161,10 @@ class Mechanism(abc.ABC):
         """Why this mechanism means nothing on this target, in one sentence, or `None` if it does."""
         return None
 
-    def overrun(self, target: Target, clock: Clock) -> str | None:
-        """What of this mechanism would come after the end of training (or of its stage), in words, or `None`.
+    def mapping(self, target: Target, clock: Clock) -> tuple[int, str] | None:
+        """The step at which the last weights are put into their target, and its name in words, or `None`.
 
-        A `start` that never comes is no mistake: the base optimizer is then left alone.
+        `None` too if it never begins: a `start` that never comes is no mistake, the base optimizer is then left alone.
         """
         return None
 

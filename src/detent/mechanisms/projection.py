@@ -477,11 +477,11 @@ class PartialFreeze(Mechanism):
             return f"PartialFreeze puts weights on levels, and the survivors of {name} have none to go to; use Masked"
         return None
 
-    def overrun(self, target: Target, clock: Clock) -> str | None:
+    def mapping(self, target: Target, clock: Clock) -> tuple[int, str] | None:
         steps = self._steps(clock)
-        if clock.total_steps is None or not steps[0] <= clock.total_steps < steps[-1]:
+        if clock.total_steps is not None and steps[0] > clock.total_steps:
             return None
-        return f"the last of PartialFreeze(rounds={self.rounds}, every={self.every}) is at step {steps[-1]}"
+        return steps[-1], f"the last of PartialFreeze(rounds={self.rounds}, every={self.every})"
 
     def active(self, clock: Clock) -> bool:
         return clock.step + 1 >= self._steps(clock)[0]
