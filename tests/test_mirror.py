@@ -716,9 +716,40 @@ def test_pmf_is_finite_at_any_beta(bits: int, jacobian: Any, dtype: torch.dtype)
             half_gap = (levels.to(wide)[..., -1] - levels.to(wide)[..., 0]) / (2 * (levels.shape[-1] - 1))
             scaled = levels.to(wide) / half_gap.unsqueeze(-1)
             seen = SoftmaxMap().forward(wide / half_gap, scaled, beta)
-            plain = gradient.to(wide) * (beta * (scaled.square().sum(-1) - seen.square()))
-            fits = plain.to(dtype).isfinite()
+            plain = gradient.to(wide) * (min(beta, 1e35) * (scaled.square().sum(-1) - seen.square()))
+            fits = plain.to(dtype).abs() < min(1e15, torch.finfo(dtype).max)
             assert torch.equal(found[fits], plain.to(dtype)[fits]), f"beta {beta}: what does not overflow is as it was"
+
+
+_BENT = {
+    "pmf": lambda beta: dt.PMF(beta=beta, scale_aware="tensor"),
+    "pmf as published": lambda beta: dt.PMF(beta=beta, jacobian="paper", scale_aware="tensor"),
+    "gd-tanh": lambda beta: dt.GDTanh(beta=beta),
+    "a map of one's own": lambda beta: dt.MirrorDescent(map=Arctan(), beta=beta, units="weight", scale_aware="tensor"),
+    "inverse": lambda beta: dt.MirrorDescent(beta=beta, init="inverse"),
+    "primal": lambda beta: dt.MirrorDescent(beta=beta, form="primal"),
+}
+
+
+@pytest.mark.parametrize("name", _BENT)
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad])
+def test_no_beta_makes_a_nan_of_what_an_optimizer_remembers(name: str, make: Any) -> None:
+    """The largest float32 is finite, but not its square, nor its distance from the mean of gradients so far."""
+    for beta in (1e-300, 1e-40, 1e-6, 3e38, 1e300):
+        numbers = torch.Generator().manual_seed(0)
+        layer = nn.Linear(6, 4, bias=False)
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(4, 6, generator=numbers) * 0.4)
+            layer.weight[0, 0] = 0.0  # half-way between the levels
+        optimizer = make(layer.parameters(), lr=0.01)
+        run = dt.attach(
+            layer, optimizer, dt.Recipe([dt.Rule(match="weight", target=FREE2, mechanism=_BENT[name](beta))])
+        )
+        for step in range(10):
+            layer.weight.grad = torch.randn(4, 6, generator=numbers)
+            optimizer.step()
+            hidden = run.state_dict()["weights"]["weight"]["state"]["latent"]
+            assert bool(torch.isfinite(layer.weight).all() and torch.isfinite(hidden).all()), f"{beta}, step {step}"
 
 
 @dataclass(frozen=True, kw_only=True)

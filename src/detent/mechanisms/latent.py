@@ -23,6 +23,9 @@ __all__ = ["PARQ", "PMF", "STE", "BinaryRelax", "GDTanh", "MirrorDescent"]
 _TO_HARD = Exponential(first=1.0, last=1e4)
 _TO_JUMPS = Sigmoid(first=1.0, last=0.0)
 _FARTHEST = 1e30  # units from zero: no map can tell a latent further out from its end
+# What a map is asked for: beyond it beta times a gap, or a latent found for a weight, leaves float32.
+_GENTLEST, _SHARPEST = 1e-25, 1e35
+_STEEPEST = 1e15  # of a gradient: an optimizer may still square and sum it in float32
 _INSIDE = 0.95  # share of the range that an inverse keeps to, as the weights beyond have no latent
 
 
@@ -282,9 +285,10 @@ class _Mapped(_Annealed):
         if self.units == "cell":
             half_gap = (levels[..., -1] - levels[..., 0]) / (2 * (levels.shape[-1] - 1))
             unit = torch.where(half_gap > 0, half_gap, unit)  # a dead group has one level many times over
+        beta = min(max(beta, _GENTLEST), _SHARPEST)
         if self.scale_aware is None:
             return levels, unit, beta
-        return levels, unit, beta * unit / self._size(slot, x)
+        return levels, unit, (beta * unit / self._size(slot, x)).clamp(_GENTLEST, _SHARPEST)
 
     def _size(self, slot: Slot, x: Tensor) -> Tensor:
         """Root mean square of the latents of a group."""
@@ -415,7 +419,8 @@ class MirrorDescent(_Mapped):
         scaled = levels / unit.unsqueeze(-1)
         margin = (scaled[..., -1] - scaled[..., 0]) * (1 - share) / 2
         inside = torch.minimum(torch.maximum(x / unit, scaled[..., 0] + margin), scaled[..., -1] - margin)
-        return (self._mirror.inverse(inside, scaled, beta_in_units) * unit).to(w.dtype)
+        most = min(torch.finfo(w.dtype).max, _FARTHEST)
+        return (self._mirror.inverse(inside, scaled, beta_in_units) * unit).clamp(-most, most).to(w.dtype)
 
     def _first_latent(self, slot: Slot, clock: Clock) -> Tensor:
         beta = self.beta_at(clock.step, clock.total_steps)
@@ -481,7 +486,7 @@ class _Descent(_Mapped):
         levels, unit, beta_in_units = self._frame(slot, x, beta)
         at = (x / unit).clamp(-_FARTHEST, _FARTHEST)
         # A factor that the gradient's own dtype cannot hold may still give a product that it can.
-        most = torch.finfo(slot.grad.dtype).max
+        most = min(torch.finfo(slot.grad.dtype).max, _STEEPEST)
         bent = slot.grad.to(x.dtype) * self._slope(at, levels / unit.unsqueeze(-1), beta_in_units)
         slot.grad.copy_(bent.clamp_(-most, most))
 
@@ -562,6 +567,5 @@ class PMF(_Descent):
     def _slope(self, at: Tensor, levels: Tensor, beta: float | Tensor) -> Tensor:
         if self.jacobian == "true":
             return super()._slope(at, levels, beta)
-        most = torch.finfo(at.dtype).max  # an infinite factor would make a NaN of a gradient of zero
-        beta = beta.clamp_max(most) if isinstance(beta, Tensor) else min(beta, most)
-        return (beta * (levels.square().sum(-1) - self._mirror.forward(at, levels, beta).square())).clamp_max(most)
+        slope = beta * (levels.square().sum(-1) - self._mirror.forward(at, levels, beta).square())
+        return slope.clamp_max(torch.finfo(at.dtype).max)  # an infinite one would make a NaN of a gradient of zero
