@@ -356,6 +356,11 @@ def test_periodic_rate() -> None:
         (lambda: _rule(dt.TopK(keep=5), dt.ADMM(finish="freeze")), "the survivors of TopK have none to go to"),
         (lambda: _rule(dt.Uniform(bits=4), dt.ADMM(finish="mask")), "Uniform leaves no weight free"),
         (lambda: dt.periodic_rate(_sgd(), 0), "periodic_rate(every=0)"),
+        (lambda: dt.periodic_rate(_sgd(), 0.05, total=9), "every=0.05): must be a whole number >= 1"),  # type: ignore[arg-type]
+        (lambda: dt.periodic_rate(_sgd(), "kq", total=9), "every='kq'): must be a whole"),  # type: ignore[arg-type]
+        (lambda: dt.periodic_rate(_sgd(), 5, until=0.5, total=9), "until=0.5): must be a whole"),  # type: ignore[arg-type]
+        (lambda: dt.periodic_rate(_sgd(), 5, until=-1, total=9), "until=-1): must be a whole number >= 0"),
+        (lambda: dt.periodic_rate(_sgd(), 5, total=0), "total=0): must be a whole number >= 1"),
         (lambda: dt.periodic_rate(_sgd(), dt.Recipe.preset("admm-prune-10x")), "needs total="),
         (lambda: dt.periodic_rate(_sgd(), 5, retrain=0.0), "periodic_rate(retrain=0.0)"),
         (lambda: dt.periodic_rate(_sgd(), 5, floor=2.0), "periodic_rate(floor=2.0)"),

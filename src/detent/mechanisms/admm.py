@@ -31,7 +31,7 @@ from detent.mechanisms.projection import (
     survivors,
     watch_gradient,
 )
-from detent.schedules import Moment, Number, is_finite, is_number, step_at, value_at
+from detent.schedules import Moment, Number, is_finite, is_number, is_whole, step_at, value_at
 from detent.targets import Target
 from detent.targets.base import compute_dtype
 
@@ -433,9 +433,14 @@ def periodic_rate(
 
     Reference: the training scripts behind arXiv 1903.09769.
     """
-    recipe = None if isinstance(every, int) else every
-    if isinstance(every, int) and every < 1:
-        raise ValueError(f"periodic_rate(every={every}): must be >= 1 step")
+    recipe = None if isinstance(every, int) or not hasattr(every, "stage_rules") else every
+    if recipe is None and not is_whole(every):
+        raise ValueError(
+            f"periodic_rate(every={every!r}): must be a whole number >= 1 of steps, or the recipe"
+        )
+    for name, moment, least in (("until", until, 0), ("total", total, 1)):
+        if moment is not None and not is_whole(moment, least):
+            raise ValueError(f"periodic_rate({name}={moment!r}): must be a whole number >= {least} of steps, or None")
     if recipe is not None and (total is None or until is not None):
         raise ValueError("periodic_rate(every=recipe): needs total=, and until= is the recipe's own")
     if not retrain > 0:
