@@ -88,6 +88,16 @@ def test_an_exponential_cannot_reach_zero() -> None:
         dt.Exponential(first=1.0, last=0.0)
 
 
+def test_ends_too_far_apart_for_their_ratio_are_refused() -> None:
+    """The ratio was infinite, so that `Growth` overflowed in the middle of training and `Exponential` gave infinity."""
+    with pytest.raises(ValueError, match="too far apart for a float"):
+        dt.Growth(first=1e-10, last=1e308, factor=1.2, every=1)
+    for first, last in ((1e-200, 1e200), (1e200, 1e-200)):
+        with pytest.raises(ValueError, match="too far apart for a float"):
+            dt.Exponential(first=first, last=last)
+    assert dt.Growth(last=1e308, factor=1.2, every=1)(10**6, None) == 1e308
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_schedules_are_values(shape) -> None:
     ramp = shape(first=1.0, last=2.0, begin=3, end=0.5)

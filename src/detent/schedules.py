@@ -330,6 +330,8 @@ class Exponential(_Ramp):
         super().__post_init__()
         if self.first <= 0 or self.last <= 0:
             raise ValueError(f"Exponential(first={self.first}, last={self.last}): both must be > 0")
+        if not (is_finite(self.last / self.first) and self.last / self.first > 0):
+            raise ValueError(f"Exponential(first={self.first}, last={self.last}): too far apart for a float")
 
     def _between(self, t: float) -> float:
         return self.first * (self.last / self.first) ** t
@@ -408,6 +410,8 @@ class Growth(Schedule):
             raise ValueError(f"Growth(every={self.every!r}): must be >= 1 step, a whole number")
         if not (is_finite(self.first) and is_finite(self.last) and 0 < self.first <= self.last):
             raise ValueError(f"Growth(first={self.first!r}, last={self.last!r}): need 0 < first <= last, both finite")
+        if not is_finite(self.last / self.first):
+            raise ValueError(f"Growth(first={self.first!r}, last={self.last!r}): too far apart for a float")
         super().__post_init__()
 
     def __call__(self, step: int, total_steps: int | None) -> float:
