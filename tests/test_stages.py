@@ -325,6 +325,8 @@ def test_a_target_without_zero_after_pruning_is_refused_before_training() -> Non
 ONE = dt.Stage(share=1.0, rules=[prune(0.5)])
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "no share": (lambda: dt.Stage(share=0.0, rules=[prune(0.5)]), r"Stage(share=0.0)"),
+    "a share that is no number": (lambda: dt.Stage(share="0.5", rules=[prune(0.5)]), "share='0.5'): must be a number"),  # type: ignore[arg-type]
+    "a name that is none": (lambda: dt.Stage(share=1.0, rules=[prune(0.5)], name=3), "name=3): must be a string"),  # type: ignore[arg-type]
     "no rules": (lambda: dt.Stage(share=0.5, rules=[]), "Stage(rules=[])"),
     "a rule that is none": (lambda: dt.Stage(share=0.5, rules=["weight"]), "must be a Rule, not str"),  # type: ignore[list-item]
     "a stage that is none": (lambda: dt.Recipe(stages=[prune(0.5)]), "must be a Stage, not Rule"),  # type: ignore[list-item]

@@ -161,7 +161,9 @@ class Stage:
 
     def __post_init__(self) -> None:
         if not is_number(self.share) or not 0.0 < self.share <= 1.0:
-            raise ValueError(f"Stage(share={self.share}): must lie in (0, 1]")
+            raise ValueError(f"Stage(share={self.share!r}): must be a number in (0, 1]")
+        if not isinstance(self.name, str):
+            raise ValueError(f"Stage(name={self.name!r}): must be a string")
         object.__setattr__(self, "rules", _checked_rules(self.rules, "Stage"))
 
 
