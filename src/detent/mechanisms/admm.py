@@ -435,9 +435,7 @@ def periodic_rate(
     """
     recipe = None if isinstance(every, int) or not hasattr(every, "stage_rules") else every
     if recipe is None and not is_whole(every):
-        raise ValueError(
-            f"periodic_rate(every={every!r}): must be a whole number >= 1 of steps, or the recipe"
-        )
+        raise ValueError(f"periodic_rate(every={every!r}): must be a whole number >= 1 of steps, or the recipe")
     for name, moment, least in (("until", until, 0), ("total", total, 1)):
         if moment is not None and not is_whole(moment, least):
             raise ValueError(f"periodic_rate({name}={moment!r}): must be a whole number >= {least} of steps, or None")
