@@ -39,6 +39,7 @@ __all__ = ["ADMM", "Penalty", "periodic_rate", "residuals"]
 
 # rho stays in here unless told otherwise: far from where what Adam squares, or a dual divided by rho, leaves float32.
 _LEAST_RHO, _MOST_RHO = 1e-9, 1e9
+_RESIDUALS = ("primal", "relative", "drift", "rho")
 _OUT_OF_BALANCE = 10.0  # a residual this much larger than the other makes rho change (Boyd et al., section 3.4.1)
 
 
@@ -375,7 +376,7 @@ def residuals(run: _Remembers) -> dict[str, dict[str, float]]:
     found = {}
     for name, entry in run.state_dict()["weights"].items():
         if entry["held"].get("rho") and "drift" in entry["held"]:
-            found[name] = {key: float(entry["state"][key]) for key in ("primal", "relative", "drift", "rho")}
+            found[name] = {key: float(entry["state"].get(key, math.nan)) for key in _RESIDUALS}
     return found
 
 
