@@ -424,7 +424,7 @@ def test_fields_of_a_preset_may_be_changed() -> None:
     assert [rule.mechanism.rho for stage in staged.stages for rule in stage.rules] == [0.5] * len(staged.rules)  # type: ignore[union-attr]
     mixed = dt.Recipe.preset("kq", reduce="sum")  # its 8-bit layers have another mechanism, without that field
     assert [getattr(rule.mechanism, "reduce", None) for rule in mixed.rules] == [None, "sum", None]
-    with pytest.raises(ValueError, match=r"strat=...\): none .* that field; did you mean 'start'\?; they have .*gain, "):
+    with pytest.raises(ValueError, match=r"strat=...\): none .*; did you mean 'start'\?; they have .*gain, "):
         dt.Recipe.preset("psg-w3", strat=0.3)
     for name, field in (("uniform-w4", "start"), ("psg-w3", "fit_every")):
         with pytest.raises(ValueError, match=rf"'{name}', {field}=...\): none"):
