@@ -83,8 +83,8 @@ def save(
     A path that ends in ".safetensors" gives a safetensors file whose entries are the full life, each under its own name
     (the codes stand beside them, bit-packed); any other path gives Detent's own container, which is smaller and is
     written with one tensor in memory at a time. Non-persistent buffers are left out, as in `model.state_dict()`. Under
-    FSDP2 every process must call this; the first one writes. With the compressed life alone this warns if the recipe had
-    not come to its end, as `run.finalize` does.
+    FSDP2 every process must call this; the first one writes. With the compressed life alone it warns as `run.finalize`
+    does.
 
     Args:
         run: from `attach` or `compress`.
