@@ -1,7 +1,8 @@
 """Fits of a few levels to numbers on a line: k-means, and the best scaled ternary set.
 
-Both sort each group once and then look at sums of sorted runs only. Memory stays at about one more copy of the weights,
-and what is summed in parallel is summed in an order that does not change, so that every rank finds the same levels.
+Both sort each group once and then look at sums of sorted runs only. Memory stays at about one more copy of the weights
+(in float32 where they are shorter), and what is summed in parallel is summed in an order that does not change, so that
+every rank finds the same levels.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from detent.targets.base import compute_dtype
 
 __all__ = ["kmeans", "ternary_scale"]
 
@@ -29,7 +32,7 @@ def kmeans(x: Tensor, sizes: Tensor, k: int, pinned: bool) -> Tensor:
     one last round on all numbers makes every level the exact mean of those it serves.
 
     Args:
-        x: matrix (groups, numbers); a shorter group ends in `inf`.
+        x: matrix (groups, numbers), any floating dtype; a shorter group ends in `inf`.
         sizes: numbers of each group, int64.
         k: levels, >= 2.
         pinned: one of the levels is 0, whatever the numbers are.
@@ -70,7 +73,7 @@ def ternary_scale(size: Tensor) -> Tensor:
     that of zeros alone; sorting tells the best k.
 
     Args:
-        size: matrix (groups, |w|), >= 0; shorter groups end in zeros.
+        size: matrix (groups, |w|), >= 0, any floating dtype; shorter groups end in zeros.
 
     Returns:
         (groups,) in float64.
@@ -105,13 +108,14 @@ def ternary_scale(size: Tensor) -> Tensor:
 
 
 def _sorted_rows(x: Tensor) -> Tensor:
-    """Each row in ascending order, in memory of its own."""
+    """Each row in ascending order, in memory of its own and at least in float32."""
+    dtype = compute_dtype(x.dtype)
     if x.device.type != "cpu":
-        return x.sort(dim=1).values
+        return x.to(dtype).sort(dim=1).values
+    rows = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
     # NumPy sorts in place; torch would write positions of 8 bytes a number beside the values.
-    rows = x.contiguous().numpy().copy()
-    rows.sort(axis=1)
-    return torch.from_numpy(rows)
+    rows.numpy().sort(axis=1)
+    return rows
 
 
 def _pieces(first: int, past: int) -> Iterator[tuple[int, int]]:
@@ -276,9 +280,13 @@ def _exact_means(ordered: Tensor, sizes: Tensor, levels: Tensor, pinned: bool) -
 
 def _distinct(numbers: Tensor, most: int) -> Tensor | None:
     """The distinct values of ascending numbers, in float64 on the CPU; `None` if there are more than `most`."""
-    new = torch.ones_like(numbers, dtype=torch.bool)
-    torch.ne(numbers[1:], numbers[:-1], out=new[1:])
-    return numbers[new].double().cpu() if int(new.sum()) <= most else None
+    found = numbers[:1]
+    for first, past in _pieces(1, len(numbers)):
+        some = numbers[first - 1 : past]
+        found = torch.cat([found, some[1:][some[1:] != some[:-1]]])
+        if len(found) > most:
+            return None
+    return found.double().cpu()
 
 
 def _tidy(levels: Tensor, served: Tensor, pinned: bool) -> Tensor:

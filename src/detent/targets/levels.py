@@ -313,7 +313,7 @@ class _Signs(_Scaled):
         return 1
 
     @abc.abstractmethod
-    def _fitted(self, x: Tensor, layout: Layout) -> Tensor:
+    def _fitted(self, w: Tensor, layout: Layout) -> Tensor:
         """The number of each group, before it is rounded."""
 
     def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
@@ -322,8 +322,7 @@ class _Signs(_Scaled):
         if self.scale is None:
             count = granularity_of(self.granularity).count(layout)
             return Params(tensors={"scale": torch.ones(count, dtype=torch.float32, device=w.device)}, layout=layout)
-        x = w.detach().to(compute_dtype(w.dtype))
-        return Params(tensors={"scale": self._rounded(self._fitted(x, layout), w.dtype)}, layout=layout)
+        return Params(tensors={"scale": self._rounded(self._fitted(w.detach(), layout), w.dtype)}, layout=layout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,9 +369,9 @@ class Binary(_Signs):
     def _has_zero(self) -> bool:
         return False
 
-    def _fitted(self, x: Tensor, layout: Layout) -> Tensor:
+    def _fitted(self, w: Tensor, layout: Layout) -> Tensor:
         groups = granularity_of(self.granularity)
-        return groups.sum(x.abs(), layout) / groups.sizes(layout).to(x.device)
+        return groups.sum(w.abs(), layout) / groups.sizes(layout).to(w.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,10 +420,10 @@ class Ternary(_Signs):
     def _has_zero(self) -> bool:
         return True
 
-    def _fitted(self, x: Tensor, layout: Layout) -> Tensor:
+    def _fitted(self, w: Tensor, layout: Layout) -> Tensor:
         if self.scale == "exact":
-            return ternary_scale(granularity_of(self.granularity).cut(x.abs(), layout, 0.0))
-        return self._alternating(x, layout, 20)
+            return ternary_scale(granularity_of(self.granularity).cut(w.abs(), layout, 0.0))
+        return self._alternating(w.to(compute_dtype(w.dtype)), layout, 20)
 
 
 class _Listed(Target):
@@ -700,8 +699,7 @@ class LearnedLevels(_Listed):
         layout = layout or Layout(shape=tuple(w.shape))
         check_finite(w)
         groups = granularity_of(self.granularity)
-        x = w.detach().to(compute_dtype(w.dtype))
-        levels = kmeans(groups.cut(x, layout, torch.inf), groups.sizes(layout), self.k, self.zero)
+        levels = kmeans(groups.cut(w.detach(), layout, torch.inf), groups.sizes(layout), self.k, self.zero)
         return Params(tensors={"levels": self._stored(levels, w.dtype)}, layout=layout)
 
     def _stored(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
