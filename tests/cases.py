@@ -257,6 +257,10 @@ ERRORS: dict[str, ErrorCase] = {
     ),
     "a group of none": ErrorCase(make=lambda: dt.Group(size=0), says="size=0"),
     "keep nothing": ErrorCase(make=lambda: dt.TopK(keep=0.0), says="TopK(keep=0.0): a fraction must lie in (0, 1]"),
+    "keep what is no word": ErrorCase(
+        make=lambda: dt.TopK(keep="all"),  # type: ignore[arg-type]
+        says="TopK(keep='all'): must be a fraction in (0, 1], a count >= 1 or \"nonzero\"",
+    ),
     "keep more than all": ErrorCase(make=lambda: dt.TopK(keep=1.5), says="a fraction must lie in (0, 1]"),
     "keep a count of none": ErrorCase(make=lambda: dt.TopK(keep=0), says="a count must be an int >= 1"),
     "keep a bool": ErrorCase(make=lambda: dt.TopK(keep=True), says="a count must be an int >= 1"),

@@ -152,6 +152,8 @@ class TopK(Sparse):
     share: Literal["magnitude", "lamp"] = "magnitude"
 
     def __post_init__(self) -> None:
+        if isinstance(self.keep, str) and self.keep != "nonzero":
+            raise ValueError(f'TopK(keep={self.keep!r}): must be a fraction in (0, 1], a count >= 1 or "nonzero"')
         if self.keep != "nonzero":
             _check_keep("TopK", self.keep)
         if self.scope not in ("tensor", "model"):
