@@ -322,8 +322,8 @@ class KernelCodebook(_Codebook):
     and its scale: about 1 bit a weight for 3 x 3 kernels and 512 codewords. Transposed and grouped convolutions work.
 
     Args:
-        size: codewords, 1 to 65536; need not be a power of two. Fewer distinct kernels than that give as many
-            codewords, and no error beyond the rounding.
+        size: codewords, 1 to 65536; need not be a power of two. Fewer distinct kernels than that (after `few`) give as
+            many codewords, and no error beyond the rounding.
         book: "layer" gives every weight a codebook of its own; "global" gives all weights of the rule one codebook for
             each kernel size (and dtype), stored once.
         codebook_bits: width of the codebook's own numbers, 2 to 8: a symmetric uniform grid with one scale (6: levels
