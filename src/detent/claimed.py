@@ -643,7 +643,7 @@ def refuse_foreign_writes(entries: list[Entry]) -> None:
     for entry in entries:
         if not entry.is_ours:
             raise RuntimeError(
-                f"{entry.name!r} was written from outside since attach or the last step (a load_state_dict?); to "
+                f"{entry.name!r} was written by someone else since attach or the last step (a load_state_dict?); to "
                 "resume, load the optimizer's state too, after the model's; to start afresh from the new values, call "
                 "run.rebind(adopt=True)"
             )
