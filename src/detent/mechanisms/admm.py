@@ -162,7 +162,8 @@ class ADMM(Mechanism):
             raise ValueError(f"ADMM(every={self.every!r}): must be >= 1 step, or a fraction of training > 0")
         if self.until is not None and not (is_number(self.until) and self.until > 0):
             raise ValueError(f"ADMM(until={self.until!r}): must be > 0 or None")
-        if type(self.until) is type(self.start) and self.until <= self.start:  # of two kinds, only steps can tell
+        same = type(self.until) is type(self.start)  # of two kinds only steps can tell
+        if self.until is not None and same and self.until <= self.start:
             raise ValueError(f"ADMM(until={self.until!r}): must come after start={self.start!r}")
         if self.rho_max is not None and not (is_number(self.rho_max) and self.rho_max >= self.rho):
             raise ValueError(f"ADMM(rho_max={self.rho_max!r}): must be >= rho={self.rho}, or None")
