@@ -1062,7 +1062,9 @@ for trial in range(trials):
     alive.add(which.index(True))
 assert 0 in alive, alive
 dt.save(runs[1], path)
-assert os.listdir(folder) == ["model.detent"], os.listdir(folder)
+# One that was killed between making its file and locking it leaves an empty one, which is let be.
+left = {name: os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder)}
+assert left.pop("model.detent") and not any(left.values()), left
 sys.stdout.write("done")
 """
 
