@@ -470,8 +470,7 @@ class Recipe:
             if matched[i]:
                 why = f"only matches parameters that are passed over or claimed by earlier rules ({matched[i]} matched)"
             else:
-                near = difflib.get_close_matches(rule.match.strip("^$").replace("\\", ""), names, 1, 0.0)
-                why = "matches no parameter of this model" + (f"; the nearest name is {near[0]!r}" if near else "")
+                why = f"matches no parameter of this model{_nearest_name(rule.match, names)}"
             raise ValueError(f"rule {i} (match={rule.match!r}) {why}")
         for i, rule in enumerate(self.rules):
             if (
@@ -479,11 +478,8 @@ class Recipe:
                 and not rule.optional
                 and not any(re.search(rule.include, p.name) for p in found)
             ):
-                near = difflib.get_close_matches(rule.include.strip("^$").replace("\\", ""), names, 1, 0.0)
-                raise ValueError(
-                    f"rule {i} (include={rule.include!r}) names no parameter of this model"
-                    + (f"; the nearest name is {near[0]!r}" if near else "")
-                )
+                hint = _nearest_name(rule.include, names)
+                raise ValueError(f"rule {i} (include={rule.include!r}) names no parameter of this model{hint}")
         if not any(taken):
             raise ValueError("every rule of this recipe is optional, and none finds a parameter in this model")
         return Plan(recipe=self, claims=merged(by_stage), stages=tuple(by_stage))
@@ -615,6 +611,12 @@ class _Found:
     layer: int
     linear_bias: bool
     writer: str
+
+
+def _nearest_name(pattern: str, names: Sequence[str]) -> str:
+    """The parameter that a pattern without a match may have meant; any resemblance counts."""
+    near = difflib.get_close_matches(pattern.strip("^$").replace("\\", ""), names, 1, 0.0)
+    return f"; the nearest name is {near[0]!r}" if near else ""
 
 
 def refuse_no_model(model: Any, who: str) -> None:

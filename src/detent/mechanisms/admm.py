@@ -234,10 +234,10 @@ class ADMM(Mechanism):
 
     def mapping(self, target: Target, clock: Clock) -> tuple[int, str] | None:
         start, until = self._moments(clock)
-        never = clock.total_steps is not None and start >= clock.total_steps
-        if until is None or self.finish is None or never:
+        end = math.inf if clock.total_steps is None else clock.total_steps
+        if until is None or start >= end or (self.finish is None and until <= end):
             return None
-        if self._freezes(target) and (clock.total_steps is None or until <= clock.total_steps):
+        if self._freezes(target) and until <= end:
             last = self._freeze_steps(clock)[-1]
             return last, f"the last of ADMM(rounds={self.rounds}, freeze_every={self.freeze_every})"
         return until, f"the mapping of ADMM(until={self.until})"
