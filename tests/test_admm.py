@@ -895,6 +895,7 @@ def test_the_binary_preset_takes_few_layers(layers: int) -> None:
     ("mechanism", "says"),
     [
         (dt.ADMM(every=5, until=41), r"the mapping of ADMM\(until=41\) is at step 41"),
+        (dt.ADMM(every=5, until=41, finish=None), r"the mapping of ADMM\(until=41\) is at step 41"),
         (dt.ADMM(every=5, until=20, freeze_every=11), r"freeze_every=11\) is at step 42"),
         (dt.ADMM(every=5, until=0.5, freeze_every=0.3), r"freeze_every=0.3\) is at step 44"),
         (dt.PartialFreeze(every=21), r"PartialFreeze\(rounds=.*, every=21\) is at step 42"),
