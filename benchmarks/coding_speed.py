@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from torch import nn
 
 import detent as dt
 from benchmarks import ROOT, recording
+from detent.report.record import process_peak
 
 LAYERS, SIDE = 24, 2048  # 100.7 million weights
 TARGETS: dict[str, dt.Target] = {
@@ -76,16 +76,16 @@ def read(path: Path, layers: int) -> dict[str, Any]:
         for weight in model.parameters():
             weight.fill_(1.0)  # so that its memory is there before the file's
     dt.load(path, model, "compressed")  # what is read once lies in memory, and the libraries are loaded
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, _seconds()
+    before, start = process_peak(), _seconds()
     dt.load(path, model, "compressed")
     end = _seconds()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = process_peak()
     loaded = 4 * sum(weight.numel() for weight in model.parameters())
     return {
         "load_seconds": end[0] - start[0],
         "load_cpu_seconds": end[1] - start[1],
         "loaded_bytes": loaded,
-        "peak_process_bytes": 1024 * max(before, peak),
+        "peak_process_bytes": max(before, peak),
     }
 
 
@@ -100,7 +100,7 @@ def child(*words: str) -> dict[str, Any]:
 
 def idle_bytes() -> int:
     """Memory of a process that has imported everything and holds nothing."""
-    code = "import detent, resource; print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    code = "import detent; from detent.report.record import process_peak; print(process_peak())"
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 

@@ -33,6 +33,7 @@ import detent as dt
 from benchmarks import ROOT, recording
 from detent import pack
 from detent.pack.dictionary import DICTIONARY
+from detent.report.record import process_peak
 
 MAGIC = b"\x89Detent\x01"
 SECONDS = 20  # for one file; more is a hang
@@ -401,7 +402,7 @@ def work(seed: int, first: int, past: int) -> dict[str, Any]:
             for life in sample.lives:
                 if outcome(path, sample.data, sample, life, twin, aloof) != "identical" or others(path):
                     raise AssertionError(f"the sound file {sample.name} does not load")
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = process_peak()
         _limit_memory()
         counts: Counter[tuple[str, str]] = Counter()
         wrong: list[str] = []
@@ -428,12 +429,12 @@ def work(seed: int, first: int, past: int) -> dict[str, Any]:
             if found not in fine or odd:
                 wrong.append(f"{index}: {kind} of {sample.name}, {life}: {found if found not in fine else odd}")
             counts[kind, found if found in fine else "WRONG"] += 1
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        grown = process_peak() - before
     return {
         "counts": [[*key, count] for key, count in sorted(counts.items())],
         "wrong": wrong[:20],
         "slowest_seconds": slowest,
-        "grown_bytes": 1024 * grown,
+        "grown_bytes": grown,
     }
 
 

@@ -50,6 +50,21 @@ def recipe(mechanism: dt.Mechanism | None = None, match: str = "weight", **optio
     return dt.Recipe([dt.Rule(match=match, target=target, mechanism=mechanism or dt.PSG(), **options)])
 
 
+def test_a_run_says_in_a_line_how_far_it_is() -> None:
+    model = net()
+    two = recipe().rules
+    staged = dt.Recipe(stages=[dt.Stage(rules=two, share=0.5), dt.Stage(rules=two, share=0.5)])
+    optimizer = sgd(model)
+    run = dt.attach(model, optimizer, staged, total_steps=4)
+    weights = 6 * 8 + 8 * 5 + 5 * 3
+    assert repr(run) == f"<Run: 3 parameters of Sequential on a target, {weights} weights, step 0 of 4, stage 1 of 2>"
+    train(model, optimizer, range(3))
+    assert repr(run).endswith("step 3 of 4, stage 2 of 2>")
+    run.detach()
+    assert repr(run).endswith(", detached>")
+    assert "step" not in repr(dt.compress(net(), recipe()))
+
+
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 

@@ -101,6 +101,7 @@ FOUND: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
     "a steepness in words": (dt.Sigmoid, {"first": 0.0, "last": 1.0, "steepness": "a"}, "must lie in (0, 500]"),
     "rho in words": (dt.ADMM, {"rho": "x"}, "must be a finite number > 0"),
     "rho of True": (dt.ADMM, {"rho": True}, "must be a finite number > 0"),
+    "a huge whole beta": (dt.MirrorDescent, {"beta": 10**400}, "must be > 0, and a float must hold it"),
     "a huge whole rho": (dt.ADMM, {"rho": 10**400}, "must be a finite number > 0"),
     "rho_max in words": (dt.ADMM, {"rho_max": "a"}, "must be >= rho=0.001, or None"),
     "no growth": (dt.ADMM, {"growth": None}, "must be a finite number >= 1"),

@@ -587,7 +587,7 @@ def frame(header: bytes, data: bytes = b"") -> bytes:
     [
         (b"", "is empty"),
         (b"\x89PNG\r\n", "damaged or neither a Detent nor a safetensors file"),
-        (b"PK\x03\x04" + bytes(200), "damaged or neither a Detent nor a safetensors file"),
+        (b"PK\x03\x04" + bytes(200), "it begins as what torch.save writes"),
         (struct.pack("<Q", 2**63), "damaged or neither a Detent nor a safetensors file"),
         (frame(b"{}"), "without a Detent header"),
         (frame(b"[" * 50_000), "damaged or neither a Detent nor a safetensors file"),

@@ -380,9 +380,16 @@ def test_what_a_target_cannot_take_is_refused(name: str) -> None:
     if name != "topk-five":
         assert "torch.int64" in whole and "at least one weight" in empty
         assert "needs weights of 16 bits or more, this one is torch.float8_e4m3fn" in short
+    with pytest.raises(ValueError, match="at least one weight, this one has shape"):
+        target.fit(torch.empty(0, 4, 3, 3))
+    # The first shape that the target takes: units of a codebook are kernels, or blocks of a matrix.
+    shape = next(s for s in ((4, 4), (4, 4, 3, 3)) if target.accepts(s, torch.float32, dt.Layout(shape=s)) is None)
     with pytest.raises(ValueError, match="beta=-1"):
-        w = torch.randn(4, 4)
+        w = torch.randn(shape)
         target.relax(w, target.fit(w), -1)
+    if "KernelCodebook" in repr(target) or "VectorCodebook" in repr(target):
+        with pytest.raises(ValueError, match="needs a convolution|needs a matrix"):
+            target.fit(torch.randn(12))
 
 
 def test_the_samples_are_what_they_say() -> None:

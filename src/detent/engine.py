@@ -167,6 +167,17 @@ class Run(Lives):
             self._all = claimed.entries_of(model, plan, {})
         self._refresh()
 
+    def __repr__(self) -> str:
+        """In a line: how far training is and how much of the model is claimed."""
+        mine = sum(entry.param.numel() for entry in self._entries)
+        where = f"{len(self._entries)} parameters of {type(self.model).__name__} on a target, {mine} weights"
+        for driver in self._drivers[:1]:
+            total = "" if driver.total_steps is None else f" of {driver.total_steps}"
+            where += f", step {driver.step}{total}"
+            if len(driver.bounds) > 1:
+                where += f", stage {driver.stage + 1} of {len(driver.bounds)}"
+        return f"<Run: {where}{', detached' if self._closed else ''}>"
+
     # --- attaching ------------------------------------------------------------------------------------------------
 
     def _owners(self, params: Mapping[str, Tensor]) -> list[Driver]:

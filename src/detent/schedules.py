@@ -38,13 +38,15 @@ Moment: TypeAlias = int | float
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a plain number (True and False are not).
+    """Whether a value is a plain number (True and False are not, nor is a whole number that no float can hold).
 
     Example:
-        >>> is_number(1.5), is_number(True), is_number("1.5")
-        (True, False, False)
+        >>> is_number(1.5), is_number(True), is_number("1.5"), is_number(10**400)
+        (True, False, False, False)
     """
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, float)
 
 
 def is_finite(value: object) -> bool:

@@ -208,7 +208,7 @@ class _Annealed(_Latent):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not all(is_number(end) and end > 0 for end in ends_of(self.beta)):
-            raise ValueError(f"{type(self).__name__}(beta={self.beta!r}): must be > 0")
+            raise ValueError(f"{type(self).__name__}(beta={self.beta!r}): must be > 0, and a float must hold it")
 
     def beta_at(self, step: int, total_steps: int | None) -> float:
         """Beta of the forward pass of a step; `inf` from `hard_start` on.

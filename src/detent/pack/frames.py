@@ -219,6 +219,8 @@ def _read_safetensors(path: str, mapped: mmap.mmap) -> tuple[Head, list[int]]:
         # Of what does not even start like safetensors, that library's words say nothing to anybody.
         begins = mapped[8:9] == b"{"
         why = f": {first_line(error).removeprefix('Error while deserializing header: ')}" if begins else ""
+        if mapped[:4] == b"PK\x03\x04":
+            why = "; it begins as what torch.save writes: load that and save its state dict by safetensors.torch.save_file"
         raise FormatError(f"{path}: is damaged or neither a Detent nor a safetensors file{why}") from None
     if "detent" not in metadata:
         raise FormatError(f"{path}: is a safetensors file without a Detent header")

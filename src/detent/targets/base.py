@@ -303,11 +303,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_finite(w: Tensor) -> None:
-    """Raise if a weight is NaN or infinite.
+    """Raise if a weight is NaN or infinite, or if there is none.
 
     Raises:
         ValueError: with the number of bad weights.
     """
+    if w.numel() == 0:
+        raise ValueError(f"a fit needs at least one weight, this one has shape {tuple(w.shape)}")
     bad = w.numel() - int(torch.count_nonzero(torch.isfinite(w)))  # a sum would count in a copy of 8 bytes a weight
     if bad:
         raise ValueError(f"{bad} of {w.numel()} weights are NaN or infinite, so nothing can be fitted to them")

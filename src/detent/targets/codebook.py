@@ -120,6 +120,8 @@ class _Codebook(Target):
         families: dict[object, list[int]] = {}
         for i, (w, layout) in enumerate(zip(weights, layouts, strict=True)):
             check_finite(w)
+            if (reason := self._unfit(layout.shape, layout)) is not None:
+                raise ValueError(reason)
             families.setdefault(i if self.book == "layer" else (self._kind(layout.shape), w.dtype), []).append(i)
         found: dict[int, Params] = {}
         for members in families.values():
