@@ -220,7 +220,7 @@ def _read_safetensors(path: str, mapped: mmap.mmap) -> tuple[Head, list[int]]:
         begins = mapped[8:9] == b"{"
         why = f": {first_line(error).removeprefix('Error while deserializing header: ')}" if begins else ""
         if mapped[:4] == b"PK\x03\x04":
-            why = "; it begins as what torch.save writes: load that and save its state dict by safetensors.torch.save_file"
+            why = "; it begins as what torch.save writes: load it and write its state dict with safetensors"
         raise FormatError(f"{path}: is damaged or neither a Detent nor a safetensors file{why}") from None
     if "detent" not in metadata:
         raise FormatError(f"{path}: is a safetensors file without a Detent header")
