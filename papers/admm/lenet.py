@@ -109,20 +109,22 @@ def small_file(rate: float = 200, levels: int = 8) -> dt.Recipe:
 
 
 def prune_published(mechanism: dt.Mechanism, rate: float | None = None) -> dt.Recipe:
-    """The published ratios of each layer, reached in two stages: three times as many weights first.
+    """The published ratios of each layer, reached in three stages: six times as many weights first, then twice.
 
-    At another rate than the published one each layer keeps its part of the whole.
+    At another rate than the published one each layer keeps its part of the whole. On 5,000 held-out training images,
+    one seed, 40 epochs in bfloat16: 99.34 %; in two stages, three times as many first and 0.3 and 0.7 of the epochs,
+    99.26.
     """
     whole = sum(PUBLISHED.values())
     share = 1.0 if rate is None else WEIGHTS / rate / whole
     stages = []
-    for times in (3, 1):
+    for times, part in ((6, 0.15), (2, 0.25), (1, 0.6)):
         rules = []
         for layer, keep in PUBLISHED.items():
             most = {"conv1": 500, "conv2": 25_000, "fc1": 400_000, "fc2": 5_000}[layer]
             target = dt.TopK(keep=min(round(keep * share * times), most))
             rules.append(dt.Rule(match=rf"^{layer}\.weight$", target=target, mechanism=mechanism))
-        stages.append(dt.Stage(rules=rules, share=0.5, name=f"prune {WEIGHTS / (whole * share * times):.0f}x"))
+        stages.append(dt.Stage(rules=rules, share=part, name=f"prune {WEIGHTS / (whole * share * times):.0f}x"))
     return dt.Recipe(stages=stages)
 
 
@@ -166,6 +168,7 @@ JOBS: dict[str, Job] = {
     "published71": Job(
         question="Does progressive ADMM hold 99.2 % at the published per-layer ratios (71.2x)?",
         recipe=lambda: prune_published(admm()),
+        epochs=60,
         rate=WEIGHTS / sum(PUBLISHED.values()),
     ),
     "binary": Job(

@@ -152,7 +152,9 @@ def main(
     max_steps: Annotated[int | None, typer.Option(min=1, help="cut every run short: a trial")] = None,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     paper: Annotated[bool, typer.Option("--paper", help="the published rates and beta of ResNet-18")] = False,
-    precision: Annotated[str, typer.Option(help="fp32, or bf16 (autocast) where the CPU has AMX")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32, or bf16 (autocast) where the CPU has AMX or AVX512-BF16")
+    ] = "fp32",
     record_as: Annotated[str | None, typer.Option(help="write benchmarks/records/NAME.json")] = None,
     resume: Annotated[bool, typer.Option("--resume")] = False,
 ) -> None:

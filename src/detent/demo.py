@@ -413,25 +413,32 @@ class Bench:
                 loss += float(F.cross_entropy(out, y, reduction="sum"))
         return {"accuracy": 100 * right / len(images), "loss": loss / len(images)}
 
+    @property
+    def _data(self) -> str:
+        return "scikit-learn's digits" if self.settings.data is None else str(self.settings.data)
+
+    def notes(self) -> dict[str, Any]:
+        """What the card of a network trained here says of its training."""
+        return {
+            "data": f"{len(self.train_set):,} training images of {self._data}",
+            "epochs": self.epochs,
+            "calibration": "none; BatchNorm is not re-estimated",
+            "seed": self.settings.seed,
+        }
+
     def report(self, run: Run, title: str, history: Sequence[Moment] = ()) -> dict[str, str]:
         """Write report.html and its JSON twin for a run, if the extra is installed; what was written, by name."""
         if importlib.util.find_spec("jinja2") is None:
             return {}
-        data = "scikit-learn's digits" if self.settings.data is None else str(self.settings.data)
         found = collect(
             run,
             evaluate=lambda model: self.scores(model, self.test_set),
             sensitivity=lambda model: self.scores(model, self.train_set),
             bits=WIDTHS,
             history=history,
-            notes={
-                "data": f"{len(self.train_set):,} training images of {data}",
-                "epochs": self.epochs,
-                "calibration": "none; BatchNorm is not re-estimated",
-                "seed": self.settings.seed,
-            },
+            notes=self.notes(),
             title=title,
-            evaluated_on=f"the test split, {len(self.test_set):,} images of {data}",
+            evaluated_on=f"the test split, {len(self.test_set):,} images of {self._data}",
             sensitivity_on=f"the training split, {len(self.train_set):,} images",
             watch=self.watch,
         )
@@ -560,7 +567,7 @@ def _follow(history: list[Moment], epoch: int, model: nn.Module, run: Run | None
 def _save_and_check(bench: Bench, run: Run, path: Path, row: Row) -> None:
     """Write both lives of the PSG network, read each back into a fresh network, and compare what it gets right."""
     life = f"W{bench.bits}"
-    notes = {f"test accuracy, {key} (%)": row.cells[key].accuracy for key in ("full", life)}
+    notes = bench.notes() | {f"test accuracy, {key} (%)": row.cells[key].accuracy for key in ("full", life)}
     save(run, path, "both", notes=notes)
     for which, key in (("full", "full"), ("compressed", life)):
         twin = bench.task.network(len(bench.train_set.classes)).to(bench.settings.device)

@@ -103,7 +103,8 @@ def compare(method: Method, settings: Settings, watch: Watch) -> Comparison:
     files = {name: str(settings.out / name) for name in ("model.detent", "weights.png", "result.json")}
     with threads(bench.task.one_thread):
         found = METHODS[method](bench)
-        save(found.run, Path(files["model.detent"]), "compressed", notes={"made by": f"detent demo --method {method}"})
+        notes = bench.notes() | {"made by": f"detent demo --method {method}"}
+        save(found.run, Path(files["model.detent"]), "compressed", notes=notes)
         found.draw(Path(files["weights.png"]))
         files |= bench.report(found.run, f"{type(found.run.model).__name__}, detent demo --method {method}")
         setup = bench.setup(found.run.model)

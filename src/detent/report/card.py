@@ -40,7 +40,7 @@ class Card(pydantic.BaseModel, frozen=True, extra="forbid"):
         last: the last one.
         full_precision: names of parameters left as they were, by reason.
         batchnorm: "none", "own" (one set of statistics for both lives) or "re-estimated" (a second set).
-        lives: "both" or "compressed".
+        lives: what a file holds, "both" or "compressed"; "run" if it is the card of a run, which is no file yet.
         writer: version of Detent.
         notes: what the author said.
 
@@ -84,7 +84,8 @@ class Card(pydantic.BaseModel, frozen=True, extra="forbid"):
             missing = f'not stated; say it with dt.save(..., notes={{"{key}": ...}})'
             rows.append((what, missing if said is None else str(said)))
         rows += [(key, str(value)) for key, value in self.notes.items() if key not in _ASKED]
-        return [*rows, ("made with", f"Detent {self.writer}; lives in the file: {self.lives}")]
+        where = "both lives, of a run" if self.lives == "run" else f"lives in the file: {self.lives}"
+        return [*rows, ("made with", f"Detent {self.writer}; {where}")]
 
     def text(self) -> str:
         """The card as plain lines.
