@@ -652,6 +652,20 @@ def test_starting_late_takes_the_weights_as_they_are_then(form) -> None:
         w = optimizer.step(w, _closed_loop(step, seen[step]))
 
 
+def test_the_primal_form_that_starts_late_has_the_levels_of_its_start() -> None:
+    layer = nn.Linear(6, 4, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    mechanism = dt.MirrorDescent(form="primal", beta=2.0, start=3)
+    run = dt.attach(layer, optimizer, dt.Recipe([dt.Rule(match="weight", target=dt.Binary(), mechanism=mechanism)]), 6)
+    sizes = []
+    for step in range(6):
+        sizes.append(float(layer.weight.detach().abs().mean()))
+        layer.weight.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+    assert sizes[3] != pytest.approx(sizes[0], rel=1e-3)
+    assert float(run.encoded()["weight"].params["scale"]) == pytest.approx(sizes[3], rel=1e-6)
+
+
 def test_true_and_published_pmf_under_sgd_are_the_copies_at_twice_the_rate() -> None:
     """Two copies move their half difference by half of what one latent would: u+ and u- each see their own gradient."""
     a, beta, g = 0.3, 2.0, 0.7

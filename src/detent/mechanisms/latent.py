@@ -397,6 +397,9 @@ class MirrorDescent(_Mapped):
         # The primal form inverts with the levels it was seen with; they must not move in between.
         return 0 if self.form == "primal" else None
 
+    def wants_fit(self, clock: Clock) -> bool:
+        return self.form == "primal" and self._is_raw(clock)
+
     def check(self, target: Target) -> str | None:
         if self.map == "relax":
             return None
