@@ -925,3 +925,94 @@ def test_what_would_come_after_the_end_is_refused(mechanism: dt.Mechanism, says:
         attach(mechanism, 0, 46)
     if isinstance(mechanism, dt.PartialFreeze):
         attach(mechanism, 0, None)
+
+
+@pytest.mark.parametrize("mechanism", [dt.Masked(start=3, metric="fisher"), dt.ADMM(every=2, until=6, metric="fisher")])
+def test_weights_without_any_gradient_are_the_first_to_go_in_the_fisher_metric(mechanism: dt.Mechanism) -> None:
+    """Whether the optimizer is given no gradient or zeros; they used to stay unweighed, and beat all others."""
+    left = {}
+    for how in ("none", "zeros"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        rule = dt.Rule(match="weight", target=dt.TopK(keep=0.5, scope="model"), mechanism=mechanism)
+        dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=8)
+        for step in range(8):
+            optimizer.zero_grad()
+            model(torch.randn(16, 6, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            middle = model[1].weight.grad
+            assert middle is not None
+            middle.zero_()
+            model[1].weight.grad = None if how == "none" else middle
+            optimizer.step()
+        left[how] = [int((layer.weight != 0).sum()) for layer in (model[0], model[1], model[2])]
+        assert sum(left[how]) == 68
+        assert left[how][1] == 0, "68 of the 72 others are left"
+    assert left["none"] == left["zeros"]
+
+
+@pytest.mark.parametrize("target", [dt.TopK(keep=0.25), dt.NM(n=2, m=4), dt.Structured(group="filter", keep=0.5)])
+def test_the_fisher_metric_does_not_change_what_a_weight_is_stored_in(target: dt.Target) -> None:
+    sizes = {}
+    for metric in ("euclidean", "fisher"):
+        torch.manual_seed(0)
+        layer = nn.Linear(16, 16, bias=False).bfloat16()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+        mechanism = dt.Masked(start=2, metric=metric)
+        run = dt.attach(layer, optimizer, dt.Recipe([dt.Rule(match="weight", target=target, mechanism=mechanism)]), 4)
+        for _ in range(4):
+            layer.weight.grad = torch.randn(16, 16).bfloat16()
+            optimizer.step()
+        encoded = run.encoded()["weight"]
+        assert target.bits_on_disk(encoded.params) == 8 * encoded.codes.nbytes
+        sizes[metric] = int(encoded.params["width"])
+    assert sizes == {"euclidean": 16, "fisher": 16}
+
+
+@pytest.mark.parametrize("mechanism", [dt.ADMM(rho=0.1, every=2, until=6), dt.Penalty(strength=0.1)])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizer_that_climbs_is_pulled_the_same_way(make: Any, mechanism: dt.Mechanism) -> None:
+    """The loss down, or its negative up."""
+    ends = []
+    for climbs in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 4)
+        optimizer = make(layer.parameters(), lr=0.05, maximize=climbs)
+        rule = dt.Rule(match="weight", target=dt.TopK(keep=0.5), mechanism=mechanism)
+        dt.attach(layer, optimizer, dt.Recipe([rule]), total_steps=8)
+        for step in range(8):
+            optimizer.zero_grad()
+            loss = layer(torch.randn(16, 6, generator=torch.Generator().manual_seed(step))).square().mean()
+            (-loss if climbs else loss).backward()
+            optimizer.step()
+        ends.append(layer.weight.detach().clone())
+    assert torch.equal(*ends)
+
+
+def test_the_decoupled_pull_leaves_a_frozen_weight() -> None:
+    layer = nn.Linear(6, 4)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    rule = dt.Rule(match="weight", target=dt.TopK(keep=0.5), mechanism=dt.ADMM(every=2, until=6, form="decoupled"))
+    dt.attach(layer, optimizer, dt.Recipe([rule]), total_steps=8)
+    layer.weight.requires_grad_(False)
+    before = layer.weight.detach().clone()
+    layer(torch.randn(16, 6)).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "sentence"),
+    [
+        (dt.PartialFreeze(every=0.001), "steps between freeze rounds is none"),
+        (dt.PartialFreeze(start=0.8), "3 freeze rounds from step 8 on need a step each, and 2 are left"),
+        (dt.ADMM(every=2, until=8), "3 freeze rounds from step 8 on need a step each, and 2 are left"),
+        (dt.ADMM(every=2, until=4, freeze_every=0.001), "steps between freeze rounds is none"),
+    ],
+)
+def test_freeze_rounds_that_fall_together_are_refused(mechanism: dt.Mechanism, sentence: str) -> None:
+    layer = nn.Linear(6, 4)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    recipe = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=2), mechanism=mechanism)])
+    with pytest.raises(ValueError, match=sentence):
+        dt.attach(layer, optimizer, recipe, total_steps=10)

@@ -1354,3 +1354,56 @@ def test_a_weight_that_is_lost_already_is_named_as_the_cause() -> None:
     model(inputs).sum().backward()
     with pytest.raises(RuntimeError, match=r"'0\.weight' is not finite at step 1.*; '2\.bias' itself holds NaN"):
         optimizer.step()
+
+
+class _Stumbles(torch.optim.SGD):
+    falls = False
+
+    def step(self, closure: Any = None) -> Any:
+        if self.falls:
+            raise ArithmeticError("on the way")
+        return super().step(closure)
+
+
+def test_a_step_that_raised_after_its_fit_resumes_bitwise() -> None:
+    """The running range moves once for that step: in the process that goes on, and in one that resumes."""
+    moving = recipe(dt.PSG(clip=False), target=dt.Uniform(bits=3, range="ema"), fit_every=1, fit_until=1.0)
+    ends = []
+    for resumed in (False, True):
+        model = net()
+        optimizer = _Stumbles(model.parameters(), lr=0.1, momentum=0.9)
+        dt.attach(model, optimizer, moving, total_steps=STEPS)
+        train(model, optimizer, range(4))
+        optimizer.falls = True
+        with pytest.raises(ArithmeticError):
+            train(model, optimizer, [4])
+        optimizer.falls = False
+        if resumed:
+            kept = model.state_dict(), optimizer.state_dict()
+            model = net()
+            optimizer = _Stumbles(model.parameters(), lr=0.1, momentum=0.9)
+            dt.attach(model, optimizer, moving, total_steps=STEPS)
+            model.load_state_dict(kept[0])
+            optimizer.load_state_dict(kept[1])
+        train(model, optimizer, range(4, 8))
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_training_on_after_the_end_is_called_that() -> None:
+    model = net()
+    optimizer = sgd(model)
+    run = dt.attach(model, optimizer, recipe(), total_steps=STEPS)
+    train(model, optimizer, range(2))
+    run.finalize()
+    train(model, optimizer, range(2, 4))
+    with pytest.raises(RuntimeError, match="written since this run was finalized or detached"):
+        run.finalize()
+
+
+def test_what_is_no_recipe_is_refused_without_printing_it() -> None:
+    rule = recipe().rules[0]
+    for given, advice in ((rule, "Recipe(...) of it"), ([rule], "Recipe(...) of them"), ("psg-w3", "preset")):
+        with pytest.raises(ValueError, match="must be a Recipe") as caught:
+            dt.attach(net(), sgd(net()), given)  # type: ignore[arg-type]
+        assert len(str(caught.value)) < 120 and (advice.split("(")[0] in str(caught.value))

@@ -798,3 +798,19 @@ def test_levels_that_are_repeated_count_once(mirror: MirrorMap) -> None:
     both = mirror.forward(a.expand(2, -1), rows, 4.0)
     assert torch.allclose(both[0], mirror.forward(a, few, 4.0), rtol=1e-6, atol=1e-7)
     assert torch.equal(dt.LearnedLevels(k=6).fit(torch.tensor([-1.0, 0.0, 1.0] * 5))["levels"].reshape(-1), many)
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_a_latent_found_by_the_inverse_is_seen_as_the_weights_it_came_from(start: int) -> None:
+    layer = nn.Linear(6, 4, bias=False)
+    with torch.no_grad():
+        layer.weight.mul_(0.5)  # all inside the range of the map
+    before = layer.weight.detach().clone()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-12)
+    mechanism = dt.MirrorDescent(init="inverse", start=start)
+    target = dt.Binary(scale=None)
+    dt.attach(layer, optimizer, dt.Recipe([dt.Rule(match="weight", target=target, mechanism=mechanism)]), 10)
+    for _ in range(start + 1 if start else 0):
+        layer.weight.grad = torch.ones(4, 6)
+        optimizer.step()
+    assert torch.allclose(layer.weight, before, rtol=0, atol=1e-5)

@@ -628,3 +628,12 @@ def test_first_last_and_kernels_are_those_of_layers() -> None:
     ]
     plan = dt.Recipe(rules).resolve(WithTokens())
     assert {c.name: c.rule for c in plan.claimed} == {"conv.weight": 0, "body.weight": 2, "fc.weight": 1, "fc.bias": 1}
+
+
+def test_include_knows_a_tied_parameter_by_all_its_names() -> None:
+    model = nn.ModuleDict({"enc": nn.Linear(4, 4), "dec": nn.Linear(4, 4)})
+    model["dec"].bias = model["enc"].bias
+    for name in ("enc.bias", "dec.bias"):
+        rule = dt.Rule(match="dec", include=f"^{name}$", target=dt.Uniform(bits=4), mechanism=dt.PSG())
+        claimed = [claim.name for claim in dt.Recipe([rule]).resolve(model).claimed]
+        assert sorted(claimed) == ["dec.weight", "enc.bias"]

@@ -656,7 +656,7 @@ def test_lamp_shares_a_count_out_as_its_definition_says(keep: int) -> None:
     scores = []
     for index, w in enumerate(weights):
         values = w.reshape(-1).double().square().tolist()
-        scores += [(v / sum(u for u in values if u <= v), index) for v in values]
+        scores += [(v / sum(u for u in values if u >= v), index) for v in values]
     chosen = [index for _, index in sorted(scores, reverse=True)[:keep]]
     target = dt.TopK(keep=keep, scope="model", share="lamp")
     fitted = target.fit_model(weights, [dt.Layout(shape=tuple(w.shape)) for w in weights], [None, None])
@@ -665,6 +665,11 @@ def test_lamp_shares_a_count_out_as_its_definition_says(keep: int) -> None:
     plain = dt.TopK(keep=keep, scope="model")
     alone = plain.fit_model(weights, [dt.Layout(shape=tuple(w.shape)) for w in weights], [None, None])
     assert keep > 8 or int(alone[1]["count"]) == 0
+
+
+def test_lamp_of_three_weights_is_its_equation() -> None:
+    score = dt.TopK(keep=2, scope="model", share="lamp")._score(torch.tensor([1.0, 2.0, 3.0]))
+    assert score.tolist() == pytest.approx([1 / 14, 4 / 13, 1.0])
 
 
 def test_lamp_of_ties_and_zeros_keeps_the_count() -> None:

@@ -200,6 +200,64 @@ def test_a_model_wide_count_holds_under_two_optimizers() -> None:
     assert sum(int((w != 0).sum()) for w in weights(model).values()) == round(0.1 * total)
 
 
+def test_a_stage_of_two_optimizers_counts_what_the_last_one_leaves_of_both() -> None:
+    """The first optimizer to turn used to count the other's weights as they were before their mapping: all of them."""
+    pruned = dt.Rule(match="weight", target=dt.TopK(keep=0.1, scope="model"), mechanism=dt.PSG(toward=dt.Zero()))
+    left = dt.Rule(match="weight", target=dt.TopK(keep="nonzero", scope="model"), mechanism=dt.STE())
+    recipe = dt.Recipe(stages=[dt.Stage(share=0.5, rules=[pruned]), dt.Stage(share=0.5, rules=[left])])
+    model = net()
+    optimizers = two(model)
+    run = dt.attach(model, optimizers, recipe, total_steps=STEPS)
+    total = sum(w.numel() for w in weights(model).values())
+    for done in (STEPS // 2, STEPS):
+        train(model, optimizers, range(run.clock, done))
+        counts = [int(encoded.params["count"]) for encoded in run.encoded().values()]
+        assert sum(counts) == round(0.1 * total) == sum(int((w != 0).sum()) for w in weights(model).values())
+
+
+def _warm(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step >= 3))
+
+
+@pytest.mark.parametrize(
+    ("target", "mechanism", "more"),
+    [
+        (dt.TopK(keep=0.3, scope="model"), dt.HardProjection(every=4), {}),
+        (dt.TopK(keep=0.3, scope="model"), dt.PSG(gain=2.0), {"fit_every": 4, "fit_until": 1.0}),
+        (dt.VectorCodebook(block=1, size=4, book="global"), dt.STE(), {"fit_every": 4, "fit_until": 1.0}),
+    ],
+    ids=["projection", "PSG", "codebook"],
+)
+def test_optimizers_whose_clocks_have_parted_resume_bitwise(target: Any, mechanism: Any, more: Any) -> None:
+    """A rate of 0 is no tick, so the first optimizer is three steps behind; fits are over both."""
+    recipe = dt.Recipe([dt.Rule(match="weight", target=target, mechanism=mechanism, **more)])
+
+    def begin() -> tuple[Any, ...]:
+        model = net()
+        optimizers = two(model)
+        run = dt.attach(model, optimizers, recipe, total_steps=STEPS)
+        return model, optimizers, run, _warm(optimizers[0])
+
+    model, optimizers, run, schedule = begin()
+    saved = {}
+    for step in range(12):
+        saved[step] = through_a_file([model.state_dict(), [o.state_dict() for o in optimizers], schedule.state_dict()])
+        train(model, optimizers, [step])
+        schedule.step()
+    assert run._drivers[0].step == run._drivers[1].step - 3
+    for step in range(4, 12):
+        again, others, _, later = begin()
+        again.load_state_dict(saved[step][0])
+        for optimizer, state in zip(others, saved[step][1], strict=True):
+            optimizer.load_state_dict(state)
+        later.load_state_dict(saved[step][2])
+        for each in range(step, 12):
+            train(again, others, [each])
+            later.step()
+        for name, w in weights(model).items():
+            assert torch.equal(weights(again)[name], w), (step, name)
+
+
 def test_a_step_that_raises_lets_nothing_back_in() -> None:
     model = net()
     optimizers = sgd(model)

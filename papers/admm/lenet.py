@@ -65,7 +65,7 @@ def admm(**changes: Any) -> dt.ADMM:
     """ADMM as all jobs use it: `UNTIL` of a stage in `PERIODS` periods, then the feasibility steps.
 
     On 5,000 held-out training images, one seed, at 246x: rho of 5e-3 and 2e-2 the better one; survivors by the Fisher
-    metric 98.8 % in 12 epochs and 98.9 in 16, by magnitude and LAMP's shares 98.8 and by magnitude alone 98.5 in 9.
+    metric 98.8 % in 12 epochs and 98.9 in 16, by magnitude alone 98.5 in 9.
     """
     return replace(dt.ADMM(rho=5e-3, growth=1.5, every=UNTIL / PERIODS, until=UNTIL, metric="fisher"), **changes)
 

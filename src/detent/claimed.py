@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from detent.recipe import Claim, Plan, Recipe, Rule, canonical_name
 from detent.schedules import Schedule, check_moment, moments_of, step_at
 from detent.specs import short
 from detent.targets import Params, Target
+from detent.targets.base import compute_dtype
 
 __all__ = [
     "Entry",
@@ -26,6 +28,7 @@ __all__ = [
     "fit_pull",
     "fit_target",
     "found_again",
+    "mapped_whole",
     "named_parameters",
     "refuse_foreign_writes",
     "refuse_nonfinite",
@@ -216,19 +219,19 @@ class Entry:
         return sharding.whole(self.param if latent is None else sharding.as_sharded(latent, self.param))
 
     def pulled_whole(self) -> Tensor:
-        """The whole tensor that the pull is fitted to: the hidden one, with a mechanism's offset and its weighing."""
+        """The whole tensor that the pull is fitted to: the hidden one, with a mechanism's offset."""
         key = self.rule.mechanism.offset if self.rule.mechanism else None
         hidden = self.hidden_whole()
         if key is not None and key in self.state:
             hidden = hidden + sharding.whole(sharding.as_sharded(self.state[key], self.param))
-        return self.weighed(hidden)
+        return hidden
 
-    def weighed(self, whole: Tensor) -> Tensor:
-        """A whole tensor times what the mechanism weighs its weights with, if it does (a collective under sharding)."""
+    def weighing_whole(self) -> Tensor | None:
+        """What the mechanism weighs the weights with, if it has gathered it (a collective under sharding)."""
         key = self.rule.mechanism.weighing if self.rule.mechanism else None
         if key is None or key not in self.state:
-            return whole
-        return whole * never_zero(sharding.whole(sharding.as_sharded(self.state[key], self.param)))
+            return None
+        return sharding.whole(sharding.as_sharded(self.state[key], self.param))
 
     def saved(self, complete: bool) -> dict[str, Any]:
         """What resuming needs of this weight besides its values.
@@ -246,6 +249,7 @@ class Entry:
             "state": {name: self._as_held(value) for name, value in memory.items()},
             "held": held,
             "places": self._places,
+            "fitted_at": self.fitted_at,
             **(self._saved_stage() if self.staged else {}),
         }
 
@@ -292,6 +296,8 @@ class Entry:
         self.pull_params = params_of(saved["pull"])
         self.params = params_of(saved["params"]) if self.has_own_fit else self.pull_params
         self.settled = bool(saved.get("settled", False))
+        # A fit that is due in the step at hand may have been done: by another optimizer, or before the step raised.
+        self.fitted_at = int(saved.get("fitted_at", 0))
         self.zeros = None
         if saved.get("zeros") is not None:
             zeros = _localised_state(saved["zeros"], self.param, self.name).to(device)
@@ -480,28 +486,44 @@ def refuse_stages(recipe: Recipe, who: str) -> None:
         )
 
 
-def fit_pull(entries: list[Entry]) -> None:
-    """Fit what training pulls one rule's weights to; the rule's own target too. A collective under sharding."""
+def fit_pull(entries: list[Entry], ahead: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+    """Fit what training pulls one rule's weights to; the rule's own target too. A collective under sharding.
+
+    Args:
+        entries: the weights.
+        ahead: whole tensors, by name, of those that are not in this stage yet: they count for the others, and have
+            their own fit when they come.
+    """
     previous = [entry.pull_params for entry in entries]
-    fitted = _fit_together(entries[0].pull, entries, previous, [entry.pulled_whole() for entry in entries])
-    for entry, params in zip(entries, fitted, strict=True):
-        entry.pull_params = params
-        if not entry.has_own_fit:
-            entry.params = params
+    whole = [ahead[entry.name] if entry.name in ahead else entry.pulled_whole() for entry in entries]
+    for entry, params in zip(entries, _fit_together(entries[0].pull, entries, previous, whole), strict=True):
+        if entry.name not in ahead:
+            entry.pull_params = params
+            if not entry.has_own_fit:
+                entry.params = params
     if entries[0].has_own_fit:
-        fit_target(entries)
+        fit_target(entries, ahead)
 
 
-def fit_target(entries: list[Entry]) -> None:
-    """Fit the rules' own targets to the weights as they are. A collective under sharding."""
+def fit_target(entries: list[Entry], ahead: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+    """Fit the rules' own targets to the weights as they are. A collective under sharding; `ahead` as for `fit_pull`."""
     by_rule: dict[int | None, list[Entry]] = {}
     for entry in entries:
         by_rule.setdefault(entry.claim.rule, []).append(entry)
     for mine in by_rule.values():
-        whole = [entry.weighed(entry.hidden_whole()) for entry in mine]
+        whole = [ahead[entry.name] if entry.name in ahead else entry.hidden_whole() for entry in mine]
         before = [entry.known for entry in mine]
         for entry, params in zip(mine, _fit_together(mine[0].target, mine, before, whole), strict=True):
-            entry.params = params
+            if entry.name not in ahead:
+                entry.params = params
+
+
+def mapped_whole(entry: Entry, *, refit: bool) -> Tensor:
+    """What the end of its stage would make of a weight as it is now, whole. A collective under sharding."""
+    whole, params = entry.hidden_whole(), entry.params
+    if refit or params is None:
+        (params,) = _fit_together(entry.target, [entry], [entry.known], [whole])
+    return entry.target.project(whole, params)
 
 
 def still_fits(entries: list[Entry]) -> bool:
@@ -523,18 +545,31 @@ def still_fits(entries: list[Entry]) -> bool:
 def _fit_together(
     target: Target, entries: list[Entry], previous: list[Params | None], whole: list[Tensor]
 ) -> list[Params]:
-    """Fit one target to the whole tensors of several entries.
+    """Fit one target to the whole tensors of several entries, in the metric of their mechanism.
 
     Raises:
         ValueError: what the target refuses, naming the parameter.
     """
+    weighing = [entry.weighing_whole() for entry in entries]
     try:
         with torch.no_grad():
-            return target.fit_model(whole, [e.claim.layout for e in entries], previous)
+            layouts = [e.claim.layout for e in entries]
+            if all(h is None for h in weighing):
+                return target.fit_model(whole, layouts, previous)
+            weighed = [_weighed(w, h, target) for w, h in zip(whole, weighing, strict=True)]
+            fitted = target.fit_model(weighed, layouts, previous)
+            return [target.unweighed(p, w, x) for p, w, x in zip(fitted, whole, weighed, strict=True)]
     except ValueError as error:
         finite = [bool(torch.isfinite(w).all()) for w in whole]
         bad = next((e.name for e, good in zip(entries, finite, strict=True) if not good), entries[0].name)
         raise ValueError(f"{bad!r}: {error}") from None
+
+
+def _weighed(w: Tensor, h: Tensor | None, target: Target) -> Tensor:
+    if h is None and target.fits_together:
+        # No gradient ever came to it: it goes first, as where all gradients are zero.
+        h = torch.zeros(w.shape, dtype=compute_dtype(w.dtype), device=w.device)
+    return w if h is None else w * never_zero(h)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -634,13 +669,18 @@ def found_again(entries: list[Entry], model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def refuse_foreign_writes(entries: list[Entry]) -> None:
-    """Refuse to go on with weights that someone else wrote.
+def refuse_foreign_writes(entries: list[Entry], *, over: bool = False) -> None:
+    """Refuse to go on with weights that someone else wrote; `over` if the run does not follow training any more.
 
     Raises:
         RuntimeError: naming the parameter.
     """
     for entry in entries:
+        if not entry.is_ours and over:
+            raise RuntimeError(
+                f"{entry.name!r} was written since this run was finalized or detached (training went on?), and what it "
+                "knows is of the weights of then; to take them as they are now, call run.rebind(adopt=True)"
+            )
         if not entry.is_ours:
             raise RuntimeError(
                 f"{entry.name!r} was written by someone else since attach or the last step (a load_state_dict?); to "

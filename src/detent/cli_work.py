@@ -24,7 +24,7 @@ from detent.data import Batches, ImageSet, digits, load_images
 from detent.export import Activations, onnx_latency, to_compressed_tensors, to_onnx
 from detent.lives import Encoded
 from detent.pack import CODINGS, Writer, load, sizes
-from detent.pack.frames import MAGIC
+from detent.pack.frames import MAGIC, of_torch
 from detent.pack.header import DTYPES
 from detent.recipe import Plan, Recipe, canonical_name
 from detent.report import Export, History, Report, collect_file, run_of_file
@@ -285,15 +285,16 @@ def _opened(path: Path) -> Iterator[Any]:
     """
     ours = f"{path}: is a Detent file, not a state dict; detent unpack makes a state dict of it"
     with path.open("rb") as raw:
-        if raw.read(len(MAGIC)) == MAGIC:
-            raise ValueError(ours)
+        begin = raw.read(len(MAGIC))
+    if begin == MAGIC:
+        raise ValueError(ours)
     try:
         with safe_open(path, "pt") as file:
             if "detent" in (file.metadata() or {}):
                 raise ValueError(ours)
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors state dict: {error}") from None
+        raise ValueError(f"{path}: not a safetensors state dict{of_torch(begin[:4]) or f': {error}'}") from None
 
 
 _COUNTER = "num_batches_tracked"  # old checkpoints lack it; PyTorch too takes the model's own then

@@ -45,6 +45,8 @@ class Driver:
     spent: dict[str, tuple[Any, int]] = field(default_factory=dict)
     probed: dict[Any, bool] = field(default_factory=dict)
     riding: Mapping[str, Any] | None = None
+    groups: list[Mapping[str, Any]] = field(default_factory=list)
+    group_of: dict[int, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def standing(self) -> list[Entry]:
@@ -94,10 +96,18 @@ class Driver:
 
     # --- what the optimizer says of a weight ----------------------------------------------------------------------
 
+    def look_up(self) -> None:
+        """Find anew which group each weight sits in: groups are dropped, reordered and loaded anew in a training."""
+        self.groups = list(self.optimizer.param_groups)
+        self.group_of = {id(param): group for group in self.groups for param in group["params"]}
+
     def options_of(self, entry: Entry) -> Mapping[str, Any]:
-        """The group a weight sits in now: groups are dropped, reordered and loaded anew in a training."""
-        groups = self.optimizer.param_groups
-        return next(group for group in groups if any(each is entry.param for each in group["params"]))
+        """The group a weight sits in now."""
+        now = self.optimizer.param_groups
+        same = len(now) == len(self.groups) and all(a is b for a, b in zip(now, self.groups, strict=True))
+        if not same or id(entry.param) not in self.group_of:
+            self.look_up()
+        return self.group_of[id(entry.param)]
 
     def moves(self, entry: Entry, slot: Slot) -> bool:
         """Whether the step at hand may move a weight: it has a gradient, is not frozen, and its rate is not 0."""
@@ -132,6 +142,7 @@ class Driver:
                 self.optimizer, self.options_of(entry), entry.name, entry.param.dim(), self.probed
             ),
             grad_scale=getattr(self.optimizer, "grad_scale", None),
+            sign=-1.0 if self.options_of(entry).get("maximize") else 1.0,
             state=entry.state,
         )
 

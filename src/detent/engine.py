@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from detent import claimed, optimizers, sharding
 from detent.batchnorm import Statistics, install
-from detent.claimed import Entry, by_rule, fit_pull, fit_target, named_parameters
+from detent.claimed import Entry, by_rule, fit_pull, fit_target, mapped_whole, named_parameters
 from detent.drivers import Driver, owners_of
 from detent.lives import Lives
 from detent.mechanisms import Mechanism
@@ -378,6 +378,7 @@ class Run(Lives):
                 claimed.refuse_replaced(self.model, driver.standing, attached=True)
             return replay
         self._follow(driver)
+        driver.look_up()
         claimed.refuse_retyped(driver.standing)
         claimed.refuse_replaced(self.model, driver.standing, attached=True)
         claimed.refuse_foreign_writes(driver.standing)
@@ -468,6 +469,8 @@ class Run(Lives):
             every, until = mine[0].cadence(clock.total_steps)
             phase = every - 1 if mine[0].mechanism.fit_at_end and not first else 0
             missing = any(entry.pull_params is None for entry in mine)
+            if mine[0].settled and not missing:  # another optimizer came to the end of the stage, and fixed it for all
+                continue
             if mine[0].mechanism.fits_after:
                 phase = every - 1
                 if not after and not missing:
@@ -489,11 +492,29 @@ class Run(Lives):
                 continue
             if not missing and not after and mine[0].fitted_at == clock.step:
                 continue
-            fit_pull(mine)
-            for entry in mine:
-                entry.fitted_at = clock.step
+            fit_pull(mine, self._ahead(driver, mine))
+            fitted = {id(entry) for entry in mine}
+            for each in self._drivers:  # each by the clock of its own optimizer, which may have parted
+                for entry in each.entries:
+                    entry.fitted_at = each.clock.step if id(entry) in fitted else entry.fitted_at
             done += [entry for entry in driver.entries if entry.claim.rule == index]
         return done
+
+    def _ahead(self, driver: Driver, entries: list[Entry]) -> dict[str, Tensor]:
+        """Of those whose optimizer is still in an earlier stage what its end will make of them.
+
+        Fitted together with them as they are, a model-wide target of the new stage would count what is about to be
+        pruned.
+        """
+        found, wanted = {}, {id(entry) for entry in entries}
+        for late in (other for other in self._drivers if other.stage < driver.stage):
+            standing = {entry.name: entry for entry in late.standing}
+            for entry in late.stages[driver.stage]:
+                if id(entry) in wanted:
+                    old = standing.get(entry.name)
+                    fresh = old is not None and self._is_unfixed(old)
+                    found[entry.name] = entry.hidden_whole() if old is None else mapped_whole(old, refit=fresh)
+        return found
 
     def _is_settled(self, entry: Entry) -> bool:
         if entry.settled:
@@ -531,7 +552,7 @@ class Run(Lives):
             # The same numbers may be fitted to other weights (and none to signs), but statistics are of these alone.
             if self._statistics and claimed.fingerprint(self._entries) != self._found_for:
                 self._statistics.clear()
-        claimed.refuse_foreign_writes(self._entries)
+        claimed.refuse_foreign_writes(self._entries, over=self._closed)
 
     def _follow(self, driver: Driver) -> None:
         """Find parameters again that were replaced after attach (FSDP2, accelerate, model.to)."""
@@ -617,7 +638,7 @@ class Run(Lives):
             >>> recipe = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.STE())])
             >>> run = dt.attach(model, optimizer, recipe)
             >>> sorted(run.state_dict()["weights"]["weight"])
-            ['held', 'params', 'places', 'pull', 'state']
+            ['fitted_at', 'held', 'params', 'places', 'pull', 'state']
         """
         weights: dict[str, Any] = {}
         for driver in self._drivers:
@@ -713,8 +734,6 @@ class Run(Lives):
             self._refresh()
         for entry in driver.standing:
             entry.restore(state["weights"][entry.name])
-            # The fit of tick 0 was done when the saved run opened; every later tick's is done inside its own step.
-            entry.fitted_at = 0
         driver.step = step
         driver.pending, driver.slots, driver.spent = False, [], {}
         self._awaiting_state = ""

@@ -462,7 +462,12 @@ class Recipe:
             special[f"beside {where}"] = {p.name for p in found if p.passed_over and p.layer in {e.layer for e in end}}
         special["@kernels"] = {p.name for p in eligible if math.prod(p.layout.shape[2:]) > 1}
         matched, taken = [0] * len(self.rules), [0] * len(self.rules)
-        by_stage = [tuple(self._decide(p, mine, special, matched, taken) for p in found) for mine in self.stage_rules()]
+        # Once for all parameters: Python's own memory of patterns is shorter than a long recipe.
+        patterns = [(re.compile(rule.match), re.compile(_included(rule))) for rule in self.rules]
+        by_stage = [
+            tuple(self._decide(p, mine, patterns, special, matched, taken) for p in found)
+            for mine in self.stage_rules()
+        ]
         names = [name for p in found for name in (p.name, *p.aliases)]
         for i, rule in enumerate(self.rules):
             if taken[i] or rule.optional:
@@ -476,7 +481,7 @@ class Recipe:
             if (
                 rule.include not in (None, "@linear")
                 and not rule.optional
-                and not any(re.search(rule.include, p.name) for p in found)
+                and not any(patterns[i][1].search(name) for name in names)
             ):
                 hint = _nearest_name(rule.include, names)
                 raise ValueError(f"rule {i} (include={rule.include!r}) names no parameter of this model{hint}")
@@ -485,17 +490,25 @@ class Recipe:
         return Plan(recipe=self, claims=merged(by_stage), stages=tuple(by_stage))
 
     def _decide(
-        self, p: _Found, mine: range, special: Mapping[str, set[str]], matched: list[int], taken: list[int]
+        self,
+        p: _Found,
+        mine: range,
+        patterns: Sequence[tuple[re.Pattern[str], re.Pattern[str]]],
+        special: Mapping[str, set[str]],
+        matched: list[int],
+        taken: list[int],
     ) -> Claim:
         decided: tuple[int | None, str] | None = None
         passed = ""
         for i in mine:
             rule = self.rules[i]
-            named = p.linear_bias if rule.include == "@linear" else re.search(rule.include or "(?!)", p.name)
+            match, include = patterns[i]
+            names = (p.name, *p.aliases)
+            named = p.linear_bias if rule.include == "@linear" else any(map(include.search, names))
             if rule.match.startswith("@"):
                 hit = p.name in special[rule.match] or (named and p.name in special.get(f"beside {rule.match}", ()))
             else:
-                hit = any(re.search(rule.match, name) for name in (p.name, *p.aliases))
+                hit = any(map(match.search, names))
             if not hit:
                 continue
             matched[i] += 1
@@ -613,6 +626,11 @@ class _Found:
     writer: str
 
 
+def _included(rule: Rule) -> str:
+    """The pattern of `include`; one that finds nothing for none, and for `@linear`, which is no pattern."""
+    return "(?!)" if rule.include in (None, "@linear") else rule.include
+
+
 def _nearest_name(pattern: str, names: Sequence[str]) -> str:
     """The parameter that a pattern without a match may have meant; any resemblance counts."""
     near = difflib.get_close_matches(pattern.strip("^$").replace("\\", ""), names, 1, 0.0)
@@ -636,8 +654,12 @@ def refuse_no_recipe(recipe: Any, who: str) -> None:
         ValueError: saying what to give instead.
     """
     if not isinstance(recipe, Recipe):
-        advice = f"detent.Recipe.preset({recipe!r})" if isinstance(recipe, str) else "a detent.Recipe"
-        raise ValueError(f"{who}(recipe={recipe!r}): must be a Recipe; give {advice}")
+        said, advice = type(recipe).__name__, "a detent.Recipe"
+        if isinstance(recipe, str):
+            said, advice = repr(recipe), f"detent.Recipe.preset({recipe!r})"
+        elif isinstance(recipe, Rule) or (isinstance(recipe, Sequence) and all(isinstance(r, Rule) for r in recipe)):
+            advice = "detent.Recipe([...]) of it" if isinstance(recipe, Rule) else "detent.Recipe(...) of them"
+        raise ValueError(f"{who}(recipe={said}): must be a Recipe; give {advice}")
 
 
 def canonical_name(name: str) -> str:

@@ -55,6 +55,7 @@ class Slot:
         plain: the optimizer's step is linear in the gradient (SGD), so a scaled gradient is a scaled step.
         decay: gives what decoupled weight decay takes off in this step, as a fraction of the weight.
         grad_scale: factor the gradients still carry (a fused step under GradScaler), or `None`.
+        sign: -1 where the optimizer climbs (`maximize=True`), else 1: what is added to a gradient carries it.
         pruned: mask of the zeros that earlier stages hold, or `None`.
         state: the mechanism's memory for this weight, saved and resumed by the engine.
         scratch: passing tensors between the two halves of one step, never saved.
@@ -79,6 +80,7 @@ class Slot:
     plain: bool
     decay: Callable[[], float]
     grad_scale: Tensor | None
+    sign: float
     pruned: Tensor | None
     state: dict[str, Tensor]
     scratch: dict[str, Tensor] = field(default_factory=dict)

@@ -45,7 +45,8 @@ class PSG(Mechanism):
         s(w) = (1 - strength) + strength * gain * (min(d, c / 2) + eps * c) / r,    d = |w - project(w)|
 
     where c is the cell width and r the typical distance c / 4, so `strength` and `gain` mean the same for every
-    layer, bit-width and granularity. Where the set has no cells, r is the group's mean |w| and c = 4 r. Weights
+    layer, bit-width and granularity. Where the set has no cells, r is the mean distance of the weights that are off it
+    (for `Zero` the group's mean |w|, for a sparse target that of what it drops) and c = 4 r. Weights
     that the target leaves free (survivors of a sparse target) keep s = 1. s is never negative, so no gradient
     changes its sign. Weight decay stays outside s (in the update form: decoupled decay; what an optimizer folds into
     its gradient cannot be told apart afterwards). The forward pass always sees the full-precision weights.
@@ -55,7 +56,8 @@ class PSG(Mechanism):
         gain: mean factor on the learning rate, > 0. Clicking goes with (learning rate * gain)^2, but so does the price
             in full precision; the published lambda_s = 150 amounts to a factor of about 4 at 4 bits.
         eps: smallest distance, as a fraction of the cell, >= 0. Number or schedule; ending at 0 lets clusters close.
-        clip: keep the weights inside the range of a bounded target, after each step from `clip_start` on.
+        clip: keep the weights inside the range of a bounded target, after each step from `clip_start` on while
+            strength is above 0.
         clip_start: moment (step or fraction of training) clipping starts, with a fresh fit that is the last one, unless
             the rule says `fit_until`; `None` for when the fit is frozen otherwise, after 30 % of training. A range that
             was fitted to what it has clipped would be smaller every time.

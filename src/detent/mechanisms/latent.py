@@ -84,8 +84,8 @@ class _Latent(Mechanism):
     def _seen(self, slot: Slot, latent: Tensor, step: int, total_steps: int | None) -> Tensor:
         """What the forward pass of a step sees of a latent."""
 
-    def _first_latent(self, slot: Slot, clock: Clock) -> Tensor:
-        """The latent of weights that had none."""
+    def _first_latent(self, slot: Slot, clock: Clock, step: int) -> Tensor:
+        """The latent of weights that had none, as the forward pass of a step is to see it first."""
         return slot.weight.clone()
 
     def _bend(self, slot: Slot, clock: Clock) -> None:
@@ -96,7 +96,7 @@ class _Latent(Mechanism):
 
     def open(self, slot: Slot, clock: Clock) -> None:
         if self.active(clock):
-            slot.state["latent"] = self._first_latent(slot, clock)
+            slot.state["latent"] = self._first_latent(slot, clock, clock.step)
             self._show(slot, clock, clock.step)
 
     def before_step(self, slot: Slot, clock: Clock) -> None:
@@ -109,7 +109,7 @@ class _Latent(Mechanism):
         if "latent" in slot.state:
             slot.state["latent"].copy_(slot.weight)
         else:
-            slot.state["latent"] = self._first_latent(slot, clock)
+            slot.state["latent"] = self._first_latent(slot, clock, clock.step + 1)
         self._show(slot, clock, clock.step + 1)
 
     def undo(self, slot: Slot, clock: Clock) -> None:
@@ -425,10 +425,10 @@ class MirrorDescent(_Mapped):
         most = min(torch.finfo(w.dtype).max, _FARTHEST)
         return (self._mirror.inverse(inside, scaled, beta_in_units) * unit).clamp(-most, most).to(w.dtype)
 
-    def _first_latent(self, slot: Slot, clock: Clock) -> Tensor:
-        beta = self.beta_at(clock.step, clock.total_steps)
+    def _first_latent(self, slot: Slot, clock: Clock, step: int) -> Tensor:
+        beta = self.beta_at(step, clock.total_steps)
         if self.init == "weights" or math.isinf(beta):
-            return super()._first_latent(slot, clock)
+            return super()._first_latent(slot, clock, step)
         return self._unseen(slot, slot.weight, beta, _INSIDE)
 
     # --- the primal form ------------------------------------------------------------------------------------------

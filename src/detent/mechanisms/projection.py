@@ -297,8 +297,15 @@ def round_steps(begin: int, every: Moment | None, rounds: int, total_steps: int 
     if every is None:
         if total_steps is None:
             raise ValueError(f"{who}: pass total_steps= to attach, or the steps between rounds as an int")
-        return [begin + i * max(total_steps - begin, 0) // rounds for i in range(rounds)]
+        left = total_steps - begin
+        if 0 < left < rounds:
+            raise ValueError(
+                f"{who}: {rounds} freeze rounds from step {begin} on need a step each, and {left} are left"
+            )
+        return [begin + i * max(left, 0) // rounds for i in range(rounds)]
     length = step_at(every, total_steps, f"{who} steps between rounds")
+    if length < 1:
+        raise ValueError(f"{who}: {every} of {total_steps} steps between freeze rounds is none; need one at least")
     return [begin + i * length for i in range(rounds)]
 
 

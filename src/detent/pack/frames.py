@@ -208,6 +208,13 @@ def _read_detent(path: str, mapped: mmap.mmap) -> tuple[Head, list[int]]:
     return head, starts
 
 
+def of_torch(begin: bytes) -> str:
+    """What to do with a file of `torch.save`, known by its first four bytes; empty for any other."""
+    if begin != b"PK\x03\x04":
+        return ""
+    return "; it begins as what torch.save writes: load it and write its state dict with safetensors"
+
+
 def _read_safetensors(path: str, mapped: mmap.mmap) -> tuple[Head, list[int]]:
     try:
         # Its own checks: entries without gaps or overlaps that fill the file.
@@ -219,8 +226,7 @@ def _read_safetensors(path: str, mapped: mmap.mmap) -> tuple[Head, list[int]]:
         # Of what does not even start like safetensors, that library's words say nothing to anybody.
         begins = mapped[8:9] == b"{"
         why = f": {first_line(error).removeprefix('Error while deserializing header: ')}" if begins else ""
-        if mapped[:4] == b"PK\x03\x04":
-            why = "; it begins as what torch.save writes: load it and write its state dict with safetensors"
+        why = of_torch(mapped[:4]) or why
         raise FormatError(f"{path}: is damaged or neither a Detent nor a safetensors file{why}") from None
     if "detent" not in metadata:
         raise FormatError(f"{path}: is a safetensors file without a Detent header")

@@ -752,7 +752,8 @@ def _card(head: Head, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
     compressed = []
     for i, target in enumerate(head.targets):
         mine = [row for row in head.rows.values() if row.code is not None and row.code.target == i]
-        granularity = getattr(target, "granularity", target.scope)
+        shared = {"global": "rule", "layer": "tensor"}.get(getattr(target, "book", ""), target.scope)
+        granularity = getattr(target, "granularity", shared)
         compressed.append(
             {
                 "target": short(target),

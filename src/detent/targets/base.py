@@ -185,6 +185,10 @@ class Target(abc.ABC):
         """What of the last params every later fit must be given as `previous`, even one that starts afresh."""
         return None
 
+    def unweighed(self, params: Params, w: Tensor, weighed: Tensor) -> Params:
+        """Params that were fitted to weights in another metric, with what they say of sizes taken from the weights."""
+        return params
+
     @abc.abstractmethod
     def project(self, w: Tensor, params: Params) -> Tensor:
         """The nearest point of the set, as a new tensor of the same shape and dtype."""

@@ -82,6 +82,9 @@ class Sparse(Target):
             "mean": torch.where(mean > 0, mean, torch.ones_like(mean)),
         }
 
+    def unweighed(self, params: Params, w: Tensor, weighed: Tensor) -> Params:
+        return replace(params, tensors={**params.tensors, **self._numbers(w, self.mask(weighed, params))})
+
     def project(self, w: Tensor, params: Params) -> Tensor:
         w = w.detach()
         # where, not multiplication: 0 * inf would be NaN, and a kept -0.0 must become +0.0.
@@ -132,8 +135,8 @@ class TopK(Sparse):
         scope: "tensor": `keep` applies to each tensor. "model": `keep` applies to all tensors of the rule
             together; `fit` then shares the count out by one threshold over all of them.
         share: what that threshold is on, for scope "model". "magnitude": |w|. "lamp": w^2 divided by the sum of the
-            squares that are no larger in the same tensor, which is 1 for the largest: no tensor is emptied, and one
-            of many small weights keeps its part.
+            squares that are no smaller in the same tensor, which is 1 for the largest: no tensor is emptied as long
+            as there are as many weights to keep as tensors, and one of many small weights keeps its part.
 
     Raises:
         ValueError: keep outside its range, or an unknown scope or share.
@@ -208,19 +211,19 @@ class TopK(Sparse):
         if self.share == "magnitude":
             return w.to(compute_dtype(w.dtype)).abs()
         # Squares of float32 are exact in float64 and sort as |w| does; those of float64 may be equal where |w| is not.
-        size = (w.double().square() if w.dtype == torch.float64 else w.abs().float()).flip(0)
-        # From the smallest up, of equal ones the later first: the order in which `_largest` lets them go.
+        size = (w.double().square() if w.dtype == torch.float64 else w.abs().float()).neg_()
+        # From the largest down, of equal ones the earlier first: the order in which `_largest` keeps them.
         if size.device.type == "cpu":  # where torch would write the sorted numbers too
             order = torch.from_numpy(size.numpy().argsort(kind="stable"))
         else:
             order = size.argsort(stable=True)
         score = torch.empty(size.shape, dtype=torch.float64, device=w.device)
-        below = torch.zeros(1, dtype=torch.float64, device=w.device)
+        above = torch.zeros(1, dtype=torch.float64, device=w.device)
         for places in order.split(_PIECE):
-            part = size[places] if w.dtype == torch.float64 else size[places].double().square_()
-            sums = torch.cat([below, part]).cumsum(0)[1:]
-            below = sums[-1:].clone()
-            score[len(score) - 1 - places] = torch.where(sums > 0, part / torch.where(sums > 0, sums, 1.0), part)
+            part = -size[places] if w.dtype == torch.float64 else size[places].double().square_()
+            sums = torch.cat([above, part]).cumsum(0)[1:]
+            above = sums[-1:].clone()
+            score[places] = torch.where(sums > 0, part / torch.where(sums > 0, sums, 1.0), part)
         return score
 
     def choose(self, gain: Tensor, params: Params) -> Tensor:
