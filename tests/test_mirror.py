@@ -814,3 +814,23 @@ def test_a_latent_found_by_the_inverse_is_seen_as_the_weights_it_came_from(start
         layer.weight.grad = torch.ones(4, 6)
         optimizer.step()
     assert torch.allclose(layer.weight, before, rtol=0, atol=1e-5)
+
+
+def test_a_compressed_life_before_the_hard_limit_warns(tmp_path) -> None:
+    layer = nn.Linear(6, 4, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    mechanism = dt.MirrorDescent(hard_start=0.5)
+    rule = dt.Rule(match="weight", target=dt.Binary(), mechanism=mechanism)
+    run = dt.attach(layer, optimizer, dt.Recipe([rule]), total_steps=4)
+    with pytest.warns(
+        UserWarning, match=r"after 0 of 4 steps: the hard limit of MirrorDescent\(hard_start=0.5\) is at"
+    ):
+        dt.save(run, tmp_path / "early.detent", life="compressed")
+    for _ in range(2):
+        layer.weight.grad = torch.ones(4, 6)
+        optimizer.step()
+    dt.save(run, tmp_path / "late.detent", life="compressed")
+    late = dt.Recipe([dt.Rule(match="weight", target=dt.Binary(), mechanism=dt.MirrorDescent(hard_start=9))])
+    with pytest.raises(ValueError, match="is at step 9, but training has 4 steps"):
+        other = nn.Linear(6, 4, bias=False)
+        dt.attach(other, torch.optim.SGD(other.parameters(), lr=0.1), late, total_steps=4)

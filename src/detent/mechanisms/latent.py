@@ -210,6 +210,14 @@ class _Annealed(_Latent):
         if not all(is_number(end) and end > 0 for end in ends_of(self.beta)):
             raise ValueError(f"{type(self).__name__}(beta={self.beta!r}): must be > 0, and a float must hold it")
 
+    def mapping(self, target: Target, clock: Clock) -> tuple[int, str] | None:
+        name = type(self).__name__
+        start = step_at(self.start, clock.total_steps, f"{name}.start")
+        if self.hard_start is None or (clock.total_steps is not None and start >= clock.total_steps):
+            return None
+        at = step_at(self.hard_start, clock.total_steps, f"{name}.hard_start")
+        return at, f"the hard limit of {name}(hard_start={self.hard_start})"
+
     def beta_at(self, step: int, total_steps: int | None) -> float:
         """Beta of the forward pass of a step; `inf` from `hard_start` on.
 
