@@ -371,7 +371,9 @@ def test_what_a_file_without_a_full_life_cannot_show_is_said_truly(tmp_path: Pat
     assert "No curve is shown: other widths are found from the full life, which the file does not hold" in page
     assert "No sensitivity is shown: it is a change against the full life, which the file does not hold" in page
     for section in ("widths", "sensitivity"):
-        assert found.absent[section].startswith("a file with both lives")
+        assert found.absent[section].startswith("a file with both lives") and "--model" not in found.absent[section]
+    (score, value), *_ = found.scores["compressed"].items()
+    assert f", {score} {value:.4g}" in summary(found) or f", {score} {value:.2f}" in summary(found)
 
 
 def test_tied_weights_are_counted_once(tmp_path: Path) -> None:

@@ -576,8 +576,8 @@ def _absent(report: Report) -> dict[str, str]:
     )
     both = 'a file with both lives: `dt.save(run, path, life="both")`'
     has_both = any(layer.error is not None for layer in report.layers)
-    if not has_both:
-        sensitivity = f"{both}; and {sensitivity}"
+    if not has_both:  # one thing at a time where the rest was given
+        sensitivity = both if report.scores else f"{both}; and {sensitivity}"
     if report.unfit:
         widths = f"other widths: {'; '.join(dict.fromkeys(report.unfit.values()))}"
     elif not report.scores:

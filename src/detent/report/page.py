@@ -158,6 +158,8 @@ def summary(report: Report) -> str:
         before, after = report.scores["full"], report.scores["compressed"]
         parts = [f"{name} {_score(name, after[name])} instead of {_score(name, before[name])}" for name in before]
         text += f", {', '.join(parts)}"
+    elif report.scores.get("compressed"):  # of a file that holds no other life
+        text += f", {', '.join(f'{name} {_score(name, at)}' for name, at in report.scores['compressed'].items())}"
     return text + "."
 
 
