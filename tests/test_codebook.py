@@ -506,10 +506,8 @@ def test_unequal_groups_are_refused_for_a_shared_codebook(odd: dict[str, float])
 def test_a_shared_codebook_in_two_optimizers_is_refused() -> None:
     model = net()
     pair = [sgd(model[0].parameters()), sgd([*model[2].parameters(), *model[5].parameters()])]
-    dt.attach(model, pair, recipe(GLOBAL, dt.CodebookLearning()), total_steps=5)
-    F.mse_loss(model(batch(0)[0]), batch(0)[1]).backward()
-    with pytest.raises(ValueError, match=r"16 of 64 units are\); put all weights of a global codebook into one"):
-        pair[0].step()
+    with pytest.raises(ValueError, match="sit in two optimizers.*CodebookLearning moves them all in one step"):
+        dt.attach(model, pair, recipe(GLOBAL, dt.CodebookLearning()), total_steps=5)
 
 
 def test_a_sharded_weight_is_refused() -> None:
@@ -811,3 +809,18 @@ def test_pieces_of_long_blocks_are_small(monkeypatch: pytest.MonkeyPatch) -> Non
     assert seen and max(seen) <= 1 << 10
     monkeypatch.setattr(books, "_CHUNK", 1 << 20)
     assert torch.equal(target.project(w, params), q)
+
+
+def test_a_codebook_over_two_optimizers_is_refused_at_once() -> None:
+    """Also that of a later stage, which used to be found there."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in model]
+    book = dt.VectorCodebook(block=2, size=4, book="global")
+    learned = dt.Rule(match="weight", target=book, mechanism=dt.CodebookLearning())
+    pulled = dt.Rule(match="weight", target=book, mechanism=dt.Penalty(strength=0.1))
+    staged = dt.Recipe(stages=[dt.Stage(share=0.5, rules=[pulled]), dt.Stage(share=0.5, rules=[learned])])
+    for recipe in (dt.Recipe([learned]), staged):
+        with pytest.raises(ValueError, match="sit in two optimizers.*CodebookLearning moves them all in one step"):
+            dt.attach(model, optimizers, recipe, total_steps=4)
+    own = [dt.Rule(match=f"^{i}.weight", target=book, mechanism=dt.CodebookLearning()) for i in (0, 1)]
+    dt.attach(model, optimizers, dt.Recipe(own), total_steps=4)

@@ -455,21 +455,24 @@ def by_rule(slots: list[tuple[Entry, _T]]) -> list[list[tuple[Entry, _T]]]:
 
 
 def refuse_split_rules(owner: Mapping[str, int], entries: list[Entry]) -> None:
-    """Refuse a model-wide fit after the step for weights of several optimizers, which do not step at the same time.
+    """Refuse what several optimizers, which do not step at once, cannot do: model-wide fits after it, model-wide ties.
 
     Raises:
         ValueError: naming two of the parameters.
     """
     for group in by_rule([(entry, entry) for entry in entries]):
         first = group[0][0]
-        if first.rule.mechanism is None or not (first.mechanism.fits_after and first.pull.fits_together):
+        if first.rule.mechanism is None or not first.pull.fits_together:
+            continue
+        if not (first.mechanism.fits_after or first.mechanism.ties):
             continue
         other = next((e for e, _ in group if owner[e.name] != owner[first.name]), None)
+        wants = "wants that after the step" if first.mechanism.fits_after else "moves them all in one step"
         if other is not None:
             raise ValueError(
                 f"{first.name!r} and {other.name!r} sit in two optimizers, but {short(first.pull)} is fitted to all "
-                f"its weights at once, and {type(first.mechanism).__name__} wants that after the step; give each "
-                "optimizer a rule of its own"
+                f"its weights at once, and {type(first.mechanism).__name__} {wants}; give each optimizer a rule of its "
+                "own"
             )
 
 
