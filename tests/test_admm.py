@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -1016,3 +1017,21 @@ def test_freeze_rounds_that_fall_together_are_refused(mechanism: dt.Mechanism, s
     recipe = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=2), mechanism=mechanism)])
     with pytest.raises(ValueError, match=sentence):
         dt.attach(layer, optimizer, recipe, total_steps=10)
+
+
+@pytest.mark.parametrize(("rho", "far"), [(1e-6, True), (1.0, False)])
+def test_a_mapping_as_far_away_as_zero_warns(rho: float, far: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(20, 20, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.2)
+    mechanism = dt.ADMM(rho=rho, every=4, until=40)
+    rule = dt.Rule(match="weight", target=dt.TopK(keep=0.02), mechanism=mechanism)
+    run = dt.attach(layer, optimizer, dt.Recipe([rule]), total_steps=50)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(40):
+            layer.weight.grad = torch.full((20, 20), 1e-6)
+            optimizer.step()
+    relative = dt.residuals(run)["weight"]["relative"]
+    assert (relative >= 1.0) == far
+    assert [str(w.message)[:40] for w in caught] == (["ADMM maps weights that are still as far "] if far else [])

@@ -41,7 +41,6 @@ __all__ = ["ADMM", "Penalty", "periodic_rate", "residuals"]
 # rho stays in here unless told otherwise: far from where what Adam squares, or a dual divided by rho, leaves float32.
 _LEAST_RHO, _MOST_RHO = 1e-9, 1e9
 _RESIDUALS = ("primal", "relative", "drift", "rho")
-_FAR = 0.5  # of |w| at the mapping; trainings that keep their accuracy were within 0.2
 _OUT_OF_BALANCE = 10.0  # a residual this much larger than the other makes rho change (Boyd et al., section 3.4.1)
 
 
@@ -341,11 +340,11 @@ class ADMM(Mechanism):
 
     def _finish(self, slot: Slot, clock: Clock, tick: int) -> None:
         """Masked mapping, by the projection of w and not of w + u; the fit is frozen from here on."""
-        if float(slot.state["relative"]) > _FAR:
+        if float(slot.state["relative"]) >= 1.0:
             # The same words for every weight, so that Python's own filter says them once.
             warnings.warn(
-                "ADMM maps weights that are still far from their target, |w - z| more than half of |w| ('relative' in "
-                "dt.residuals(run)): what it moves them by now was not learned; give it a larger rho, or more steps",
+                "ADMM maps weights that are still as far from their target as from zero ('relative' in "
+                "dt.residuals(run) is 1 or more): the pull came to nothing; give it a larger rho, or more steps",
                 stacklevel=2,
             )
         for name in ("z", "dual"):
