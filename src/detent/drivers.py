@@ -73,6 +73,11 @@ class Driver:
         kept = [entry for entries in self.stages[:stage] for entry in entries if last[entry.name] is entry]
         return self.stages[stage], kept
 
+    def coming(self, stage: int) -> list[tuple[Entry, Entry | None]]:
+        """The entries of a later stage, each with the one that its weight stands in now, if it does."""
+        standing = {entry.name: entry for entry in self.standing}
+        return [(entry, standing.get(entry.name)) for entry in self.stages[stage]]
+
     def stage_of(self, step: int) -> int:
         """The stage that a step belongs to."""
         return max(i for i, (first, _) in enumerate(self.bounds) if first <= step)

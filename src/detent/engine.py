@@ -508,10 +508,8 @@ class Run(Lives):
         """
         found, wanted = {}, {id(entry) for entry in entries}
         for late in (other for other in self._drivers if other.stage < driver.stage):
-            standing = {entry.name: entry for entry in late.standing}
-            for entry in late.stages[driver.stage]:
+            for entry, old in late.coming(driver.stage):
                 if id(entry) in wanted:
-                    old = standing.get(entry.name)
                     fresh = old is not None and self._is_unfixed(old)
                     found[entry.name] = entry.hidden_whole() if old is None else mapped_whole(old, refit=fresh)
         return found
