@@ -934,19 +934,20 @@ def test_weights_without_any_gradient_are_the_first_to_go_in_the_fisher_metric(m
     left = {}
     for how in ("none", "zeros"):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+        layers = [nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)]
+        model = nn.Sequential(*layers)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         rule = dt.Rule(match="weight", target=dt.TopK(keep=0.5, scope="model"), mechanism=mechanism)
         dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=8)
         for step in range(8):
             optimizer.zero_grad()
             model(torch.randn(16, 6, generator=torch.Generator().manual_seed(step))).square().mean().backward()
-            middle = model[1].weight.grad
+            middle = layers[1].weight.grad
             assert middle is not None
             middle.zero_()
-            model[1].weight.grad = None if how == "none" else middle
+            layers[1].weight.grad = None if how == "none" else middle
             optimizer.step()
-        left[how] = [int((layer.weight != 0).sum()) for layer in (model[0], model[1], model[2])]
+        left[how] = [int((layer.weight != 0).sum()) for layer in layers]
         assert sum(left[how]) == 68
         assert left[how][1] == 0, "68 of the 72 others are left"
     assert left["none"] == left["zeros"]
