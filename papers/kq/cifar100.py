@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -216,6 +216,7 @@ def experiment(
     rate: float = RATE,
     holdout: int = 0,
     distill: float = 0.0,
+    precision: str = "fp32",
 ) -> Experiment:
     """The experiment of one rival; "none" only compresses the checkpoint."""
     recipe = RIVALS[rival]
@@ -246,6 +247,7 @@ def experiment(
             "epochs": epochs,
             "distill": distill,
             "channels_last": True,
+            "precision": precision,
             "threads": threads,
             "seeds": seeds,
             "evaluate": {"bits": [], "recipes": alone if recipe is None else {}, "calibrate": 4000, "every": 0},
@@ -270,6 +272,9 @@ def train(
     distill: Annotated[
         float, typer.Option(min=0, max=1, help="share of the loss that is the divergence from the checkpoint's outputs")
     ] = 0.0,
+    precision: Annotated[
+        Literal["fp32", "bf16"], typer.Option(help="bf16 is autocast, where the CPU has AMX or AVX512-BF16")
+    ] = "fp32",
     resume: Annotated[bool, typer.Option("--resume")] = False,
 ) -> None:
     """Trains the rivals one after another and writes a record for each; "none" trains a plain network as long."""
@@ -282,11 +287,11 @@ def train(
         if tune is not None:
 
             def trial(number: float, rival: str = rival, length: int = tune) -> Experiment:
-                return experiment(rival, length, [1000], threads, steps, number, HOLDOUT, distill)
+                return experiment(rival, length, [1000], threads, steps, number, HOLDOUT, distill, precision)
 
             rate, tried = chosen(trial, [RATE * times for times in TIMES], folder, data_dir, console, step=STEP)
             further = {"tuned": {"lr": rate, "epochs": tune, "held_out": tried}}
-        plan = experiment(rival, epochs, seed or [1], threads, steps, rate, distill=distill)
+        plan = experiment(rival, epochs, seed or [1], threads, steps, rate, distill=distill, precision=precision)
 
         def more(rival: str = rival, further: dict[str, Any] = further) -> dict[str, Any]:
             return {"bits": rival_bits(rival), **further}
