@@ -27,7 +27,7 @@ from torch import Tensor
 
 import detent as dt
 from benchmarks import RECORDS
-from detent.report.record import summarise, write_record
+from detent.report.record import process_peak, summarise, write_record
 from papers.train import Experiment, Trainer, finished
 
 WEIGHTS = 430_500
@@ -371,6 +371,7 @@ def train_one(name: str, seed: int, options: Options, console: Console, resume: 
     result = trainer.result()
     if trainer.run is not None:
         result |= sizes(trainer, out)
+    result["peak_memory_bytes"] = process_peak()
     passing = out / "result.json.tmp"
     passing.write_text(json.dumps(result, indent=1))
     passing.replace(out / "result.json")
@@ -430,10 +431,17 @@ def record(name: str, options: Options, folder: Path, command: str) -> Path | No
         "Accuracies in % on the test split, read once after the last epoch; every seed starts from a dense "
         "network of its own. Settings were chosen on images held out from the train split. Rates count weights, "
         "not indices, of the 430,500; bytes are those of the file, indices and biases included. Seconds are those of "
-        "training alone. Peak memory was not measured.",
-        cost={"seconds": sum(r["train_seconds"] for r in results)},
+        "training alone; peak memory is that of the process to the end of a seed, other jobs before it included.",
+        cost={"seconds": sum(r["train_seconds"] for r in results)} | peak_memory(results),
     )
     return folder / f"{stem}.json"
+
+
+def peak_memory(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The largest of the seeds; nothing where one of them is from before it was measured."""
+    if any("peak_memory_bytes" not in r for r in results):
+        return {}
+    return {"peak_memory_bytes": {"process": max(r["peak_memory_bytes"] for r in results)}}
 
 
 def main(
