@@ -113,6 +113,8 @@ class EvaluateConfig(Strict):
     bits: list[int] = [8, 6, 4, 3, 2]
     recipes: dict[str, RecipeSpec] = Field(default={}, description="further compressed lives by name")
     calibrate: int = Field(default=2000, ge=0, description="train images for BatchNorm re-estimation, 0 for none")
+    # Crops padded with black darken the borders: statistics without them are those of images training never saw.
+    augment: bool = Field(default=False, description="crop, flip and warp those as in training")
     batch_size: int = Field(default=500, ge=1)
     every: int = Field(default=1, ge=0, description="epochs between looks at the held-out part, 0 for none")
     every_bits: list[int] = Field(default=[], description="widths looked at on the held-out part")
@@ -488,15 +490,22 @@ class Trainer:
         if data.stream is not None:
             if experiment.extra.train_subset is not None:
                 raise ValueError("extra.train_subset: a streamed set is used whole; give extra.max_steps")
+            if experiment.evaluate.augment:
+                raise ValueError("evaluate.augment: a streamed set is calibrated on plain images")
             return self._streamed("train", experiment.batch_size, train=True)
         train, self.held_out = split_holdout(self._images("train"), data.holdout, data.holdout_seed)
         if experiment.extra.train_subset is not None:
             train = train.subset(torch.arange(min(experiment.extra.train_subset, len(train))))
         self.train_set = train
+        return self._augmented_batches(train, experiment.batch_size)
+
+    def _augmented_batches(self, train: ImageSet, batch_size: int) -> Batches:
+        """Images as training sees them: in random order, cropped, flipped and warped."""
+        data = self.experiment.data
         return Batches(
             train.images,
             train.labels,
-            experiment.batch_size,
+            batch_size,
             True,
             data.mean,
             data.std,
@@ -506,7 +515,7 @@ class Trainer:
             warp=data.warp,
             seed=self.seed,
             drop_last=True,
-            channels_last=experiment.channels_last,
+            channels_last=self.experiment.channels_last,
         )
 
     def _streamed(self, split: str, batch_size: int, **options: Any) -> Streamed:
@@ -524,7 +533,7 @@ class Trainer:
         return self._plain_batches(self._images("test"))
 
     def _calibration_batches(self) -> Batches | Streamed | None:
-        """Some training images as evaluation sees them; None if none are asked for."""
+        """Some training images, as evaluation or (`augment`) as training sees them; None if none are asked for."""
         settings = self.experiment.evaluate
         if not settings.calibrate:
             return None
@@ -532,7 +541,10 @@ class Trainer:
             return self._streamed("train", settings.batch_size, limit=settings.calibrate)
         generator = torch.Generator().manual_seed(self.seed)
         some = torch.randperm(len(self.train_set), generator=generator)[: settings.calibrate]
-        return self._plain_batches(self.train_set.subset(some))
+        chosen = self.train_set.subset(some)
+        if settings.augment:
+            return self._augmented_batches(chosen, min(settings.batch_size, len(some)))
+        return self._plain_batches(chosen)
 
     def _images(self, split: Literal["train", "test"]) -> ImageSet:
         data = self.experiment.data

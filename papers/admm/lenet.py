@@ -173,6 +173,12 @@ JOBS: dict[str, Job] = {
         epochs=60,
         rate=WEIGHTS / sum(PUBLISHED.values()),
     ),
+    "prune350": Job(
+        question="How accurate is progressive ADMM at 350x?",
+        recipe=lambda: prune(ladder(350), admm()),
+        epochs=80,
+        rate=350,
+    ),
     "binary": Job(
         question="Does one bit in all layers cost accuracy against the dense network?", recipe=lambda: binary(1.0)
     ),
@@ -198,7 +204,7 @@ JOBS: dict[str, Job] = {
         question="Prune 71x, then 246x, then 3 bits on the survivors, ends last: one YAML file",
         recipe=progressive_yaml,
         rate=246,
-        epochs=40,
+        epochs=60,
     ),
 }
 STANDARD = ("dense", "published71", "prune167", "prune246", "prune350", "binary", "binary-channel", "prune246-w3")
