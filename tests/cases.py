@@ -573,7 +573,17 @@ ERRORS: dict[str, ErrorCase] = {
         make=lambda: _yaml("{match: a, target: {kind: Uniform, bits: 4, range: max}}"), says="Uniform.range"
     ),
     "yaml: a mechanism as target": ErrorCase(
-        make=lambda: _yaml("{match: a, target: {kind: PSG}}"), says="rules[0]: Rule.target"
+        make=lambda: _yaml("{match: a, target: {kind: PSG}}"),
+        says="rules[0].target: must be a Target, not PSG",
+    ),
+    "yaml: a target as mechanism": ErrorCase(
+        make=lambda: _yaml("{match: a, mechanism: {kind: Zero}}"), says="rules[0].mechanism: must be a Mechanism, not"
+    ),
+    "a preset's target is not to be changed": ErrorCase(
+        make=lambda: dt.Recipe.preset("psg-w3", bits=4), says="has that field, and its targets are as they are: choose"
+    ),
+    "a preset's mechanism keeps its constants": ErrorCase(
+        make=lambda: dt.Recipe.preset("psg-w3", keeps_full_life=True), says="keeps_full_life=...): none of its mech"
     ),
     "yaml: unknown field deep down": ErrorCase(
         make=lambda: _yaml("{match: a, target: {kind: Zero}, mechanism: {kind: PSG, eps: {kind: Linear, frist: 1}}}"),

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -330,11 +331,11 @@ class Recipe:
 
         def rule(fields: dict[str, Any]) -> Rule:
             mechanism: Any = fields.get("mechanism")
-            own = getattr(mechanism, "__dataclass_fields__", ())
+            own = {f.name for f in fields_of(mechanism)} if isinstance(mechanism, Mechanism) else set()
             known.update(own)
             mine = {key: value for key, value in changes.items() if key in own}
             taken.update(mine)
-            return Rule(**{**fields, "mechanism": replace(mechanism, **mine)} if mine else fields)
+            return Rule(**{**fields, "mechanism": replace(fields["mechanism"], **mine)} if mine else fields)
 
         if "stages" in made:
             stages = [
@@ -345,6 +346,9 @@ class Recipe:
             recipe = Recipe([rule(fields) for fields in made["rules"]])
         if unknown := sorted(changes.keys() - taken):
             hint = nearest(unknown[0], known)
+            rules = [*recipe.rules, *(rule for stage in recipe.stages for rule in stage.rules)]
+            if any(hasattr(rule.target, unknown[0]) for rule in rules):
+                hint = ", and its targets are as they are: choose another preset, or write the rule"
             raise ValueError(
                 f"Recipe.preset({name!r}, {unknown[0]}=...): none of its mechanisms has that field{hint}"
                 + (f"; they have {', '.join(sorted(known))}" if known else "")

@@ -94,10 +94,13 @@ def from_spec(spec: Any, where: str = "spec", bases: tuple[type, ...] = _BASES) 
     if not isinstance(spec, dict):
         return spec
     kinds, kind = _kinds(), spec.get("kind")
+    fit = sorted(name for name, cls in kinds.items() if issubclass(cls, bases) and not name.startswith("_"))
     if not isinstance(kind, str) or kind not in kinds:
-        fit = sorted(name for name, cls in kinds.items() if issubclass(cls, bases) and not name.startswith("_"))
         wrong = "no kind is given" if kind is None else f"unknown kind {kind!r}{nearest(str(kind), fit)}"
         raise ValueError(f"{where}: {wrong}; known: {', '.join(fit)}")
+    if not issubclass(kinds[kind], bases):
+        must = " or ".join(base.__name__ for base in bases)
+        raise ValueError(f"{where}: must be a {must}, not {kind}; known: {', '.join(fit)}")
     return build(kinds[kind], {k: v for k, v in spec.items() if k != "kind"}, where)
 
 
