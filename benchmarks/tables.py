@@ -853,10 +853,10 @@ def index(records: Path) -> str:
         record = json.loads(path.read_text(encoding="utf-8"))
         where, cost = record["environment"], record["cost"]
         commit = f"`{(where['commit'] or 'none')[:9]}`" + (" + changes" if where["dirty"] else "")
-        memory = cost.get("peak_memory_bytes", {}).get("process", 0) / 1e6
+        memory = cost.get("peak_memory_bytes", {}).get("process")
         seconds = f"{cost['seconds']:,.0f}" if "seconds" in cost else "–"
         link = f"[{path.stem}](../benchmarks/records/{path.name})"
-        costs = [str(len(record["seeds"])), seconds, f"{memory:,.0f}"]
+        costs = [str(len(record["seeds"])), seconds, f"{memory / 1e6:,.0f}" if memory else "–"]
         rows.append([link, record["question"], f"`{record['command']}`", commit, *costs])
     if not rows:
         return NOTHING

@@ -377,7 +377,9 @@ ERRORS: dict[str, ErrorCase] = {
     "gain not positive": ErrorCase(make=lambda: dt.PSG(gain=0.0), says="PSG(gain=0.0): must be a finite number > 0"),
     "gain not finite": ErrorCase(make=lambda: dt.PSG(gain=float("inf")), says="finite number > 0"),
     "eps negative": ErrorCase(make=lambda: dt.PSG(eps=-0.1), says="PSG(eps=-0.1): must be a finite number >= 0"),
-    "clip_norm not positive": ErrorCase(make=lambda: dt.PSG(clip_norm=0.0), says="PSG(clip_norm=0.0): must be > 0"),
+    "clip_norm not positive": ErrorCase(
+        make=lambda: dt.PSG(clip_norm=0.0), says="PSG(clip_norm=0.0): must be a number > 0"
+    ),
     "no such form": ErrorCase(make=lambda: dt.PSG(form="grad"), says='"auto", "gradient" or "update"'),  # type: ignore[arg-type]
     "no such units": ErrorCase(make=lambda: dt.PSG(units="metre"), says='must be "cell" or "weight"'),  # type: ignore[arg-type]
     "project never": ErrorCase(
@@ -386,9 +388,11 @@ ERRORS: dict[str, ErrorCase] = {
     "ramp to nowhere": ErrorCase(make=lambda: dt.Linear(first=0.0, last=float("nan")), says="Linear(last=nan)"),
     "exponential from zero": ErrorCase(make=lambda: dt.Exponential(first=0.0, last=1.0), says="both must be > 0"),
     "latent limit not positive": ErrorCase(make=lambda: dt.STE(clip_latent=0.0), says="STE(clip_latent=0.0): must be"),
-    "beta of zero": ErrorCase(make=lambda: dt.MirrorDescent(beta=0.0), says="MirrorDescent(beta=0.0): must be > 0"),
+    "beta of zero": ErrorCase(
+        make=lambda: dt.MirrorDescent(beta=0.0), says="MirrorDescent(beta=0.0): must be a number or a"
+    ),
     "beta down to below zero": ErrorCase(
-        make=lambda: dt.GDTanh(beta=dt.Linear(first=1.0, last=-1.0)), says="must be > 0"
+        make=lambda: dt.GDTanh(beta=dt.Linear(first=1.0, last=-1.0)), says="must be a number or a schedule, > 0"
     ),
     "no such map": ErrorCase(make=lambda: dt.MirrorDescent(map="sign"), says='"relax" or a MirrorMap'),  # type: ignore[arg-type]
     "no such mirror form": ErrorCase(
@@ -575,6 +579,22 @@ ERRORS: dict[str, ErrorCase] = {
     "yaml: a mechanism as target": ErrorCase(
         make=lambda: _yaml("{match: a, target: {kind: PSG}}"),
         says="rules[0].target: must be a Target, not PSG",
+    ),
+    "a name with @ that is none": ErrorCase(
+        make=lambda: dt.Rule(match="@frist", keep=True), says="did you mean '@first'"
+    ),
+    "yaml: a number as text": ErrorCase(
+        make=lambda: _yaml("{match: a, target: {kind: TopK, keep: '0.1'}}"),
+        says="rules[0].target: TopK.keep: must not be the text '0.1'; leave out its quotes",
+    ),
+    "a typo in a later stage": ErrorCase(
+        make=lambda: dt.Recipe(
+            stages=[
+                dt.Stage(rules=[dt.Rule(match=each, target=dt.Zero(), mechanism=dt.STE())], share=0.5)
+                for each in ("weight$", "wieght$")
+            ]
+        ).resolve(nn.Linear(2, 2)),
+        says="stages[1].rules[0] (match='wieght$') matches no parameter",
     ),
     "yaml: a target as mechanism": ErrorCase(
         make=lambda: _yaml("{match: a, mechanism: {kind: Zero}}"), says="rules[0].mechanism: must be a Mechanism, not"

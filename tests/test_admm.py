@@ -332,7 +332,7 @@ def test_periodic_rate() -> None:
         (lambda: dt.ADMM(rho=0.0), "ADMM(rho=0.0): must be a finite number > 0"),
         (lambda: dt.ADMM(growth=0.5), "ADMM(growth=0.5): must be a finite number >= 1"),
         (lambda: dt.ADMM(every=0), "ADMM(every=0): must be >= 1 step"),
-        (lambda: dt.ADMM(until=0), "ADMM(until=0): must be > 0 or None"),
+        (lambda: dt.ADMM(until=0), "ADMM(until=0): must be a number > 0, or None"),
         (lambda: dt.ADMM(rho=1.0, rho_max=0.5), "must be >= rho=1.0"),
         (lambda: dt.ADMM(form="dual"), '"gradient" or "decoupled"'),  # type: ignore[arg-type]
         (lambda: dt.ADMM(finish="stop"), '"auto", "mask", "freeze" or None'),  # type: ignore[arg-type]
@@ -343,7 +343,7 @@ def test_periodic_rate() -> None:
         (lambda: dt.Masked(metric="fisher"), "give start > 0"),
         (lambda: _rule(dt.Uniform(bits=4), dt.ADMM(metric="fisher")), "Uniform is not a set of few free weights"),
         (lambda: dt.PartialFreeze(rounds=(0.5,)), "PartialFreeze(rounds=(0.5,)): shares of frozen weights must rise"),
-        (lambda: dt.PartialFreeze(every=0), "PartialFreeze(every=0): must be > 0 or None"),
+        (lambda: dt.PartialFreeze(every=0), "PartialFreeze(every=0): must be a number > 0, or None"),
         (lambda: dt.Penalty(strength=-1.0), "Penalty(strength=-1.0): must be a finite number >= 0"),
         (lambda: dt.Penalty(strength=1.0, norm="l3"), 'must be "l2" or "l1"'),  # type: ignore[arg-type]
         (lambda: dt.Proximal(strength=math.inf), "Proximal(strength=inf)"),
@@ -359,6 +359,13 @@ def test_periodic_rate() -> None:
         (lambda: dt.periodic_rate(_sgd(), 0), "periodic_rate(every=0)"),
         (lambda: dt.periodic_rate(_sgd(), 0.05, total=9), "every=0.05): must be a whole number >= 1"),  # type: ignore[arg-type]
         (lambda: dt.periodic_rate(_sgd(), "kq", total=9), "every='kq'): must be a whole"),  # type: ignore[arg-type]
+        (
+            lambda: dt.periodic_rate(_sgd(), _attach(dt.STE(), 9), total=9),
+            "every='Run'): must be a whole number >= 1 of steps, or the recipe; the recipe of a run is run.plan.recipe",
+        ),  # type: ignore[arg-type]
+        (lambda: dt.periodic_rate(dt.Recipe.preset("kq"), _sgd(), total=9), "must be a torch.optim.Optimizer, not Rec"),  # type: ignore[arg-type]
+        (lambda: dt.residuals(nn.Linear(2, 2)), "residuals(run=...): must be the run that attach gave, not Linear"),  # type: ignore[arg-type]
+        (lambda: _attach(dt.ADMM(until=0.5, every=3), None), "ADMM.until=0.5 is a fraction of training: pass"),
         (lambda: dt.periodic_rate(_sgd(), 5, until=0.5, total=9), "until=0.5): must be a whole"),  # type: ignore[arg-type]
         (lambda: dt.periodic_rate(_sgd(), 5, until=-1, total=9), "until=-1): must be a whole number >= 0"),
         (lambda: dt.periodic_rate(_sgd(), 5, total=0), "total=0): must be a whole number >= 1"),

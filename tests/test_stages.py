@@ -620,6 +620,10 @@ def _admm(until: float = 0.5, **more: Any) -> dt.Rule:
     return dt.Rule(match="weight", target=dt.TopK(keep=0.5), mechanism=dt.ADMM(until=until, **more))
 
 
+def _soft(mechanism: dt.Mechanism) -> dt.Rule:
+    return dt.Rule(match="weight", target=dt.Binary(), mechanism=mechanism)
+
+
 FREEZE = dt.Rule(match="weight", target=dt.Binary(), mechanism=dt.PartialFreeze(start=0.1, every=5))
 
 
@@ -629,6 +633,20 @@ FREEZE = dt.Rule(match="weight", target=dt.Binary(), mechanism=dt.PartialFreeze(
         (dt.Recipe([_admm()]), 9, r"after 9 of 20 steps: the mapping of ADMM\(until=0.5\) is at step 10, so"),
         (dt.Recipe([_admm()]), 10, None),
         (dt.Recipe([_admm(until=0.9, finish=None)]), 3, None),
+        (
+            dt.Recipe([_soft(dt.MirrorDescent())]),
+            2,
+            r"after 2 of 20 steps: the end of MirrorDescent.beta is at step 20, so",
+        ),
+        (dt.Recipe([_soft(dt.MirrorDescent())]), 20, None),
+        (dt.Recipe([_soft(dt.PMF(beta=dt.Exponential(first=1, last=9, end=7)))]), 6, r"of PMF.beta is at step 7, so"),
+        (dt.Recipe([_soft(dt.PMF(beta=dt.Exponential(first=1, last=9, end=7)))]), 7, None),
+        (dt.Recipe([_soft(dt.MirrorDescent(beta=dt.Linear(first=1, last=9, end=99)))]), 19, "is at step 20, so"),
+        (dt.Recipe([_soft(dt.MirrorDescent(beta=dt.Linear(first=1, last=9, end=99)))]), 20, None),
+        (dt.Recipe([_soft(dt.MirrorDescent(beta=5.0))]), 1, None),
+        (dt.Recipe([_soft(dt.MirrorDescent(start=1.0))]), 1, None),
+        (dt.Recipe([_soft(dt.PARQ())]), 19, r"the end of PARQ.inverse_slope is at step 20, so"),
+        (dt.Recipe([_soft(dt.PARQ(start=20))]), 19, None),
         (dt.Recipe([FREEZE]), 11, r"after 11 of 20 steps: the last of PartialFreeze.* is at step 12, so"),
         (dt.Recipe([FREEZE]), 12, None),
         (dt.Recipe(stages=[dt.Stage(rules=[_admm()], share=0.5)] * 2), 9, "stage 1 of 2 is not over"),

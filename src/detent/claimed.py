@@ -162,20 +162,20 @@ class Entry:
         Raises:
             ValueError: naming the moment.
         """
-        self.cadence(total_steps)
         clock = Clock(step=0, total_steps=total_steps)
         self.mechanism.active(clock)
-        last = self.mechanism.mapping(self.target, clock)
-        if total_steps is not None and last is not None and last[0] > total_steps:
-            part = "its stage" if self.staged else "training"
-            where = f"{last[1]} is at step {last[0]}, but {part} has {total_steps} steps"
-            raise ValueError(f"{self.name!r}: {where}, so it would never come")
         for name, value in vars(self.mechanism).items():
             if isinstance(value, Schedule):
                 try:
                     value(0, total_steps)
                 except ValueError as error:
                     raise ValueError(f"{type(self.mechanism).__name__}.{name}: {error}") from None
+        self.cadence(total_steps)  # after the mechanism, which may be where the moment comes from and can name it
+        last = self.mechanism.mapping(self.target, clock)
+        if total_steps is not None and last is not None and last[0] > total_steps:
+            part = "its stage" if self.staged else "training"
+            where = f"{last[1]} is at step {last[0]}, but {part} has {total_steps} steps"
+            raise ValueError(f"{self.name!r}: {where}, so it would never come")
         for name, moment in moments_of(self.mechanism).items():
             check_moment(moment, f"{type(self.mechanism).__name__}.{name}")
             if name.endswith("start"):  # others may go unused, as the end of what never happens

@@ -90,7 +90,7 @@ def attach(
     plan = recipe.resolve(model)
     for i, rule in enumerate(recipe.rules):
         if rule.target is not None and rule.mechanism is None:
-            raise ValueError(f"rule {i} (match={rule.match!r}) has no mechanism; only detent.compress needs none")
+            raise ValueError(f"{recipe.called(i)} has no mechanism; only detent.compress needs none")
     run = Run(model, plan, [optimizers.unwrap(each) for each in given], total_steps, nonfinite)
     run._start(hooks)
     return run
@@ -485,7 +485,7 @@ class Run(Lives):
                 mine = [entry for entry in self._all if entry.claim.rule == index]
                 if torch._C._current_graph_task_id() != -1:
                     raise RuntimeError(
-                        f"rule {index} (match={rule.match!r}) is fitted over the whole model, which an optimizer that "
+                        f"{self.plan.recipe.called(index)} is fitted over the whole model, which an optimizer that "
                         "steps inside backward cannot offer; use scope='tensor'"
                     )
             if after and not mine[0].mechanism.active(clock):

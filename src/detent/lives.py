@@ -218,6 +218,7 @@ class Lives(abc.ABC):
 
         Args:
             batches: inputs, tuples that start with inputs, or mappings of keyword arguments, on the model's device.
+                Of training images, augmented as in training: the weights fit the statistics of those.
             bits: the life `compressed(bits=...)` shows.
             recipe: the life `compressed(recipe=...)` shows.
             forward: how to feed one batch, if `model(inputs)` is not it.

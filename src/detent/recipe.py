@@ -87,8 +87,8 @@ class Rule:
             if not isinstance(pattern, str):
                 raise ValueError(f"Rule({name}={pattern!r}): must be a string")
             if pattern.startswith("@") and pattern not in known:
-                names = " and ".join(f'"{each}"' for each in known)
-                raise ValueError(f"Rule({name}={pattern!r}): names with @ are {names}")
+                names, hint = " and ".join(f'"{each}"' for each in known), nearest(pattern, known)
+                raise ValueError(f"Rule({name}={pattern!r}): names with @ are {names}{hint}")
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -285,6 +285,17 @@ class Recipe:
         counts = [len(stage.rules) for stage in self.stages] or [len(self.rules)]
         return [range(sum(counts[:i]), sum(counts[: i + 1])) for i in range(len(counts))]
 
+    def called(self, index: int, field: str = "match") -> str:
+        """A rule of `rules` in words, by its place in a recipe file.
+
+        Example:
+            >>> Recipe.preset("psg-w4").called(0)
+            "rule 0 (match='@first')"
+        """
+        stage, mine = next((s, mine) for s, mine in enumerate(self.stage_rules()) if index in mine)
+        place = f"stages[{stage}].rules[{index - mine.start}]" if self.stages else f"rule {index}"
+        return f"{place} ({field}={getattr(self.rules[index], field)!r})"
+
     def without_mechanisms(self) -> Recipe:
         """The same targets with nothing that pulls: what a model that is not trained is compressed by.
 
@@ -480,7 +491,7 @@ class Recipe:
                 why = f"only matches parameters that are passed over or claimed by earlier rules ({matched[i]} matched)"
             else:
                 why = f"matches no parameter of this model{_nearest_name(rule.match, names)}"
-            raise ValueError(f"rule {i} (match={rule.match!r}) {why}")
+            raise ValueError(f"{self.called(i)} {why}")
         for i, rule in enumerate(self.rules):
             if (
                 rule.include not in (None, "@linear")
@@ -488,7 +499,7 @@ class Recipe:
                 and not any(patterns[i][1].search(name) for name in names)
             ):
                 hint = _nearest_name(rule.include, names)
-                raise ValueError(f"rule {i} (include={rule.include!r}) names no parameter of this model{hint}")
+                raise ValueError(f"{self.called(i, 'include')} names no parameter of this model{hint}")
         if not any(taken):
             raise ValueError("every rule of this recipe is optional, and none finds a parameter in this model")
         return Plan(recipe=self, claims=merged(by_stage), stages=tuple(by_stage))
@@ -520,7 +531,7 @@ class Recipe:
                 continue
             if rule.keep:
                 taken[i] += 1
-                decided = (None, f"kept by rule {i} (match={rule.match!r})")
+                decided = (None, f"kept by {self.called(i)}")
                 continue
             if p.passed_over and not named:
                 passed = passed or f"passed over: {p.passed_over}; name it in include= to claim it"
@@ -528,10 +539,10 @@ class Recipe:
             assert rule.target is not None
             reason = rule.target.accepts(p.layout.shape, p.dtype, p.layout)
             if reason:
-                raise ValueError(f"{p.name!r} claimed by rule {i} (match={rule.match!r}): {reason}")
+                raise ValueError(f"{p.name!r} claimed by {self.called(i)}: {reason}")
             if p.writer:
                 raise ValueError(
-                    f"{p.name!r} claimed by rule {i} (match={rule.match!r}): the forward pass of {p.writer} writes its "
+                    f"{p.name!r} claimed by {self.called(i)}: the forward pass of {p.writer} writes its "
                     "weight, which nothing else may do here; use max_norm=None, or keep it in full precision"
                 )
             taken[i] += 1

@@ -210,6 +210,10 @@ class Schedule(abc.ABC):
         """The values between which the schedule stays, if it knows them."""
         return None
 
+    def settles(self, total_steps: int | None) -> int | None:
+        """The step from which it keeps its last value, or `None` if it has none or does not tell."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Ramp(Schedule):
@@ -245,6 +249,9 @@ class _Ramp(Schedule):
     def bounds(self) -> tuple[float, float]:
         """Its two ends."""
         return self.first, self.last
+
+    def settles(self, total_steps: int | None) -> int:
+        return step_at(self.end, total_steps, f"{type(self).__name__}.end")
 
     @abc.abstractmethod
     def _between(self, t: float) -> float:

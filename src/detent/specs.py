@@ -129,7 +129,7 @@ def build(cls: type, values: Any, where: str) -> Any:
             raise ValueError(f"{where}: {cls.__name__} has no field {key!r}{nearest(str(key), known)}")
     built = {key: from_spec(value, f"{where}.{key}", _bases_of(cls, key)) for key, value in values.items()}
     try:
-        return _adapter(cls).validate_python(built)
+        made = _adapter(cls).validate_python(built)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         field_name = ".".join(str(part) for part in first["loc"][:1])
@@ -138,6 +138,12 @@ def build(cls: type, values: Any, where: str) -> Any:
             message = f"cannot be {values.get(str(first['loc'][0]))!r}"
         place = f"{where}: {cls.__name__}.{field_name}" if field_name else where
         raise ValueError(f"{place}: {message}") from None
+    for key, value in built.items():
+        if isinstance(value, str) and not isinstance(
+            getattr(made, key), str
+        ):  # "0.1" in quotes, which Python refuses too
+            raise ValueError(f"{where}: {cls.__name__}.{key}: must not be the text {value!r}; leave out its quotes")
+    return made
 
 
 def nearest(word: str, known: Any) -> str:

@@ -162,7 +162,7 @@ class ADMM(Mechanism):
         if not (is_number(self.every) and self.every > 0):
             raise ValueError(f"ADMM(every={self.every!r}): must be >= 1 step, or a fraction of training > 0")
         if self.until is not None and not (is_number(self.until) and self.until > 0):
-            raise ValueError(f"ADMM(until={self.until!r}): must be > 0 or None")
+            raise ValueError(f"ADMM(until={self.until!r}): must be a number > 0, or None")
         same = type(self.until) is type(self.start)  # of two kinds only steps can tell
         if self.until is not None and same and self.until <= self.start:
             raise ValueError(f"ADMM(until={self.until!r}): must come after start={self.start!r}")
@@ -177,7 +177,7 @@ class ADMM(Mechanism):
         if self.metric == "fisher" and self.until is None:
             raise ValueError('ADMM(until=None): metric="fisher" needs a moment at which survivors are chosen for good')
         if self.freeze_every is not None and not (is_number(self.freeze_every) and self.freeze_every > 0):
-            raise ValueError(f"ADMM(freeze_every={self.freeze_every!r}): must be > 0 or None")
+            raise ValueError(f"ADMM(freeze_every={self.freeze_every!r}): must be a number > 0, or None")
         super().__post_init__()
 
     @property
@@ -373,6 +373,9 @@ def residuals(run: _Remembers) -> dict[str, dict[str, float]]:
         By name of the weight: primal (|w - z|), relative (|w - z| / |w|: a few hundredths at the mapping, or the
         mapping costs accuracy), drift (|z - z_old|) and rho; nan before the first update.
 
+    Raises:
+        ValueError: what is no run.
+
     Example:
         >>> import torch, detent as dt
         >>> model = torch.nn.Linear(4, 4)
@@ -382,6 +385,8 @@ def residuals(run: _Remembers) -> dict[str, dict[str, float]]:
         >>> residuals(run)["weight"]["rho"]
         0.5
     """
+    if not hasattr(run, "plan"):
+        raise ValueError(f"residuals(run=...): must be the run that attach gave, not {type(run).__name__}")
     found = {}
     for name, entry in run.state_dict()["weights"].items():
         if entry["held"].get("rho") and "drift" in entry["held"]:
@@ -396,6 +401,8 @@ class _Staged(Protocol):
     def bounds(self, total_steps: int | None) -> list[tuple[int, int | None]]: ...
 
     def stage_rules(self) -> list[range]: ...
+
+    def called(self, index: int) -> str: ...
 
 
 def periodic_rate(
@@ -444,8 +451,13 @@ def periodic_rate(
     Reference: the training scripts behind arXiv 1903.09769.
     """
     recipe = None if isinstance(every, int) or not hasattr(every, "stage_rules") else every
+    if not isinstance(optimizer, Optimizer):
+        given = type(optimizer).__name__
+        raise ValueError(f"periodic_rate(optimizer=...): must be a torch.optim.Optimizer, not {given}")
     if recipe is None and not is_whole(every):
-        raise ValueError(f"periodic_rate(every={every!r}): must be a whole number >= 1 of steps, or the recipe")
+        given = every if is_number(every) or isinstance(every, str) else type(every).__name__
+        hint = "; the recipe of a run is run.plan.recipe" if hasattr(every, "plan") else ""
+        raise ValueError(f"periodic_rate(every={given!r}): must be a whole number >= 1 of steps, or the recipe{hint}")
     for name, moment, least in (("until", until, 0), ("total", total, 1)):
         if moment is not None and not is_whole(moment, least):
             raise ValueError(f"periodic_rate({name}={moment!r}): must be a whole number >= {least} of steps, or None")
@@ -508,7 +520,7 @@ def _parts_of(recipe: _Staged, total: int | None, retrain: float) -> list[_Part]
             rule = recipe.rules[i]
             if isinstance(rule.mechanism, ADMM) and rule.fit_until is not None:
                 raise ValueError(
-                    f"periodic_rate: rule {i} (match={rule.match!r}) ends ADMM's updates by fit_until="
+                    f"periodic_rate: {recipe.called(i)} ends ADMM's updates by fit_until="
                     f"{rule.fit_until}, and a rate that goes on in periods waits for them; leave fit_until out"
                 )
         other = next((each for each in pulls if each != pulls[0]), None)

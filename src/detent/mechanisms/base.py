@@ -164,7 +164,7 @@ class Mechanism(abc.ABC):
         return None
 
     def mapping(self, target: Target, clock: Clock) -> tuple[int, str] | None:
-        """The step at which the last weights are put into their target, and its name in words, or `None`.
+        """The step at which the last weights are in their target, or as near as they come, and its name, or `None`.
 
         `None` too if it never begins: a `start` that never comes is no mistake, the base optimizer is then left alone.
         """

@@ -115,7 +115,7 @@ class PSG(Mechanism):
         if not all(end >= 0 and is_finite(end) for end in ends_of(self.eps)):
             raise ValueError(f"PSG(eps={self.eps}): must be a finite number >= 0")
         if self.clip_norm is not None and not (is_number(self.clip_norm) and self.clip_norm > 0):
-            raise ValueError(f"PSG(clip_norm={self.clip_norm!r}): must be > 0 or None")
+            raise ValueError(f"PSG(clip_norm={self.clip_norm!r}): must be a number > 0, or None")
         if self.toward is not None and not isinstance(self.toward, Target):
             raise ValueError(f"PSG(toward={self.toward!r}): must be a Target or None")
         if self.form not in ("auto", "gradient", "update"):

@@ -14,7 +14,18 @@ from torch import Tensor
 from detent.grouping import GranularityLike, Layout, granularity_of
 from detent.mechanisms.base import Clock, Mechanism, Slot
 from detent.mechanisms.maps import MirrorMap, SoftmaxMap, TanhMap, checked, piecewise_affine
-from detent.schedules import Exponential, Moment, Number, Sigmoid, ends_of, is_finite, is_number, step_at, value_at
+from detent.schedules import (
+    Exponential,
+    Moment,
+    Number,
+    Schedule,
+    Sigmoid,
+    ends_of,
+    is_finite,
+    is_number,
+    step_at,
+    value_at,
+)
 from detent.targets import Target
 from detent.targets.base import compute_dtype
 
@@ -123,6 +134,19 @@ class _Latent(Mechanism):
         slot.weight.copy_(self._seen(slot, latent, step, clock.total_steps))
 
 
+def _settled(mechanism: Mechanism, field: str, clock: Clock) -> tuple[int, str] | None:
+    """When the schedule that hardens the weights has come to its last value, as `Mechanism.mapping` says it.
+
+    One that goes on beyond training is nothing to refuse: it is meant, and harder than this it does not get.
+    """
+    value = getattr(mechanism, field)
+    end = value.settles(clock.total_steps) if isinstance(value, Schedule) else None
+    if end is None:
+        return None
+    last = end if clock.total_steps is None else min(end, clock.total_steps)
+    return last, f"the end of {type(mechanism).__name__}.{field}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class STE(_Latent):
     """Straight-through estimator: forward and backward at `project(latent)`, the gradient moves the latent as it is.
@@ -190,6 +214,11 @@ class PARQ(_Latent):
     def check(self, target: Target) -> str | None:
         return _needs_levels(self, target, "use BinaryRelax")
 
+    def mapping(self, target: Target, clock: Clock) -> tuple[int, str] | None:
+        start = step_at(self.start, clock.total_steps, "PARQ.start")
+        never = clock.total_steps is not None and start >= clock.total_steps
+        return None if never else _settled(self, "inverse_slope", clock)
+
     def _seen(self, slot: Slot, latent: Tensor, step: int, total_steps: int | None) -> Tensor:
         inverse_slope = value_at(self.inverse_slope, step, total_steps)
         if inverse_slope <= 0:
@@ -208,13 +237,16 @@ class _Annealed(_Latent):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not all(is_number(end) and end > 0 for end in ends_of(self.beta)):
-            raise ValueError(f"{type(self).__name__}(beta={self.beta!r}): must be > 0, and a float must hold it")
+            must = "must be a number or a schedule, > 0, and a float must hold it"
+            raise ValueError(f"{type(self).__name__}(beta={self.beta!r}): {must}")
 
     def mapping(self, target: Target, clock: Clock) -> tuple[int, str] | None:
         name = type(self).__name__
         start = step_at(self.start, clock.total_steps, f"{name}.start")
-        if self.hard_start is None or (clock.total_steps is not None and start >= clock.total_steps):
+        if clock.total_steps is not None and start >= clock.total_steps:
             return None
+        if self.hard_start is None:
+            return _settled(self, "beta", clock)
         at = step_at(self.hard_start, clock.total_steps, f"{name}.hard_start")
         return at, f"the hard limit of {name}(hard_start={self.hard_start})"
 

@@ -460,7 +460,7 @@ class PartialFreeze(Mechanism):
     def __post_init__(self) -> None:
         check_rounds(self.rounds, "PartialFreeze")
         if self.every is not None and not (is_number(self.every) and self.every > 0):
-            raise ValueError(f"PartialFreeze(every={self.every!r}): must be > 0 or None")
+            raise ValueError(f"PartialFreeze(every={self.every!r}): must be a number > 0, or None")
         super().__post_init__()
 
     @property
