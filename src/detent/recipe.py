@@ -341,8 +341,7 @@ class Recipe:
         known: set[str] = set()
 
         def rule(fields: dict[str, Any]) -> Rule:
-            mechanism: Any = fields.get("mechanism")
-            own = {f.name for f in fields_of(mechanism)} if isinstance(mechanism, Mechanism) else set()
+            own = {f.name for f in fields_of(fields["mechanism"])} if "mechanism" in fields else set()
             known.update(own)
             mine = {key: value for key, value in changes.items() if key in own}
             taken.update(mine)
