@@ -250,6 +250,12 @@ def md_resnet8(records: Path) -> str:
     return _mirror(records, "md-resnet8")
 
 
+@table("md-resnet8-scale")
+def md_resnet8_scale(records: Path) -> str:
+    """CIFAR-10, a scale a tensor."""
+    return _mirror(records, "md-resnet8-scale")
+
+
 def _mirror(records: Path, name: str) -> str:
     """Test accuracy of both lives by rival, and its rate."""
     record = read(records, name)
