@@ -201,7 +201,7 @@ JOBS: dict[str, Job] = {
         epochs=60,
     ),
     "prune246-w3": Job(
-        question="Prune 71x, then 246x, then 3 bits on the survivors, ends last: one YAML file",
+        question="How accurate is one YAML file: prune 71x, then 246x, then 3 bits on the survivors, ends last?",
         recipe=progressive_yaml,
         rate=246,
         epochs=60,
