@@ -1043,3 +1043,24 @@ def test_a_mapping_as_far_away_as_zero_warns(rho: float, far: bool) -> None:
     relative = dt.residuals(run)["weight"]["relative"]
     assert (relative >= 1.0) == far
     assert [str(w.message)[:40] for w in caught] == (["ADMM maps weights that are still as far "] if far else [])
+
+
+def test_a_layer_that_is_emptied_is_called_that() -> None:
+    torch.manual_seed(0)
+    first, second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+    model = nn.Sequential(first, second)
+    with torch.no_grad():
+        second.weight.mul_(1e-2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    mechanism = dt.ADMM(rho=1.0, every=10, until=80, growth=1.0)
+    rule = dt.Rule(match="weight$", target=dt.TopK(keep=0.2, scope="model"), mechanism=mechanism)
+    run = dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=90)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(90):
+            optimizer.zero_grad()
+            (model(torch.randn(4, 8)).square().mean() * 1e-3).backward()
+            optimizer.step()
+    assert not second.weight.any() and bool(first.weight.any())
+    assert [str(each.message).partition(":")[0] for each in caught] == ["ADMM maps whole weights to zero"]
+    assert dt.residuals(run)["0.weight"]["relative"] < 1

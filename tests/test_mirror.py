@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -834,3 +835,28 @@ def test_a_compressed_life_before_the_hard_limit_warns(tmp_path) -> None:
     with pytest.raises(ValueError, match="is at step 9, but training has 4 steps"):
         other = nn.Linear(6, 4, bias=False)
         dt.attach(other, torch.optim.SGD(other.parameters(), lr=0.1), late, total_steps=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ErfSteps(MirrorMap):
+    """Smooth steps that saturate sooner than any other map here."""
+
+    def forward(self, a: Tensor, levels: Tensor, beta: float | Tensor) -> Tensor:
+        each = levels.unbind(-1)
+        sharp = beta.clamp_max(1e30) if isinstance(beta, torch.Tensor) else min(beta, 1e30)
+        w = each[0].expand(a.shape)
+        for low, high in itertools.pairwise(each):
+            w = w + (high - low) / 2 * (1 + torch.erf((sharp * (a - (low + high) / 2)).clamp(-1e4, 1e4)))
+        return w
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Number(MirrorMap):
+    def forward(self, a: Tensor, levels: Tensor, beta: float | Tensor) -> Any:
+        return 0.5
+
+
+def test_a_map_that_saturates_fast_is_a_map() -> None:
+    dt.MirrorDescent(map=_ErfSteps())
+    with pytest.raises(ValueError, match="it does not keep shape and dtype"):
+        dt.MirrorDescent(map=_Number())

@@ -237,7 +237,7 @@ class Run(Lives):
             if entry.zeros is None and not bool(sharding.whole(entry.param).any()):
                 raise ValueError(
                     f"{entry.name!r} is all zero, so {type(entry.target).__name__} has nothing to fit and the "
-                    "mechanism nothing to pull; initialise it, or keep it in full precision"
+                    "mechanism nothing to pull; initialise it, keep it in full precision, or, to resume, attach first"
                 )
         for driver in drivers:
             self._fit_due(driver, first=True)

@@ -320,7 +320,8 @@ class ADMM(Mechanism):
         state["z"], state["dual"] = z, state["dual"] + w - z
         primal, drift = slot.gather(w - z).double().norm(), slot.gather(z - old).double().norm()
         self._number(slot, "primal", primal)
-        self._number(slot, "relative", primal / slot.gather(w).double().norm())
+        size = slot.gather(w).double().norm()
+        self._number(slot, "relative", primal / size.clamp_min(torch.finfo(size.dtype).tiny))
         self._number(slot, "drift", drift)
         before = state["rho"]
         self._number(slot, "rho", self._next(before.double(), primal, drift))
@@ -340,7 +341,14 @@ class ADMM(Mechanism):
 
     def _finish(self, slot: Slot, clock: Clock, tick: int) -> None:
         """Masked mapping, by the projection of w and not of w + u; the fit is frozen from here on."""
-        if float(slot.state["relative"]) >= 1.0:
+        if not bool(slot.gather(slot.state["z"]).any()):
+            # |w - z| is |w| then, however small it has become, and no rho changes that.
+            warnings.warn(
+                "ADMM maps whole weights to zero: their target keeps none of their entries. One threshold on |w| over "
+                'the model empties layers of small weights; metric="fisher", or a rule of their own, keeps some',
+                stacklevel=2,
+            )
+        elif float(slot.state["relative"]) >= 1.0:
             # The same words for every weight, so that Python's own filter says them once.
             warnings.warn(
                 "ADMM maps weights that are still as far from their target as from zero ('relative' in "
