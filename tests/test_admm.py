@@ -935,6 +935,7 @@ def test_what_would_come_after_the_end_is_refused(mechanism: dt.Mechanism, says:
         attach(mechanism, 0, None)
 
 
+@pytest.mark.filterwarnings("ignore:ADMM maps whole weights to zero")
 @pytest.mark.parametrize("mechanism", [dt.Masked(start=3, metric="fisher"), dt.ADMM(every=2, until=6, metric="fisher")])
 def test_weights_without_any_gradient_are_the_first_to_go_in_the_fisher_metric(mechanism: dt.Mechanism) -> None:
     """Whether the optimizer is given no gradient or zeros; they used to stay unweighed, and beat all others."""

@@ -434,6 +434,7 @@ def test_weight_decay_that_differs_between_stages_is_refused() -> None:
         recipe.param_groups(net(), lr=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:ADMM maps whole weights to zero")
 def test_the_recipe_in_the_readme_trains_to_its_end() -> None:
     text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
     recipe = dt.Recipe.from_yaml(text.split("```yaml\n")[1].split("```")[0])

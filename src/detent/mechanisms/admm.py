@@ -342,12 +342,14 @@ class ADMM(Mechanism):
     def _finish(self, slot: Slot, clock: Clock, tick: int) -> None:
         """Masked mapping, by the projection of w and not of w + u; the fit is frozen from here on."""
         if not bool(slot.gather(slot.state["z"]).any()):
-            # |w - z| is |w| then, however small it has become, and no rho changes that.
-            warnings.warn(
-                "ADMM maps whole weights to zero: their target keeps none of their entries. One threshold on |w| over "
-                'the model empties layers of small weights; metric="fisher", or a rule of their own, keeps some',
-                stacklevel=2,
-            )
+            # |w - z| is |w| then, however small it has become, and no rho changes that. What was emptied before
+            # is no news.
+            if bool(slot.gather(slot.weight).any()):
+                warnings.warn(
+                    "ADMM maps whole weights to zero: their target keeps nothing of them. One threshold on |w| over "
+                    'the model empties layers of small weights; metric="fisher", or a rule of their own, keeps some',
+                    stacklevel=2,
+                )
         elif float(slot.state["relative"]) >= 1.0:
             # The same words for every weight, so that Python's own filter says them once.
             warnings.warn(
