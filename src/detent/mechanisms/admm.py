@@ -341,9 +341,9 @@ class ADMM(Mechanism):
 
     def _finish(self, slot: Slot, clock: Clock, tick: int) -> None:
         """Masked mapping, by the projection of w and not of w + u; the fit is frozen from here on."""
-        if not bool(slot.gather(slot.state["z"]).any()):
-            # |w - z| is |w| then, however small it has become, and no rho changes that. What was emptied before
-            # is no news.
+        if slot.target.fits_together and not bool(slot.gather(slot.state["z"]).any()):
+            # Other weights had the say. |w - z| is |w| then, however small it has become, and no rho changes that; what
+            # was empty before is no news.
             if bool(slot.gather(slot.weight).any()):
                 warnings.warn(
                     "ADMM maps whole weights to zero: their target keeps nothing of them. One threshold on |w| over "
