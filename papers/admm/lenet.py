@@ -173,12 +173,6 @@ JOBS: dict[str, Job] = {
         epochs=60,
         rate=WEIGHTS / sum(PUBLISHED.values()),
     ),
-    "prune350": Job(
-        question="How accurate is progressive ADMM at 350x?",
-        recipe=lambda: prune(ladder(350), admm()),
-        epochs=80,
-        rate=350,
-    ),
     "binary": Job(
         question="Does one bit in all layers cost accuracy against the dense network?", recipe=lambda: binary(1.0)
     ),
@@ -207,6 +201,7 @@ JOBS: dict[str, Job] = {
         epochs=60,
     ),
 }
+LONG = {"prune300": 80, "prune350": 80}  # epochs of jobs by rate that have more than the others
 STANDARD = ("dense", "published71", "prune167", "prune246", "prune350", "binary", "binary-channel", "prune246-w3")
 RIVALS = (
     *("prune246", "oneshot246", "onemagnitude246", "impfisher246", "imp246", "magnitude246", "fixed246"),
@@ -253,7 +248,8 @@ def job_of(name: str) -> Job:
         raise typer.BadParameter(f"{name}: known are {known}")
     rate = float(found[2])
     what, make = KINDS[found[1]]
-    return Job(question=f"How accurate is {what} at {rate:g}x?", recipe=lambda: make(rate), rate=rate)
+    epochs = LONG.get(name, Job.epochs)
+    return Job(question=f"How accurate is {what} at {rate:g}x?", recipe=lambda: make(rate), epochs=epochs, rate=rate)
 
 
 # --- training -----------------------------------------------------------------------------------------------------

@@ -132,8 +132,12 @@ def experiment(
             "epochs": epochs,
             "channels_last": model != "digits",
             "seeds": seeds,
-            "evaluate": {"bits": [], "calibrate": 1000 if model == "digits" else 4000, "every": 0}
-            | ({} if model == "digits" else {"augment": True}),
+            "evaluate": {
+                "bits": [],
+                "calibrate": 1000 if model == "digits" else 4000,
+                "augment": model != "digits",
+                "every": 0,
+            },
             **extra,
         }
     )

@@ -356,8 +356,7 @@ class Recipe:
             recipe = Recipe([rule(fields) for fields in made["rules"]])
         if unknown := sorted(changes.keys() - taken):
             hint = nearest(unknown[0], known)
-            rules = [*recipe.rules, *(rule for stage in recipe.stages for rule in stage.rules)]
-            if any(hasattr(rule.target, unknown[0]) for rule in rules):
+            if any(hasattr(each.target, unknown[0]) for each in recipe.rules):
                 hint = ", and its targets are as they are: choose another preset, or write the rule"
             raise ValueError(
                 f"Recipe.preset({name!r}, {unknown[0]}=...): none of its mechanisms has that field{hint}"

@@ -94,14 +94,15 @@ def from_spec(spec: Any, where: str = "spec", bases: tuple[type, ...] = _BASES) 
     if not isinstance(spec, dict):
         return spec
     kinds, kind = _kinds(), spec.get("kind")
-    fit = sorted(name for name, cls in kinds.items() if issubclass(cls, bases) and not name.startswith("_"))
-    if not isinstance(kind, str) or kind not in kinds:
-        wrong = "no kind is given" if kind is None else f"unknown kind {kind!r}{nearest(str(kind), fit)}"
+    named = kinds.get(kind) if isinstance(kind, str) else None
+    if named is None or not issubclass(named, bases):
+        fit = sorted(name for name, cls in kinds.items() if issubclass(cls, bases) and not name.startswith("_"))
+        if named is not None:
+            wrong = f"must be a {' or '.join(base.__name__ for base in bases)}, not {kind}"
+        else:
+            wrong = "no kind is given" if kind is None else f"unknown kind {kind!r}{nearest(str(kind), fit)}"
         raise ValueError(f"{where}: {wrong}; known: {', '.join(fit)}")
-    if not issubclass(kinds[kind], bases):
-        must = " or ".join(base.__name__ for base in bases)
-        raise ValueError(f"{where}: must be a {must}, not {kind}; known: {', '.join(fit)}")
-    return build(kinds[kind], {k: v for k, v in spec.items() if k != "kind"}, where)
+    return build(named, {k: v for k, v in spec.items() if k != "kind"}, where)
 
 
 @functools.cache
@@ -139,9 +140,8 @@ def build(cls: type, values: Any, where: str) -> Any:
         place = f"{where}: {cls.__name__}.{field_name}" if field_name else where
         raise ValueError(f"{place}: {message}") from None
     for key, value in built.items():
-        if isinstance(value, str) and not isinstance(
-            getattr(made, key), str
-        ):  # "0.1" in quotes, which Python refuses too
+        # pydantic takes "0.1" for 0.1; Python's constructors refuse it.
+        if isinstance(value, str) and not isinstance(getattr(made, key), str):
             raise ValueError(f"{where}: {cls.__name__}.{key}: must not be the text {value!r}; leave out its quotes")
     return made
 

@@ -133,18 +133,22 @@ class _Latent(Mechanism):
             latent.clamp_(-self.clip_latent, self.clip_latent)
         slot.weight.copy_(self._seen(slot, latent, step, clock.total_steps))
 
+    def _never(self, clock: Clock) -> bool:
+        """Whether it does not begin in this training."""
+        start = step_at(self.start, clock.total_steps, f"{type(self).__name__}.start")
+        return clock.total_steps is not None and start >= clock.total_steps
 
-def _settled(mechanism: Mechanism, field: str, clock: Clock) -> tuple[int, str] | None:
-    """When the schedule that hardens the weights has come to its last value, as `Mechanism.mapping` says it.
+    def _settled(self, field: str, clock: Clock) -> tuple[int, str] | None:
+        """When the schedule that hardens the weights has come to its last value, as `mapping` says it.
 
-    One that goes on beyond training is nothing to refuse: it is meant, and harder than this it does not get.
-    """
-    value = getattr(mechanism, field)
-    end = value.settles(clock.total_steps) if isinstance(value, Schedule) else None
-    if end is None:
-        return None
-    last = end if clock.total_steps is None else min(end, clock.total_steps)
-    return last, f"the end of {type(mechanism).__name__}.{field}"
+        One that goes on beyond training is nothing to refuse: it is meant, and harder than this it does not get.
+        """
+        value = getattr(self, field)
+        end = value.settles(clock.total_steps) if isinstance(value, Schedule) else None
+        if end is None:
+            return None
+        last = end if clock.total_steps is None else min(end, clock.total_steps)
+        return last, f"the end of {type(self).__name__}.{field}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,9 +219,7 @@ class PARQ(_Latent):
         return _needs_levels(self, target, "use BinaryRelax")
 
     def mapping(self, target: Target, clock: Clock) -> tuple[int, str] | None:
-        start = step_at(self.start, clock.total_steps, "PARQ.start")
-        never = clock.total_steps is not None and start >= clock.total_steps
-        return None if never else _settled(self, "inverse_slope", clock)
+        return None if self._never(clock) else self._settled("inverse_slope", clock)
 
     def _seen(self, slot: Slot, latent: Tensor, step: int, total_steps: int | None) -> Tensor:
         inverse_slope = value_at(self.inverse_slope, step, total_steps)
@@ -241,12 +243,11 @@ class _Annealed(_Latent):
             raise ValueError(f"{type(self).__name__}(beta={self.beta!r}): {must}")
 
     def mapping(self, target: Target, clock: Clock) -> tuple[int, str] | None:
-        name = type(self).__name__
-        start = step_at(self.start, clock.total_steps, f"{name}.start")
-        if clock.total_steps is not None and start >= clock.total_steps:
+        if self._never(clock):
             return None
         if self.hard_start is None:
-            return _settled(self, "beta", clock)
+            return self._settled("beta", clock)
+        name = type(self).__name__
         at = step_at(self.hard_start, clock.total_steps, f"{name}.hard_start")
         return at, f"the hard limit of {name}(hard_start={self.hard_start})"
 
