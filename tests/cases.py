@@ -319,6 +319,9 @@ ERRORS: dict[str, ErrorCase] = {
         says="VectorCodebook(size=4) needs at least 16 units to choose from, there are 6",
     ),
     "a block of none": ErrorCase(make=lambda: dt.NM(n=1, m=0), says="NM(m=0): a block holds"),
+    "a block beyond all": ErrorCase(
+        make=lambda: dt.NM(n=1, m=10**400), says="a block holds a whole number of weights, 1 "
+    ),
     "more of a block than all": ErrorCase(make=lambda: dt.NM(n=5, m=4), says="NM(n=5, m=4): n must be"),
     "no such order of inputs": ErrorCase(
         make=lambda: dt.NM(n=2, m=4, along="rows"),  # type: ignore[arg-type]

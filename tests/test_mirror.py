@@ -104,6 +104,7 @@ class Broken(dt.MirrorMap):
             "sign": lambda: torch.where(a > middle, high, low),
             "sparsemax": lambda: piecewise_affine(a, levels, 1 / (1 + beta)),
             "identity": lambda: a.clone(),
+            "two": lambda: torch.lerp(*levels.unbind(-1), torch.sigmoid(beta * a)),  # type: ignore[misc]
             "short": lambda: middle + 0.9 * (good - middle),
             "soft": lambda: middle + half * torch.tanh(a - middle),
             "falling": lambda: -good,
@@ -128,6 +129,7 @@ class Broken(dt.MirrorMap):
         ("sparsemax", "not strictly increasing"),
         ("identity", "reaches or leaves the ends of the open range"),
         ("short", "not onto the open range"),
+        ("two", "does not take 3 levels"),
         ("soft", "away from the nearest level"),
         ("falling", "not strictly increasing"),
         ("float32", "does not keep shape and dtype"),

@@ -387,6 +387,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a name that is none": (lambda: dt.Stage(share=1.0, rules=[prune(0.5)], name=3), "name=3): must be a string"),  # type: ignore[arg-type]
     "no rules": (lambda: dt.Stage(share=0.5, rules=[]), "Stage(rules=[])"),
     "a rule that is none": (lambda: dt.Stage(share=0.5, rules=["weight"]), "must be a Rule, not str"),  # type: ignore[list-item]
+    "rules that are a number": (lambda: dt.Stage(share=0.5, rules=torch.ones(())), "must be a list"),  # type: ignore[arg-type]
     "a stage that is none": (lambda: dt.Recipe(stages=[prune(0.5)]), "must be a Stage, not Rule"),  # type: ignore[list-item]
     "both": (lambda: dt.Recipe([prune(0.5)], stages=[ONE]), "give one of them"),
     "too little": (lambda: dt.Recipe(stages=[dt.Stage(share=0.5, rules=[prune(0.5)])]), "add up to 0.5, not to 1"),

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -169,7 +169,7 @@ class Stage:
 
 
 def _listed(given: Any, owner: str, field_name: str) -> tuple[Any, ...]:
-    if isinstance(given, str) or not isinstance(given, Iterable):
+    if isinstance(given, str | Tensor) or not isinstance(given, Iterable):
         raise ValueError(f"{owner}({field_name}={given!r}): must be a list")
     return tuple(given)
 

@@ -168,10 +168,9 @@ class CodebookLearning(Mechanism):
         stepped = [slot for slot in group if slot.grad is not None]  # the others stand where they were
         if not stepped:
             return old
-        index = torch.cat([slot.state["index"].long() for slot in stepped])
-        units = torch.cat([slot.weight.reshape(-1, old.shape[1]) for slot in stepped])
-        new = _first_members(old, index, units)
-        apart = float((units - new[index]).abs().amax())
+        new = _first_members(old, stepped, [slot.weight for slot in stepped])
+        gaps = [_spread(slot, new).sub_(slot.weight).abs_().amax() for slot in stepped]
+        apart = float(torch.stack(gaps).amax())
         step, size = float((new - old).abs().amax()), float(new.abs().amax())
         if apart > _UNEQUAL_STEP * step + _UNEQUAL_WEIGHT * torch.finfo(old.dtype).eps * size:
             raise RuntimeError(
@@ -251,11 +250,10 @@ def _tie_moments(group: list[Slot]) -> None:
     for name in sorted({name for moments in held for name in moments}):
         mine = [(slot, moments[name]) for slot, moments in zip(group, held, strict=True) if name in moments]
         slots = [slot for slot, _ in mine]
-        index = torch.cat([slot.state["index"].long() for slot in slots])
-        units = torch.cat([value.reshape(slot.state["index"].numel(), -1) for slot, value in mine])
-        none = torch.zeros_like(slots[0].state["codewords"], dtype=units.dtype)
-        same = torch.equal(units, _first_members(none, index, units)[index])
-        if same and (still is None or not bool(units[still[index]].any())):
+        none = torch.zeros_like(slots[0].state["codewords"], dtype=mine[0][1].dtype)
+        members = _first_members(none, slots, [value for _, value in mine])
+        same = all(torch.equal(value, _spread(slot, members)) for slot, value in mine)
+        if same and (still is None or not bool(members[still].any())):
             continue
         mean = _reduced(slots, [value for _, value in mine], "mean")
         if still is not None:
@@ -264,9 +262,18 @@ def _tie_moments(group: list[Slot]) -> None:
             value.copy_(_spread(slot, mean).to(value.dtype))
 
 
-def _first_members(old: Tensor, index: Tensor, units: Tensor) -> Tensor:
-    """One unit of every cluster; the old codeword where a cluster is empty."""
-    none = len(index)
-    places = torch.arange(none, device=index.device)
-    first = torch.full((len(old),), none, device=index.device).scatter_reduce_(0, index, places, "amin")
-    return torch.where((first < none)[:, None], units[first.clamp_max(none - 1)], old)
+def _first_members(old: Tensor, slots: Sequence[Slot], values: Sequence[Tensor]) -> Tensor:
+    """One unit of every cluster; the old codeword where a cluster is empty.
+
+    One weight at a time: a codebook may be that of the whole model, and a copy of all its units is another model.
+    """
+    found, missing = old.clone(), torch.ones(len(old), dtype=torch.bool, device=old.device)
+    for slot, value in zip(slots, values, strict=True):
+        index = slot.state["index"].long()
+        none = len(index)
+        places = torch.arange(none, device=index.device)
+        first = torch.full((len(old),), none, device=index.device).scatter_reduce_(0, index, places, "amin")
+        new = missing & (first < none)
+        found[new] = value.reshape(none, -1)[first[new]].to(found.dtype)
+        missing &= ~new
+    return found

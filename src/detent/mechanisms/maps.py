@@ -310,6 +310,11 @@ def check_map(mirror: MirrorMap) -> None:
         ValueError: Clip() makes no mirror map of (-1.0, 1.0) at beta 0.5: it is not strictly increasing (near a = ...
     """
     for levels in _SETS:
+        try:
+            mirror.forward(torch.zeros(3, dtype=torch.float64), torch.tensor(levels, dtype=torch.float64), 1.0)
+        except Exception as error:
+            many = f"{len(levels)} levels {levels}"
+            raise ValueError(f"{mirror!r} does not take {many} on the last axis of `levels`: {error}") from error
         for beta in (0.5, 2.0, 6.0):
             complaint = _complaint(mirror, torch.tensor(levels, dtype=torch.float64), beta)
             if complaint:

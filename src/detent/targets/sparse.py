@@ -19,6 +19,7 @@ __all__ = ["NM", "Sparse", "Structured", "TopK", "square_unit"]
 
 _PIECE = 1 << 19  # weights ranked at a time, so that passing tensors stay small beside the weight
 _COMPARED = 16  # up to this length of a block, comparing all pairs is faster than sorting
+_LONGEST_BLOCK = 1 << 31  # weights; no tensor has rows as long
 _LONGEST_RANK = 1 << 62  # patterns of a block that int64 can count
 
 
@@ -195,12 +196,15 @@ class TopK(Sparse):
             return Target.fit_model(self, weights, layouts, previous)
         for w in weights:
             check_finite(w)
-        scores = [self._score(w.detach().reshape(-1)) for w in weights]
-        flat = torch.cat(scores) if len(scores) > 1 else scores[0]
-        del scores
+        sizes = [w.numel() for w in weights]
+        wide = [torch.float64 if self.share == "lamp" else compute_dtype(w.dtype) for w in weights]
+        # One tensor's scores at a time: all of them beside what they are put together in would be another whole model.
+        flat = torch.empty(sum(sizes), dtype=max(wide, key=lambda dtype: dtype.itemsize), device=weights[0].device)
+        for w, part in zip(weights, flat.split(sizes), strict=True):
+            part.copy_(self._score(w.detach().reshape(-1)))
         kept = _largest(flat, self._count(weights, previous))
         del flat
-        counts = [int(torch.count_nonzero(part)) for part in kept.split([w.numel() for w in weights])]
+        counts = [int(torch.count_nonzero(part)) for part in kept.split(sizes)]
         return [self._params(w, layout, k) for w, layout, k in zip(weights, layouts, counts, strict=True)]
 
     def carried(self, params: Params) -> Params | None:
@@ -251,7 +255,7 @@ class NM(Sparse):
 
     Args:
         n: non-zero weights a block, 1 to m.
-        m: weights a block, >= 1.
+        m: weights a block, 1 to 2^31.
         along: order of the inputs of a convolution. "channels": input channels at one kernel position, which is how
             2:4 hardware reads a convolution; a depthwise one has a single input channel and is left whole. "columns":
             columns of the GEMM matrix, that is input channel by input channel, each with its kernel positions. Linear
@@ -274,8 +278,8 @@ class NM(Sparse):
     along: Literal["channels", "columns"] = "channels"
 
     def __post_init__(self) -> None:
-        if not is_whole(self.m):
-            raise ValueError(f"NM(m={self.m!r}): a block holds a whole number of weights, at least 1")
+        if not is_whole(self.m, 1, _LONGEST_BLOCK):
+            raise ValueError(f"NM(m={self.m!r}): a block holds a whole number of weights, 1 to {_LONGEST_BLOCK}")
         if not is_whole(self.n, 1, self.m):
             raise ValueError(f"NM(n={self.n!r}, m={self.m}): n must be a whole number from 1 to m")
         if self.along not in ("channels", "columns"):
