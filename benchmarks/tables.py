@@ -652,8 +652,13 @@ def kq_cifar100(records: Path) -> str:
         last = json.loads(path.read_text(encoding="utf-8"))
         bits = last["results"]["bits"]
         keys = ["full.accuracy", "compressed.recipe.data_free.accuracy", "compressed.recipe.batchnorm.accuracy"]
-        cost = "32" if bits is None else f"{bits['total']:.2f}"
-        rows.append([f"`{rival}`", cost, *(number(last, key, 2) for key in keys)])
+        if bits is None:  # trained on as it is; what is compressed afterwards is that network, with no training after it
+            rows.append(["`none`", "32", number(last, keys[0], 2), "–", "–"])
+            alone = (number(last, f"compressed.kq-512.{how}.accuracy", 2) for how in ("data_free", "batchnorm"))
+            same = json.loads(found["kq-512"].read_text(encoding="utf-8"))["results"]["bits"]["total"]
+            rows.append(["`none`, then K-means of 512", f"{same:.2f}", number(last, keys[0], 2), *alone])
+            continue
+        rows.append([f"`{rival}`", f"{bits['total']:.2f}", *(number(last, key, 2) for key in keys)])
     text = "Test accuracy (%); bits a weight over all convolutions; BN: BatchNorm re-estimated on training images.\n\n"
     head = ["rival", "bits a weight", "full", "compressed", "compressed, BN"]
     return text + markdown(head, rows) + f"\nRecords `kq-cifar100-*`: {last['config']['epochs']} epochs.\n"
