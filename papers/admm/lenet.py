@@ -142,8 +142,10 @@ def quantize(target: dt.Target, mechanism: dt.Mechanism, share: float = 1.0) -> 
     ]
 
 
-def binary(admm_share: float, granularity: Literal["tensor", "channel"] = "tensor") -> dt.Recipe:
-    """One bit a weight and its scales, in all layers: ADMM for a share of the training, then straight-through.
+def binary(
+    admm_share: float, granularity: Literal["tensor", "channel"] = "tensor", after: dt.Mechanism | None = None
+) -> dt.Recipe:
+    """One bit a weight and its scales, in all layers: ADMM for a share of training, then straight-through or `after`.
 
     The last rounds of ADMM are small: what is snapped in one can only be made good by what is still free, and the
     tenth that a round from 0.9 to 1 would snap are the weights farthest from their sign (LeNet-5 lost a point in it).
@@ -155,9 +157,14 @@ def binary(admm_share: float, granularity: Literal["tensor", "channel"] = "tenso
     pull = admm(rho=1e-3, growth=2.0, rounds=rounds, metric="euclidean")
     stages = quantize(target, pull, admm_share) if admm_share else []
     if admm_share < 1:
-        rule = dt.Rule(match=r"weight$", target=target, mechanism=dt.STE())
-        stages.append(dt.Stage(rules=[rule], share=1 - admm_share, name="straight-through"))
+        rule = dt.Rule(match=r"weight$", target=target, mechanism=after or dt.STE())
+        stages.append(dt.Stage(rules=[rule], share=1 - admm_share, name="straight-through" if after is None else "md"))
     return dt.Recipe(stages=stages)
+
+
+def mirror() -> dt.MirrorDescent:
+    """Mirror descent from where the weights are, on the levels themselves in its last tenth."""
+    return dt.MirrorDescent(init="inverse", beta=dt.Exponential(first=1.0, last=1e4, end=0.9), hard_start=0.9)
 
 
 def progressive_yaml() -> dt.Recipe:
@@ -184,6 +191,10 @@ JOBS: dict[str, Job] = {
         question="Does one bit in all layers with a scale a channel cost accuracy, by ADMM and then straight-through?",
         recipe=lambda: binary(0.5, "channel"),
         epochs=60,
+    ),
+    "binary-mirror": Job(
+        question="How good is one bit in all layers with a scale a channel by mirror descent alone?",
+        recipe=lambda: binary(0.0, "channel", mirror()),
     ),
     "binary-ste": Job(
         question="How good is one bit in all layers by straight-through alone?", recipe=lambda: binary(0.0)
@@ -312,6 +323,7 @@ def experiment(name: str, job: Job, seed: int, options: Options) -> Experiment:
             "distill": 0.0 if recipe is None else options.distill,
             "device": "cpu",
             "channels_last": True,
+            "precision": options.precision,
             "threads": options.threads,
             "seeds": [seed],
             "evaluate": {"bits": [], "calibrate": 0, "every": 1 if options.holdout else 0},
@@ -333,13 +345,15 @@ class Options:
     batch: int = 128
     warp: tuple[float, float, float] | None = WARP
     distill: float = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
     threads: int = 1
     subset: int | None = None
     max_steps: int | None = None
 
     def folder(self, name: str, seed: int) -> Path:
-        """Where a job of one seed keeps its files; held-out and distilled ones apart, other settings are refused."""
+        """Where a job of one seed keeps its files; held-out, distilled and bfloat16 ones apart, others are refused."""
         tail = "-distilled" if self.distill and job_of(name).recipe is not None else ""
+        tail += "-bf16" if self.precision == "bf16" else ""
         tail += f"-holdout{self.holdout}" if self.holdout else ""
         return self.out / f"{name}{tail}" / f"seed{seed}"
 
@@ -460,6 +474,9 @@ def main(
     distill: Annotated[
         float, typer.Option(min=0, max=1, help="share of the loss that is the divergence from the dense network")
     ] = 0.0,
+    precision: Annotated[
+        Literal["fp32", "bf16"], typer.Option(help="bf16 is autocast, where the CPU has AMX or AVX512-BF16")
+    ] = "fp32",
     threads: Annotated[int, typer.Option(min=1)] = 1,
     subset: Annotated[int | None, typer.Option(min=64, help="train on this many images only")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="stop early, for trying things out")] = None,
@@ -485,6 +502,7 @@ def main(
         batch=batch,
         warp=warp,
         distill=distill,
+        precision=precision,
         threads=threads,
         subset=subset,
         max_steps=max_steps,
