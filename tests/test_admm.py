@@ -370,6 +370,7 @@ def test_periodic_rate() -> None:
         (lambda: dt.periodic_rate(_sgd(), 5, until=-1, total=9), "until=-1): must be a whole number >= 0"),
         (lambda: dt.periodic_rate(_sgd(), 5, total=0), "total=0): must be a whole number >= 1"),
         (lambda: dt.periodic_rate(_sgd(), dt.Recipe.preset("admm-prune-10x")), "needs total="),
+        (lambda: dt.periodic_rate(_sgd(), _two_masks(), total=10), "map at different steps ([2, 8])"),
         (lambda: dt.periodic_rate(_sgd(), 5, retrain=0.0), "periodic_rate(retrain=0.0)"),
         (lambda: dt.periodic_rate(_sgd(), 5, floor=2.0), "periodic_rate(floor=2.0)"),
         (lambda: dt.ADMM(balance=True, growth=1.0), "balancing moves rho by growth"),
@@ -386,6 +387,12 @@ def test_what_cannot_be_is_said_in_words(make: Any, says: str) -> None:
 
 def _sgd() -> torch.optim.SGD:
     return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+
+
+def _two_masks() -> dt.Recipe:
+    return dt.Recipe(
+        [dt.Rule(match=m, target=dt.TopK(keep=5), mechanism=dt.Masked(start=s)) for m, s in (("a", 2), ("b", 8))]
+    )
 
 
 def _rule(target: dt.Target, mechanism: dt.Mechanism) -> dt.Rule:
@@ -880,6 +887,28 @@ def test_the_presets_train_a_small_network(preset: str, least: float) -> None:
     with torch.no_grad():
         right = (model(unseen).argmax(1) == test.labels).double().mean()
     assert 100 * float(right) >= least
+
+
+@pytest.mark.parametrize("finish", ["auto", None])
+@pytest.mark.parametrize("metric", ["euclidean", "fisher"])
+@pytest.mark.parametrize("cut", [3, 8, 10])
+def test_a_model_wide_target_takes_weights_as_they_are_at_any_time(finish: Any, metric: Any, cut: int) -> None:
+    """After the mapping there is no z any more that could be looked at."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    admm = dt.ADMM(rho=0.1, every=2, until=8, metric=metric, finish=finish)
+    recipe = dt.Recipe([dt.Rule(match="weight", target=dt.TopK(keep=9, scope="model"), mechanism=admm)])
+    run = dt.attach(model, optimizer, recipe, total_steps=12)
+    for step in range(12):
+        if step == cut:
+            model.load_state_dict({name: p + torch.randn_like(p) for name, p in model.state_dict().items()})
+            run.rebind(adopt=True)
+        optimizer.zero_grad()
+        model(torch.randn(8, 6)).sub(1).square().mean().backward()
+        optimizer.step()
+    run.finalize()
+    assert sum(int(torch.count_nonzero(layer.weight)) for layer in model) == 9  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])

@@ -350,6 +350,7 @@ class RealCodebook(nn.Module):
         super().__init__()
         self.books = nn.ParameterList([nn.Parameter(t.clone()) for t in tables])
         self.index, self.shapes = index, [model[i].weight.shape for i in (0, 2)]
+        self.without: tuple[int, ...] = ()  # layers whose weights get no gradient
         self.biases = nn.ParameterList([nn.Parameter(model[i].bias.detach().clone()) for i in (0, 2)])  # type: ignore[union-attr]
         self.head = nn.Linear(6, 3, dtype=tables[0].dtype)
         self.head.load_state_dict(model[5].state_dict())
@@ -364,7 +365,8 @@ class RealCodebook(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in range(2):
-            x = torch.tanh(F.conv2d(x, self.weight(layer), self.biases[layer]))
+            weight = self.weight(layer).detach() if layer in self.without else self.weight(layer)
+            x = torch.tanh(F.conv2d(x, weight, self.biases[layer]))
         return self.head(x.flatten(1))
 
 
@@ -384,6 +386,37 @@ def test_it_is_a_real_codebook_parameter(make: Callable[..., Any], reduce: Any, 
     start = real.weight(1).detach().clone()
     train(model, optimizer, range(40))
     train(real, make(real.parameters()), range(40))
+    for layer, place in enumerate((0, 2)):
+        weight: Tensor = model[place].weight.detach()  # type: ignore[assignment,union-attr]
+        assert float((weight - real.weight(layer).detach()).abs().amax()) <= 1e-12 * float(weight.abs().amax())
+    assert float((real.weight(1).detach() - start).abs().amax()) > 0.01, "nothing moved, so nothing was compared"
+
+
+@pytest.mark.parametrize("make", [sgd, adamw])
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_it_is_one_even_where_a_layer_gets_no_gradient(make: Callable[..., Any], reduce: Any) -> None:
+    """Layers that are dropped, or thaw late: the codebook goes on with the gradient of the others."""
+    model, twin = net(torch.float64), net(torch.float64)
+    target = dt.KernelCodebook(size=4, book="global", codebook_bits=None)
+    optimizer = make(model.parameters())
+    run = dt.attach(model, optimizer, recipe(target, dt.CodebookLearning(reduce=reduce, ste_from=None)), total_steps=20)
+    fits = run.encoded()
+    index = [target.assign(twin[i].weight, fits[f"{i}.weight"].params) for i in (0, 2)]  # type: ignore[arg-type,union-attr]
+    real = RealCodebook(twin, [target.codebook(fits["0.weight"].params).double()], index, reduce)
+    other = make(real.parameters())
+    start = real.weight(1).detach().clone()
+    for step in range(20):
+        real.without = {0: (1,), 5: (0,), 6: (0,), 7: (0,), 8: (0, 1), 9: (1,)}.get(step, ())
+        x, y = batch(step, torch.float64)
+        for module, each in ((model, optimizer), (real, other)):
+            each.zero_grad()
+            F.mse_loss(module(x), y).backward()
+        for layer in real.without:
+            model[2 * layer].weight.grad = None
+        if len(real.without) == 2:
+            assert real.books[0].grad is None
+        optimizer.step()
+        other.step()
     for layer, place in enumerate((0, 2)):
         weight: Tensor = model[place].weight.detach()  # type: ignore[assignment,union-attr]
         assert float((weight - real.weight(layer).detach()).abs().amax()) <= 1e-12 * float(weight.abs().amax())

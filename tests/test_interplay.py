@@ -32,7 +32,7 @@ def test_levels_that_find_zero_only_by_chance_are_refused_after_a_pruning(keep: 
     """Fitted to the weights at hand one level is 0; fitted later, none was, and the file had lost every zero."""
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"stage 1: LearnedLevels\(k=8\) has no zero"):
+    with pytest.raises(ValueError, match=r"stages\[1\]: LearnedLevels\(k=8\) has no zero"):
         dt.attach(model, optimizer, staged(dt.TopK(keep=keep), dt.LearnedLevels(k=8)), total_steps=40)
 
 

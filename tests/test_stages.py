@@ -376,7 +376,7 @@ def test_a_target_without_zero_after_pruning_is_refused_before_training() -> Non
         ]
     )
     model = net()
-    with pytest.raises(ValueError, match=r"stage 1: _Signs\(\) has no zero for the weights of '0.weight'"):
+    with pytest.raises(ValueError, match=r"stages\[1\]: _Signs\(\) has no zero for the weights of '0.weight'"):
         dt.attach(model, sgd(model), recipe, total_steps=STEPS)
 
 
@@ -569,7 +569,7 @@ def test_zeros_of_survivors_on_levels_hold_in_later_stages(mechanism: str) -> No
 def test_levels_without_zero_after_survivors_on_levels_are_refused() -> None:
     layer, optimizer, _ = one_layer()
     first = dt.SparseLevels(sparse=dt.TopK(keep=60), survivors=dt.Uniform(bits=6))
-    with pytest.raises(ValueError, match=r"stage 1: Binary\(\) has no zero for the weights of 'weight'"):
+    with pytest.raises(ValueError, match=r"stages\[1\]: Binary\(\) has no zero for the weights of 'weight'"):
         dt.attach(layer, optimizer, in_turn((first, dt.HardProjection()), (dt.Binary(), dt.STE())), total_steps=20)
 
 
@@ -600,7 +600,7 @@ def test_a_codebook_after_a_pruning_needs_a_zero_that_stays() -> None:
 def test_a_codeword_is_zero_as_a_whole_only() -> None:
     layer = nn.Conv2d(16, 16, 3)
     recipe = in_turn((dt.TopK(keep=0.02), dt.Masked()), (dt.KernelCodebook(size=32, zero=True), dt.STE()))
-    with pytest.raises(ValueError, match=r"stage 1: KernelCodebook\(.*prune whole filters or channels"):
+    with pytest.raises(ValueError, match=r"stages\[1\]: KernelCodebook\(.*prune whole filters or channels"):
         dt.attach(layer, torch.optim.SGD(layer.parameters(), lr=0.1), recipe, total_steps=20)
 
 

@@ -48,6 +48,7 @@ RIVALS: dict[str, dict[str, Any] | None] = {
     "parq": {"kind": "PARQ"},
     "binary-relax": {"kind": "BinaryRelax"},
     "md-ternary": {"kind": "MirrorDescent", **HARD},
+    "md-ternary-softmax": {"kind": "MirrorDescent", "map": "softmax", **HARD},
     "ste-ternary": {"kind": "STE"},
 }
 
@@ -87,7 +88,7 @@ def recipe(rival: str, scale: bool, paper: bool) -> dict[str, Any] | None:
         return None
     if paper and rival in GROWTH:
         mechanism = {k: v for k, v in mechanism.items() if k != "hard_start"} | {"beta": GROWTH[rival]}
-    kind = "Ternary" if rival.endswith("ternary") else "Binary"
+    kind = "Ternary" if "ternary" in rival else "Binary"
     target = {"kind": kind} if scale else {"kind": kind, "scale": None}
     return {"rules": [{"match": "(weight|bias)$", "include": "bias$", "target": target, "mechanism": mechanism}]}
 

@@ -160,8 +160,16 @@ class Entry:
         """Find a moment that cannot be resolved, or lies beyond the end, now and not at step 3,000.
 
         Raises:
-            ValueError: naming the moment.
+            ValueError: naming the moment, and the stage with its length.
         """
+        try:
+            self._check_moments(total_steps)
+        except ValueError as error:
+            if not self.staged:
+                raise
+            raise ValueError(f"stages[{self.stage}], which has {total_steps} steps: {error}") from None
+
+    def _check_moments(self, total_steps: int | None) -> None:
         clock = Clock(step=0, total_steps=total_steps)
         self.mechanism.active(clock)
         for name, value in vars(self.mechanism).items():
@@ -372,13 +380,13 @@ def rehearse(entries: list[Entry], plan: Plan) -> None:
         try:
             fitted = _fit_together(target, mine, [None] * len(mine), whole)
         except ValueError as error:
-            raise ValueError(f"stage {stage}: {error}") from None
+            raise ValueError(f"stages[{stage}]: {error}") from None
         lost = _lost_zeros(mine, whole, fitted, zeros)
         for entry, params, w in zip(mine, fitted, whole, strict=True):
             q = target.project(w, params)
             if entry.name in zeros and (entry.name in lost or bool(q[zeros[entry.name]].any())):
                 raise ValueError(
-                    f"stage {stage}: {short(target)} has no zero for the weights of {entry.name!r} that an earlier "
+                    f"stages[{stage}]: {short(target)} has no zero for the weights of {entry.name!r} that an earlier "
                     f"stage pruned; {_advice(target, params)}"
                 )
             values[entry.name] = q

@@ -124,10 +124,16 @@ class Driver:
         assert entry.params is not None and entry.pull_params is not None
         target, params, pull, pull_params = entry.target, entry.params, entry.pull, entry.pull_params
         grad = entry.param.grad
+
+        def fill() -> Tensor:
+            entry.param.grad = torch.zeros_like(entry.param)
+            return sharding.local(entry.param.grad)
+
         return Slot(
             name=entry.name,
             weight=sharding.local(entry.param),
             grad=None if grad is None else sharding.local(grad),
+            fill=fill,
             target=target,
             params=entry.localised(params),
             pull=pull,

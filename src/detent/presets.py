@@ -75,8 +75,13 @@ def _admm_prune_preset(rate: int) -> Callable[[], Preset]:
     def make() -> Preset:
         def stage(kept: float) -> dict[str, Any]:
             target = TopK(keep=1 / kept, scope="model")
-            rule = {"match": _WEIGHTS, "target": target, "mechanism": ADMM(rho=5e-3, growth=1.5, every=0.1)}
-            return {"rules": [rule], "share": 0.5, "name": f"prune {kept:g}x"}
+            # By |w| alone one threshold over a model empties its layers of small weights.
+            pull = ADMM(rho=5e-3, growth=1.5, every=0.1, metric="fisher")
+            return {
+                "rules": [{"match": _WEIGHTS, "target": target, "mechanism": pull}],
+                "share": 0.5,
+                "name": f"prune {kept:g}x",
+            }
 
         return {"stages": [stage(rate / 2), stage(rate)]}
 

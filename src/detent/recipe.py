@@ -277,7 +277,7 @@ class Recipe:
         for i, (first, past) in enumerate(bounds):
             if past <= first:
                 share = self.stages[i].share
-                raise ValueError(f"stage {i} (share={share:g}) gets no step of attach(total_steps={total_steps})")
+                raise ValueError(f"stages[{i}] (share={share:g}) gets no step of attach(total_steps={total_steps})")
         return [*bounds]
 
     def stage_rules(self) -> list[range]:
@@ -315,11 +315,11 @@ class Recipe:
         published form: running min-max range, lambda_s = 150, linear biases too, first and last at 8 bits when b <= 3,
         and at 2 bits no weight decay: build the optimizer from `param_groups`), kq, kq-layer (for a pre-trained CNN:
         512 codewords for the kernels, of the whole model or of each layer, everything else at 8 bits a channel),
-        admm-prune-10x, -70x, -246x (progressive ADMM in two stages, one threshold over the model), admm-binary (one bit
-        in all layers, first and last in a second stage), md-binary, md-ternary (mirror descent from scratch, every
-        weight on two or three levels with one scale a tensor; published with Adam and without weight decay),
-        uniform-w8, -w6, -w4, -w3, -w2 (for `detent.compress` alone, without training: every weight on a b-bit grid, one
-        step an output channel).
+        admm-prune-10x, -70x, -246x (progressive ADMM in two stages, one threshold over the model, by the Fisher
+        metric), admm-binary (one bit in all layers, first and last in a second stage), md-binary, md-ternary (mirror
+        descent from scratch, every weight on two or three levels with one scale a tensor; published with Adam and
+        without weight decay), uniform-w8, -w6, -w4, -w3, -w2 (for `detent.compress` alone, without training: every
+        weight on a b-bit grid, one step an output channel).
 
         Args:
             name: one of these.

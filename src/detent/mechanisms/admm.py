@@ -341,7 +341,8 @@ class ADMM(Mechanism):
 
     def _finish(self, slot: Slot, clock: Clock, tick: int) -> None:
         """Masked mapping, by the projection of w and not of w + u; the fit is frozen from here on."""
-        if slot.target.fits_together and not bool(slot.gather(slot.state["z"]).any()):
+        z = slot.state.get("z")  # none where weights are taken over as they are after the mapping (rebind)
+        if z is not None and slot.target.fits_together and not bool(slot.gather(z).any()):
             # Other weights had the say. |w - z| is |w| then, however small it has become, and no rho changes that; what
             # was empty before is no news.
             if bool(slot.gather(slot.weight).any()):
@@ -446,7 +447,8 @@ def periodic_rate(
         floor: where the cosine after the mapping ends, as a part of its beginning, in [0, 1].
 
     Raises:
-        ValueError: a value outside its range, or a stage whose ADMM rules update at different steps.
+        ValueError: a value outside its range, or a stage whose ADMM rules update, or Masked rules map, at different
+            steps.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -533,6 +535,12 @@ def _parts_of(recipe: _Staged, total: int | None, retrain: float) -> list[_Part]
                     f"periodic_rate: {recipe.called(i)} ends ADMM's updates by fit_until="
                     f"{rule.fit_until}, and a rate that goes on in periods waits for them; leave fit_until out"
                 )
+        mapped = sorted({step_at(each.start, end - first, "Masked.start") for each in masks})
+        if len(mapped) > 1 and not pulls:
+            raise ValueError(
+                f"periodic_rate: Masked rules of one stage map at different steps ({mapped}), and there is "
+                "one learning rate; give them the same start"
+            )
         other = next((each for each in pulls if each != pulls[0]), None)
         if other is not None:
             raise ValueError(
@@ -542,8 +550,7 @@ def _parts_of(recipe: _Staged, total: int | None, retrain: float) -> list[_Part]
         if pulls:
             periods = pulls[0]
         else:
-            until = step_at(masks[0].start, end - first, "Masked.start") if masks else 0
-            periods = _Periods(start=0, until=until, every=NEVER)
+            periods = _Periods(start=0, until=mapped[0] if mapped else 0, every=NEVER)
         after = retrain if pulls or masks else 1.0
         parts.append(_Part(first=first, past=end, periods=periods, after=after))
     return parts

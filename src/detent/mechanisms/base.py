@@ -39,6 +39,7 @@ class Slot:
         name: canonical parameter name.
         weight: the values, written in place.
         grad: the gradient, written in place; `None` if the parameter got none.
+        fill: gives a parameter that got no gradient one of zeros, for the optimizer too, and returns it.
         target: where the weight may end.
         params: fitted params of `target` (for the shard held here).
         pull: what the mechanism pulls towards; `target` unless the mechanism has `toward`.
@@ -64,6 +65,7 @@ class Slot:
     name: str
     weight: Tensor
     grad: Tensor | None
+    fill: Callable[[], Tensor]
     target: Target
     params: Params
     pull: Target

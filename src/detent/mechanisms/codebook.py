@@ -132,6 +132,10 @@ class CodebookLearning(Mechanism):
                     index = slot.target.assign(slot.state["original"], slot.params)
                     slot.state["index"] = index.to(torch.int32)
             first = group[0]
+            # A codebook moves with the gradient of whichever members got one, and all of them with it: left out of the
+            # step, the others would keep a momentum and a count of steps of their own.
+            for slot in group if any(slot.grad is not None for slot in group) else ():
+                slot.grad = slot.fill() if slot.grad is None else slot.grad
             total = _reduced(group, [slot.grad for slot in group], self.reduce)
             _tie_moments(group)
             if (held := first.target.held_codewords(first.params)) is not None:

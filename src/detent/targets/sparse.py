@@ -619,11 +619,19 @@ def _rank_widths(m: int, n: int) -> list[int]:
     """
     if n >= m:
         return []
-    patterns = math.comb(m, n)
+    patterns = _patterns(m, n)
     if patterns > _LONGEST_RANK:
         return [m]
     bits = (patterns - 1).bit_length()
     return [min(16, bits - at) for at in range(0, bits, 16)]
+
+
+def _patterns(m: int, n: int) -> int:
+    """How many ways there are to choose n of m; of more than int64 can count, that it is more."""
+    few = min(n, m - n)
+    if few and few * math.log2(m / few) > 63:  # there are at least (m / few)^few, and to count them could take for ever
+        return _LONGEST_RANK + 1
+    return math.comb(m, n)
 
 
 def _binomials(m: int, k: int) -> list[list[int]]:
@@ -635,7 +643,7 @@ def _ranked(name: str, mask: Tensor, n: int) -> tuple[Stream, ...]:
     rows, m = mask.shape
     if n >= m:
         return ()
-    if math.comb(m, n) > _LONGEST_RANK:
+    if _patterns(m, n) > _LONGEST_RANK:
         return (Stream(name=name, values=mask.reshape(-1).to(torch.uint8), width=1),)
     few = min(n, m - n)  # counting the rarer kind keeps every number below that of the patterns
     table = torch.tensor(_binomials(m, few), device=mask.device)
@@ -661,7 +669,7 @@ def _unranked(name: str, codes: Codes, rows: int, m: int, n: int) -> Tensor:
     device = codes.streams[-1].values.device if codes.streams else None
     if n >= m:
         return torch.ones(rows, m, dtype=torch.bool, device=device)
-    if math.comb(m, n) > _LONGEST_RANK:
+    if _patterns(m, n) > _LONGEST_RANK:
         return codes[name].bool().reshape(rows, m)
     few = min(n, m - n)
     table = torch.tensor(_binomials(m, few), device=device)
