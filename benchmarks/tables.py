@@ -193,7 +193,7 @@ def _admm_lenet(records: Path, held_out: bool) -> str:
     rows, commits = [], set()
     for path in sorted(records.glob("admm-lenet-*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if ("-holdout" in path.stem) != held_out:
+        if ("-holdout" in path.stem) != held_out or "-bf16-" in path.stem:
             continue
         found = record["results"]["summary"]
         cells = [spread(found[key], digits) if key in found else "" for key, digits in _LENET_COLUMNS.items()]
@@ -254,6 +254,44 @@ def md_resnet8(records: Path) -> str:
 def md_resnet8_scale(records: Path) -> str:
     """CIFAR-10, a scale a tensor."""
     return _mirror(records, "md-resnet8-scale")
+
+
+@table("md-digits-ternary")
+def md_digits_ternary(records: Path) -> str:
+    """Two maps onto three levels, without a scale."""
+    return _mirror(records, "md-digits-ternary")
+
+
+@table("md-digits-ternary-scale")
+def md_digits_ternary_scale(records: Path) -> str:
+    """Two maps onto three levels, with a scale."""
+    return _mirror(records, "md-digits-ternary-scale")
+
+
+@table("md-resnet8-seeds")
+def md_resnet8_seeds(records: Path) -> str:
+    """CIFAR-10, levels without a scale, two rivals with two seeds."""
+    return _mirror(records, "md-resnet8-seeds")
+
+
+@table("admm-lenet-trials")
+def admm_lenet_trials(records: Path) -> str:
+    """Ways that were tried on held-out images, in bfloat16."""
+    rows, commits = [], set()
+    for path in sorted(records.glob("admm-lenet-*-bf16-holdout5000.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        commits.add(record["environment"]["commit"][:9])
+        (seed,) = record["results"]["seeds"]
+        held = seed["history"][-1]["held_out"]
+        lives = held["full"]["accuracy"], seed["test"]["full"]["accuracy"], seed["history"][-1]["accuracy"]
+        name = path.stem.removeprefix("admm-lenet-").removesuffix("-bf16-holdout5000")
+        rows.append([name, str(seed["history"][-1]["epoch"]), *(f"{value:.2f}" for value in lives)])
+    if not rows:
+        return NOTHING
+    text = "Accuracy (%) after the last epoch, one seed; 55,000 images trained on, in bfloat16 autocast.\n\n"
+    head = ["job", "epochs", "5,000 held-out images", "test images", "training images, warped"]
+    named = ", ".join(sorted(commits))
+    return text + markdown(head, rows) + f"\nRecords `admm-lenet-*-bf16-holdout5000`; commits {named}.\n"
 
 
 def _mirror(records: Path, name: str) -> str:
@@ -461,6 +499,17 @@ def fuzz(record: dict[str, Any]) -> str:
     return text
 
 
+@simple("training_memory")
+def training_memory(record: dict[str, Any]) -> str:
+    """Multiples of the model."""
+    config, results = record["config"], record["results"]
+    millions = 9 * config["layers"] * config["width"] ** 2 / 1e6
+    text = f"{millions:.1f} million weights of convolutions; in multiples of the model's bytes, beyond the model, its "
+    text += "gradients and whatever the process held before.\n\n"
+    rows = [[name, *(f"{row[key]:.1f}" for key in ("kept", "attach", "step"))] for name, row in results.items()]
+    return text + markdown(["training", "kept between steps", "most while attaching", "most in a step"], rows)
+
+
 @simple("step_cost")
 def step_cost(record: dict[str, Any]) -> str:
     """Ratios to the plain optimizer."""
@@ -652,7 +701,9 @@ def kq_cifar100(records: Path) -> str:
         last = json.loads(path.read_text(encoding="utf-8"))
         bits = last["results"]["bits"]
         keys = ["full.accuracy", "compressed.recipe.data_free.accuracy", "compressed.recipe.batchnorm.accuracy"]
-        if bits is None:  # trained on as it is; what is compressed afterwards is that network, with no training after it
+        if (
+            bits is None
+        ):  # trained on as it is; what is compressed afterwards is that network, with no training after it
             rows.append(["`none`", "32", number(last, keys[0], 2), "–", "–"])
             alone = (number(last, f"compressed.kq-512.{how}.accuracy", 2) for how in ("data_free", "batchnorm"))
             same = json.loads(found["kq-512"].read_text(encoding="utf-8"))["results"]["bits"]["total"]

@@ -136,7 +136,7 @@ def test_every_table_stands_in_a_page() -> None:
 
 def test_every_record_has_a_table() -> None:
     shown = {"psg_noise", "strength_zero", "warp", "bytes_on_disk", "step_cost", "demo-psg", "admm_quadratic", "fuzz"}
-    shown |= {"demo_times", "slim", "hf_llama", "integer", "onnx_resnet32"}
+    shown |= {"demo_times", "slim", "hf_llama", "integer", "onnx_resnet32", "training_memory"}
     shown |= {"squeezenet", "lenet_bytes", "layer_bytes", "coding_speed", "mask_models"}
     shown |= {
         "md_equalities",
@@ -144,6 +144,7 @@ def test_every_record_has_a_table() -> None:
         "md-digits-scale",
         "md-resnet8",
         "md-resnet8-scale",
+        "md-resnet8-seeds",
         "pairs",
         "combination",
         "psg-gain",
