@@ -146,6 +146,23 @@ def test_what_is_no_mirror_map_is_refused_in_words(how, says) -> None:
         dt.MirrorDescent(map=Broken(how=how))
 
 
+class Plain(Arctan):  # not decorated: a dataclass all the same, by its parent
+    pass
+
+
+class Loose(MirrorMap):
+    def forward(self, a, levels, beta):
+        return SoftmaxMap().forward(a, levels, beta)
+
+
+def test_a_map_that_no_recipe_could_write_is_refused() -> None:
+    check_map(Plain())
+    with pytest.raises(ValueError, match="Loose: a map of one's own must be a frozen dataclass"):
+        dt.MirrorDescent(map=Loose())
+    with pytest.raises(ValueError, match=r"MirrorDescent\(map=Arctan\): must be .* or a MirrorMap: Arctan\(...\), not"):
+        dt.MirrorDescent(map=Arctan)  # type: ignore[arg-type]
+
+
 def test_the_refusals_are_not_of_all() -> None:
     check_map(Broken(how="not at all"))
 

@@ -145,6 +145,8 @@ def test_every_record_has_a_table() -> None:
         "md-resnet8",
         "md-resnet8-scale",
         "md-resnet8-seeds",
+        "md-digits-ternary",
+        "md-digits-ternary-scale",
         "pairs",
         "combination",
         "psg-gain",

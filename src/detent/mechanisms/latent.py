@@ -413,7 +413,9 @@ class MirrorDescent(_Mapped):
         if isinstance(self.map, MirrorMap):
             checked(self.map)
         elif self.map not in (*_NAMED, "relax"):
-            raise ValueError(f'MirrorDescent(map={self.map!r}): must be "tanh", "softmax", "relax" or a MirrorMap')
+            given = self.map.__name__ if isinstance(self.map, type) else repr(self.map)
+            hint = f": {given}(...), not the class" if isinstance(self.map, type) else ""
+            raise ValueError(f'MirrorDescent(map={given}): must be "tanh", "softmax", "relax" or a MirrorMap{hint}')
         if self.form not in ("dual", "primal"):
             raise ValueError(f'MirrorDescent(form={self.form!r}): must be "dual" or "primal"')
         if self.init not in ("weights", "inverse"):

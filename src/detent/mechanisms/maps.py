@@ -6,7 +6,7 @@ import abc
 import functools
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -309,6 +309,11 @@ def check_map(mirror: MirrorMap) -> None:
         ...
         ValueError: Clip() makes no mirror map of (-1.0, 1.0) at beta 0.5: it is not strictly increasing (near a = ...
     """
+    if not is_dataclass(mirror):
+        name = type(mirror).__name__
+        raise ValueError(
+            f"{name}: a map of one's own must be a frozen dataclass, so that recipes can write and compare it"
+        )
     for levels in _SETS:
         try:
             mirror.forward(torch.zeros(3, dtype=torch.float64), torch.tensor(levels, dtype=torch.float64), 1.0)
