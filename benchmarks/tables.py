@@ -232,48 +232,6 @@ def md_equalities(record: dict[str, Any]) -> str:
     return text + markdown(["bits", "weights", "differing", "of these half-way between two levels"], rows)
 
 
-@table("md-digits")
-def md_digits(records: Path) -> str:
-    """Levels without a scale."""
-    return _mirror(records, "md-digits")
-
-
-@table("md-digits-scale")
-def md_digits_scale(records: Path) -> str:
-    """Levels with a scale a tensor."""
-    return _mirror(records, "md-digits-scale")
-
-
-@table("md-resnet8")
-def md_resnet8(records: Path) -> str:
-    """CIFAR-10, levels without a scale."""
-    return _mirror(records, "md-resnet8")
-
-
-@table("md-resnet8-scale")
-def md_resnet8_scale(records: Path) -> str:
-    """CIFAR-10, a scale a tensor."""
-    return _mirror(records, "md-resnet8-scale")
-
-
-@table("md-digits-ternary")
-def md_digits_ternary(records: Path) -> str:
-    """Two maps onto three levels, without a scale."""
-    return _mirror(records, "md-digits-ternary")
-
-
-@table("md-digits-ternary-scale")
-def md_digits_ternary_scale(records: Path) -> str:
-    """Two maps onto three levels, with a scale."""
-    return _mirror(records, "md-digits-ternary-scale")
-
-
-@table("md-resnet8-seeds")
-def md_resnet8_seeds(records: Path) -> str:
-    """CIFAR-10, levels without a scale, two rivals with two seeds."""
-    return _mirror(records, "md-resnet8-seeds")
-
-
 @table("admm-lenet-trials")
 def admm_lenet_trials(records: Path) -> str:
     """Ways that were tried on held-out images, in bfloat16."""
@@ -294,11 +252,8 @@ def admm_lenet_trials(records: Path) -> str:
     return text + markdown(head, rows) + f"\nRecords `admm-lenet-*-bf16-holdout5000`; commits {named}.\n"
 
 
-def _mirror(records: Path, name: str) -> str:
+def mirror(record: dict[str, Any]) -> str:
     """Test accuracy of both lives by rival, and its rate."""
-    record = read(records, name)
-    if record is None:
-        return NOTHING
     keys = ("full.accuracy", "compressed.recipe.data_free.accuracy", "compressed.recipe.batchnorm.accuracy")
     rows = []
     for rival, found in record["results"]["rivals"].items():
@@ -306,7 +261,12 @@ def _mirror(records: Path, name: str) -> str:
         rows.append([f"`{rival}`", f"{found['lr']:g}", *cells])
     text = f"Test accuracy (%) after {record['config']['epochs']} epochs, mean and spread over seeds.\n\n"
     head = ["rival", "learning rate", "full", "compressed", "compressed, BatchNorm re-estimated"]
-    return text + markdown(head, rows) + origin(record, name)
+    return text + markdown(head, rows)
+
+
+_DIGITS = ("md-digits", "md-digits-scale", "md-digits-ternary", "md-digits-ternary-scale")
+for _name in (*_DIGITS, "md-resnet8", "md-resnet8-scale", "md-resnet8-seeds"):
+    simple(_name)(mirror)
 
 
 @simple("warp")
@@ -701,9 +661,7 @@ def kq_cifar100(records: Path) -> str:
         last = json.loads(path.read_text(encoding="utf-8"))
         bits = last["results"]["bits"]
         keys = ["full.accuracy", "compressed.recipe.data_free.accuracy", "compressed.recipe.batchnorm.accuracy"]
-        if (
-            bits is None
-        ):  # trained on as it is; what is compressed afterwards is that network, with no training after it
+        if bits is None:  # trained as it is, and compressed afterwards with no more training
             rows.append(["`none`", "32", number(last, keys[0], 2), "–", "–"])
             alone = (number(last, f"compressed.kq-512.{how}.accuracy", 2) for how in ("data_free", "batchnorm"))
             same = json.loads(found["kq-512"].read_text(encoding="utf-8"))["results"]["bits"]["total"]

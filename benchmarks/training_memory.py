@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,6 +24,7 @@ from torch import nn
 
 import detent as dt
 from benchmarks import recording
+from detent.report.record import process_peak
 
 LAYERS, WIDTH = 16, 256  # 9.4 million weights of 3x3 convolutions
 STEPS = 12
@@ -56,15 +56,13 @@ def rules() -> dict[str, dt.Rule | None]:
     }
 
 
-def held(what: str) -> int:
-    """Bytes of this process: VmRSS now, or VmHWM at most since `forget`."""
-    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-    assert found is not None
-    return 1024 * int(found[1])
+def held() -> int:
+    """Bytes that this process holds now."""
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def forget() -> None:
-    """Count the most from here on."""
+    """Let `process_peak` count from here on."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
@@ -85,18 +83,18 @@ def measure(name: str) -> dict[str, float]:
     step()
     step()
     gc.collect()
-    before = held("VmRSS")
+    before = held()
     forget()
     rule = rules()[name]
     if rule is not None:
         dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=STEPS)
     gc.collect()
-    found = {"attach": held("VmHWM") - before, "kept": 0.0, "step": 0.0}
+    found = {"attach": process_peak() - before, "kept": 0.0, "step": 0.0}
     for _ in range(STEPS):
         forget()
         step()
-        found["step"] = max(found["step"], held("VmHWM") - before)
-        found["kept"] = max(found["kept"], held("VmRSS") - before)
+        found["step"] = max(found["step"], process_peak() - before)
+        found["kept"] = max(found["kept"], held() - before)
     return {key: value / size for key, value in found.items()}
 
 

@@ -131,17 +131,22 @@ class CodebookLearning(Mechanism):
                 for slot in group:
                     index = slot.target.assign(slot.state["original"], slot.params)
                     slot.state["index"] = index.to(torch.int32)
-            first = group[0]
-            # A codebook moves with the gradient of whichever members got one, and all of them with it: left out of the
-            # step, the others would keep a momentum and a count of steps of their own.
-            for slot in group if any(slot.grad is not None for slot in group) else ():
-                slot.grad = slot.fill() if slot.grad is None else slot.grad
-            total = _reduced(group, [slot.grad for slot in group], self.reduce)
+            if any(slot.grad is not None for slot in group):
+                self._tie_gradients(group)
             _tie_moments(group)
-            if (held := first.target.held_codewords(first.params)) is not None:
-                total[held] = 0.0
-            for slot in group:
-                slot.scratch["gradient"] = total
+
+    def _tie_gradients(self, group: list[Slot]) -> None:
+        """Find the gradient of the codewords.
+
+        A codebook moves with the gradient of whichever members got one, and all of them with it: left out of the step,
+        the others would keep a momentum and a count of steps of their own.
+        """
+        grads = [slot.fill() if slot.grad is None else slot.grad for slot in group]
+        total = _reduced(group, grads, self.reduce)
+        if (held := group[0].target.held_codewords(group[0].params)) is not None:
+            total[held] = 0.0
+        for slot, grad in zip(group, grads, strict=True):
+            slot.grad, slot.scratch["gradient"] = grad, total
 
     def before_step(self, slot: Slot, clock: Clock) -> None:
         slot.weight.copy_(_spread(slot, slot.state["codewords"]))
@@ -169,11 +174,10 @@ class CodebookLearning(Mechanism):
             RuntimeError: members of one cluster were moved apart.
         """
         old = group[0].state["codewords"]
-        stepped = [slot for slot in group if slot.grad is not None]  # the others stand where they were
-        if not stepped:
+        if group[0].grad is None:  # then none has one, and all stand where they were
             return old
-        new = _first_members(old, stepped, [slot.weight for slot in stepped])
-        gaps = [_spread(slot, new).sub_(slot.weight).abs_().amax() for slot in stepped]
+        new = _first_members(old, group, [slot.weight for slot in group])
+        gaps = [_spread(slot, new).sub_(slot.weight).abs_().amax() for slot in group]
         apart = float(torch.stack(gaps).amax())
         step, size = float((new - old).abs().amax()), float(new.abs().amax())
         if apart > _UNEQUAL_STEP * step + _UNEQUAL_WEIGHT * torch.finfo(old.dtype).eps * size:
@@ -226,8 +230,8 @@ def _spread(slot: Slot, table: Tensor) -> Tensor:
     return table[slot.state["index"].long()].reshape(slot.weight.shape)
 
 
-def _reduced(group: list[Slot], values: Sequence[Tensor | None], reduce: str) -> Tensor:
-    """Sum or mean over the members of every codeword, where `None` counts as zeros; in float64.
+def _reduced(group: list[Slot], values: Sequence[Tensor], reduce: str) -> Tensor:
+    """Sum or mean over the members of every codeword, in float64.
 
     `index_put_` adds up in a fixed order in float64, on the CPU as on a GPU.
     """
@@ -237,8 +241,7 @@ def _reduced(group: list[Slot], values: Sequence[Tensor | None], reduce: str) ->
     for slot, value in zip(group, values, strict=True):
         index = slot.state["index"].long()
         members += torch.bincount(index, minlength=len(like))
-        if value is not None:
-            total.index_put_((index,), value.double().reshape(len(index), -1), accumulate=True)
+        total.index_put_((index,), value.double().reshape(len(index), -1), accumulate=True)
     return total / members.clamp_min(1)[:, None] if reduce == "mean" else total
 
 

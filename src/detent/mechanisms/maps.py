@@ -290,7 +290,7 @@ def check_map(mirror: MirrorMap) -> None:
 
     Strictly increasing, onto the open range of the levels, with an inverse and a derivative that are its own; hardening
     to the nearest level as beta grows; finite for beta up to 1e35 and latents up to 1e30; the same for levels given
-    for each row.
+    for each row. And that it is a dataclass, and takes more than two levels.
 
     Args:
         mirror: the map.

@@ -197,9 +197,9 @@ class TopK(Sparse):
         for w in weights:
             check_finite(w)
         sizes = [w.numel() for w in weights]
-        wide = [torch.float64 if self.share == "lamp" else compute_dtype(w.dtype) for w in weights]
+        double = self.share == "lamp" or any(w.dtype == torch.float64 for w in weights)
         # One tensor's scores at a time: all of them beside what they are put together in would be another whole model.
-        flat = torch.empty(sum(sizes), dtype=max(wide, key=lambda dtype: dtype.itemsize), device=weights[0].device)
+        flat = torch.empty(sum(sizes), dtype=torch.float64 if double else torch.float32, device=weights[0].device)
         for w, part in zip(weights, flat.split(sizes), strict=True):
             part.copy_(self._score(w.detach().reshape(-1)))
         kept = _largest(flat, self._count(weights, previous))
