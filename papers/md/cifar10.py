@@ -161,6 +161,9 @@ def main(
     precision: Annotated[
         str, typer.Option(help="fp32, or bf16 (autocast) where the CPU has AMX or AVX512-BF16")
     ] = "fp32",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="train through torch.compile, which takes a C++ compiler")
+    ] = False,
     record_as: Annotated[str | None, typer.Option(help="write benchmarks/records/NAME.json")] = None,
     resume: Annotated[bool, typer.Option("--resume")] = False,
 ) -> None:
@@ -181,6 +184,7 @@ def main(
         raise typer.BadParameter(f"--precision {precision}: must be fp32 or bf16")
     epochs = epochs or (PAPER_EPOCHS if paper else 100)
     kinds: dict[str, Any] = {"scale": scale, "threads": threads, "paper": paper, "precision": precision}
+    kinds["compile"] = compiled
     if max_steps is not None:
         kinds["extra"] = {"max_steps": max_steps}
     if threads is not None:
@@ -188,7 +192,7 @@ def main(
     results: dict[str, Any] = {}
     config = {"model": model, "epochs": epochs, "rates": rates, "tuned": tune, "scale": scale, "max_steps": max_steps}
     length, kept = tune_epochs or epochs, 300 if model == "digits" else HOLDOUT
-    config |= {"tune_epochs": length if tune else None, "paper": paper, "precision": precision}
+    config |= {"tune_epochs": length if tune else None, "paper": paper, "precision": precision, "compile": compiled}
     record = Record(
         name=record_as or f"md-{model}",
         question="With one bit in every layer, which of mirror descent's family keeps the most accuracy?",
