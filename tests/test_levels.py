@@ -471,13 +471,14 @@ def test_a_fit_takes_a_few_copies_of_the_weights(target: str, shape: tuple[int, 
 
     Half precision is sorted as float32, which is two copies, and the pieces in float64 weigh twice as much beside it.
     """
-    most = 6.5 if "Sparse" in target else 4.0 if dtype == torch.float32 else 5.0
+    most = 6.5 if "Sparse" in target else 5.0
     code = (
         "import torch, detent as dt\n"
         # Not ru_maxrss: a new process starts with that of the one that made it, and pytest's hid any growth.
         "peak = lambda: 1024 * int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
         f"target = {target}\n"
-        f"target.fit(torch.randn({(10, *shape[1:]) if len(shape) > 1 else (100_000,)}))\n"
+        # A tenth of the weights first, for the buffers that the matrix products keep for pieces of this size.
+        f"target.fit(torch.randn({(shape[0] // 10, *shape[1:])}))\n"
         f"w = torch.empty({shape}, dtype={dtype}).normal_()\n"
         "before = peak()\n"
         "target.fit(w)\n"
@@ -489,6 +490,13 @@ def test_a_fit_takes_a_few_copies_of_the_weights(target: str, shape: tuple[int, 
         capture_output=True,
         text=True,
         check=True,
-        env={"PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1", "PATH": ""},
+        # The C library keeps freed blocks for later, as many as it likes: 2.7 copies here were 4.4 on another machine.
+        env={
+            "PYTHONPATH": str(root / "src"),
+            "OMP_NUM_THREADS": "1",
+            "PATH": "",
+            "MALLOC_MMAP_THRESHOLD_": str(1 << 22),
+            "MALLOC_TRIM_THRESHOLD_": str(1 << 22),
+        },
     )
     assert float(done.stdout) < most
