@@ -245,6 +245,9 @@ def test_too_few_kernels_reduce_the_codebook(units: int, size: int) -> None:
     if units < 128:
         with pytest.raises(ValueError, match=f"at least 128 units to choose from, there are {units}"):
             together.fit(w)
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, units, 3, bias=False))
+    (row,) = dt.Recipe([dt.Rule(match="weight", target=dt.KernelCodebook(size=32))]).resolve(model).rows()
+    assert row["note"] == ("" if units >= 128 else f"{size} codewords for its {units} units")
 
 
 def test_nothing_but_kernels_is_taken() -> None:

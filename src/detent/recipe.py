@@ -583,7 +583,8 @@ class Plan:
         rows = []
         for stage, claim in self._shown():
             rule = self.rule_of(claim) if claim.claimed else None
-            tied = f"tied: {', '.join(claim.aliases)}" if claim.aliases else ""
+            remark = rule.target.remark(claim.layout) if rule and rule.target else None
+            tied = f"tied: {', '.join(claim.aliases)}" if claim.aliases else None
             rows.append(
                 {
                     **({"stage": stage} if self.recipe.stages else {}),
@@ -591,7 +592,7 @@ class Plan:
                     "shape": claim.layout.shape,
                     "becomes": short(rule.target) if rule else "full precision",
                     "mechanism": short(rule.mechanism) if rule and rule.mechanism else "",
-                    "note": "; ".join(part for part in (claim.reason, tied) if part),
+                    "note": "; ".join(part for part in (claim.reason, remark, tied) if part),
                 }
             )
         return rows

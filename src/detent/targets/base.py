@@ -162,6 +162,10 @@ class Target(abc.ABC):
             return f"{type(self).__name__} needs at least one weight, this one has shape {tuple(shape)}"
         return None
 
+    def remark(self, layout: Layout) -> str | None:
+        """What a tensor that is accepted gets instead of what the target's own fields say, for the plan; or `None`."""
+        return None
+
     @abc.abstractmethod
     def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
         """Find the params of a whole tensor.

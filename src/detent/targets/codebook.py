@@ -97,6 +97,12 @@ class _Codebook(Target):
             return self._too_few(math.prod(shape) // self._length(shape))
         return reason
 
+    def remark(self, layout: Layout) -> str | None:
+        units = math.prod(layout.shape) // self._length(layout.shape)
+        if self.book == "global" or self._codewords(units) == self.size:  # a shared book counts the units of all
+            return None
+        return f"{self._codewords(units)} codewords for its {units} units"
+
     def _too_few(self, units: int) -> str | None:
         if units >= _FEWEST * self.size:
             return None
