@@ -106,6 +106,7 @@ def main(
     if only is not None:
         print(json.dumps(measure(only)))
         return
+    torch.set_num_threads(1)  # as in the processes that are measured: the record tells the threads of this one
     with recording(
         "training_memory",
         question="How much memory does training towards a target need beside plain training?",

@@ -370,7 +370,10 @@ def test_periodic_rate() -> None:
         (lambda: dt.periodic_rate(_sgd(), 5, until=-1, total=9), "until=-1): must be a whole number >= 0"),
         (lambda: dt.periodic_rate(_sgd(), 5, total=0), "total=0): must be a whole number >= 1"),
         (lambda: dt.periodic_rate(_sgd(), dt.Recipe.preset("admm-prune-10x")), "needs total="),
-        (lambda: dt.periodic_rate(_sgd(), _two_masks(), total=10), "map at different steps ([2, 8])"),
+        (lambda: dt.periodic_rate(_sgd(), _masks(None, 2, 8), total=10), "map at different steps ([2, 8])"),
+        (lambda: dt.periodic_rate(_sgd(), _masks(dt.ADMM(), 2, 8), total=10), "map at different steps ([2, 8])"),
+        (lambda: dt.periodic_rate(_sgd(), _masks(dt.ADMM(every=1, until=5), 0, 8), total=10), "maps at step 8 of its"),
+        (lambda: dt.periodic_rate(_sgd(), _masks(dt.ADMM(every=1, until=None), 8), total=10), "maps at step 8 of its"),
         (lambda: dt.periodic_rate(_sgd(), 5, retrain=0.0), "periodic_rate(retrain=0.0)"),
         (lambda: dt.periodic_rate(_sgd(), 5, floor=2.0), "periodic_rate(floor=2.0)"),
         (lambda: dt.ADMM(balance=True, growth=1.0), "balancing moves rho by growth"),
@@ -389,10 +392,17 @@ def _sgd() -> torch.optim.SGD:
     return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
 
 
-def _two_masks() -> dt.Recipe:
-    return dt.Recipe(
-        [dt.Rule(match=m, target=dt.TopK(keep=5), mechanism=dt.Masked(start=s)) for m, s in (("a", 2), ("b", 8))]
-    )
+def _masks(admm: dt.ADMM | None, *starts: int) -> dt.Recipe:
+    pulls: list[dt.Mechanism] = [dt.Masked(start=start) for start in starts] + ([admm] if admm else [])
+    return dt.Recipe([dt.Rule(match=f"m{i}", target=dt.TopK(keep=5), mechanism=pull) for i, pull in enumerate(pulls)])
+
+
+def test_masks_that_map_with_admm_or_were_there_before_change_no_rate() -> None:
+    admm = dt.ADMM(every=2, until=6)
+    seen = [
+        dt.periodic_rate(_sgd(), _masks(admm, *starts), total=10).lr_lambdas[0] for starts in ((), (0,), (0, 6), (6, 6))
+    ]
+    assert all([rate(at) for at in range(11)] == [seen[0](at) for at in range(11)] for rate in seen)
 
 
 def _rule(target: dt.Target, mechanism: dt.Mechanism) -> dt.Rule:

@@ -248,6 +248,16 @@ def test_too_few_kernels_reduce_the_codebook(units: int, size: int) -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(1, units, 3, bias=False))
     (row,) = dt.Recipe([dt.Rule(match="weight", target=dt.KernelCodebook(size=32))]).resolve(model).rows()
     assert row["note"] == ("" if units >= 128 else f"{size} codewords for its {units} units")
+    shared = dt.Recipe([dt.Rule(match="weight", target=dt.KernelCodebook(size=32, book="global"))])
+    (row,) = shared.resolve(model).rows()
+    assert row["note"] == ("" if units >= 128 else f"{size} codewords for all {units} units of 3x3")
+    model = torch.nn.Sequential(*model, torch.nn.Conv2d(1, 128, 3, bias=False), torch.nn.Conv2d(1, 8, 5, bias=False))
+    rows = shared.resolve(model).rows()
+    assert [row["note"] for row in rows] == ["", "", "2 codewords for all 8 units of 5x5"]
+    assert (
+        len(shared.rules[0].target.fit_model([model[2].weight], [dt.Layout(shape=(8, 1, 5, 5))], [None])[0]["book"])
+        == 2
+    )
 
 
 def test_nothing_but_kernels_is_taken() -> None:

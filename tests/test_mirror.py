@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -146,19 +146,36 @@ def test_what_is_no_mirror_map_is_refused_in_words(how, says) -> None:
         dt.MirrorDescent(map=Broken(how=how))
 
 
-class Plain(Arctan):  # not decorated: a dataclass all the same, by its parent
-    pass
-
-
 class Loose(MirrorMap):
     def forward(self, a, levels, beta):
         return SoftmaxMap().forward(a, levels, beta)
 
 
-def test_a_map_that_no_recipe_could_write_is_refused() -> None:
-    check_map(Plain())
-    with pytest.raises(ValueError, match="Loose: a map of one's own must be a frozen dataclass"):
-        dt.MirrorDescent(map=Loose())
+class Plain(Arctan):  # a dataclass by its parent only, which knows nothing of `k`: all are equal, and written alike
+    def __init__(self, k: int) -> None:
+        object.__setattr__(self, "k", k)
+
+
+@dataclass
+class Thawed(Loose):
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed(Loose):
+    some: list[int] = field(default_factory=list)
+
+
+@pytest.mark.parametrize("mirror", [Loose(), Plain(1), Thawed()])
+def test_a_map_that_no_recipe_could_write_is_refused(mirror: MirrorMap) -> None:
+    for refuses in (check_map, lambda mirror: dt.MirrorDescent(map=mirror)):
+        with pytest.raises(ValueError, match=f"{type(mirror).__name__}: a map of one's own must be a frozen dataclass"):
+            refuses(mirror)
+
+
+def test_a_map_with_fields_that_cannot_be_compared_or_no_map_is_refused() -> None:
+    with pytest.raises(ValueError, match="Listed: the fields of a map must be numbers"):
+        dt.MirrorDescent(map=Listed())
     with pytest.raises(ValueError, match=r"MirrorDescent\(map=Arctan\): must be .* or a MirrorMap: Arctan\(...\), not"):
         dt.MirrorDescent(map=Arctan)  # type: ignore[arg-type]
 

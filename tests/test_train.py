@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -396,7 +397,21 @@ def test_environment_states_commit_and_versions(tmp_path: Path) -> None:
     assert here["versions"]["torch"] == torch.__version__
     assert here["hardware"]["cores"] >= 1
     outside = environment(tmp_path)
-    assert (outside["commit"], outside["dirty"]) == (None, None)
+    assert (outside["commit"], outside["dirty"], outside["dirty_files"]) == (None, None, None)
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e"]
+    (tmp_path / "a.txt").write_text("1")
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "m"]):
+        subprocess.run([*git, *arguments], cwd=tmp_path, check=True)
+    clean = environment(tmp_path)
+    assert (len(clean["commit"]), clean["dirty"], clean["dirty_files"]) == (40, False, [])
+    (tmp_path / "a.txt").write_text("2")
+    (tmp_path / "b.txt").write_text("new")
+    changed = environment(tmp_path)
+    assert (changed["commit"], changed["dirty"]) == (clean["commit"], True)
+    assert changed["dirty_files"] == ["a.txt", "b.txt"]
+    (tmp_path / "b.txt").unlink()
+    (tmp_path / "a.txt").write_text("1")
+    assert not environment(tmp_path)["dirty"]
     write_record(tmp_path / "r.json", name="n", question="q", command="c", seeds=[], config={}, results={})
 
 

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RECORDS = ROOT / "benchmarks" / "records"
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 HOLDOUT = 5000
+QUESTION = "With one bit or a trit in every layer, which of mirror descent's family keeps the most accuracy?"
 # The last tenth of training sees the levels themselves, so that BatchNorm and what is left of the rate settle on them.
 HARD = {"beta": {"kind": "Exponential", "first": 1.0, "last": 1e4, "end": 0.9}, "hard_start": 0.9}
 
@@ -122,7 +123,7 @@ def experiment(
     return Experiment.model_validate(
         {
             "name": f"md-{model}-{rival}",
-            "question": "With one bit in every layer, which of mirror descent's family keeps the most accuracy?",
+            "question": QUESTION,
             "model": "papers.md.cifar10:network",
             "model_args": {"name": model},
             "data": images | {"holdout": holdout},
@@ -195,7 +196,7 @@ def main(
     config |= {"tune_epochs": length if tune else None, "paper": paper, "precision": precision, "compile": compiled}
     record = Record(
         name=record_as or f"md-{model}",
-        question="With one bit in every layer, which of mirror descent's family keeps the most accuracy?",
+        question=QUESTION,
         seeds=seeds,
         config=config,
         notes="Every tensor, biases included, on the levels; affine-free BatchNorm; last epoch; learning rates chosen "

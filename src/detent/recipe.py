@@ -580,10 +580,10 @@ class Plan:
 
     def rows(self) -> list[dict[str, Any]]:
         """The plan as plain data, one entry a parameter."""
-        rows = []
+        rows, remarks = [], self._remarks()
         for stage, claim in self._shown():
             rule = self.rule_of(claim) if claim.claimed else None
-            remark = rule.target.remark(claim.layout) if rule and rule.target else None
+            remark = remarks.get((claim.rule, claim.name))
             tied = f"tied: {', '.join(claim.aliases)}" if claim.aliases else None
             rows.append(
                 {
@@ -596,6 +596,20 @@ class Plan:
                 }
             )
         return rows
+
+    def _remarks(self) -> dict[tuple[int | None, str], str | None]:
+        """What targets say of their tensors, by rule and name."""
+        members: dict[int | None, list[Claim]] = {}
+        for _, claim in self._shown():
+            if claim.claimed:
+                members.setdefault(claim.rule, []).append(claim)
+        found = {}
+        for rule, claims in members.items():
+            target = self.rule_of(claims[0]).target
+            if target is not None:
+                said = target.remarks([claim.layout for claim in claims])
+                found |= {(rule, claim.name): remark for claim, remark in zip(claims, said, strict=True)}
+        return found
 
     def _shown(self) -> Iterator[tuple[str, Claim]]:
         """What every stage claims, then what none does; without stages simply every claim."""

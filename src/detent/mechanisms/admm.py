@@ -438,7 +438,8 @@ def periodic_rate(
         optimizer: the optimizer, with its base learning rates.
         every: steps of a period, >= 1: what `ADMM(every=...)` says. Or the recipe: then period and mapping are those of
             each of its stages, whose retraining ends with it. `Masked` maps at its `start`; a stage that maps nothing
-            has one cosine. All ADMM rules of a stage must update at the same steps.
+            has one cosine. All ADMM rules of a stage must update at the same steps, and `Masked` rules beside them map
+            with them or at 0.
         until: step of the masked mapping, or `None` for periods to the end; not with a recipe.
         total: steps in the whole training, or `None`; needed with a recipe.
         milestones: fractions of a period in (0, 1) at which the rate is multiplied by `gamma`.
@@ -536,7 +537,9 @@ def _parts_of(recipe: _Staged, total: int | None, retrain: float) -> list[_Part]
                     f"{rule.fit_until}, and a rate that goes on in periods waits for them; leave fit_until out"
                 )
         mapped = sorted({step_at(each.start, end - first, "Masked.start") for each in masks})
-        if len(mapped) > 1 and not pulls:
+        # Beside ADMM a mask that holds from the start on is no mapping of this stage.
+        mapped = [at for at in mapped if at > 0] if pulls else mapped
+        if len(mapped) > 1:
             raise ValueError(
                 f"periodic_rate: Masked rules of one stage map at different steps ({mapped}), and there is "
                 "one learning rate; give them the same start"
@@ -546,6 +549,11 @@ def _parts_of(recipe: _Staged, total: int | None, retrain: float) -> list[_Part]
             raise ValueError(
                 f"periodic_rate: two ADMM rules of one stage update at different steps ({_said(pulls[0])}; "
                 f"{_said(other)}), and there is one learning rate; give them the same start, every and until"
+            )
+        if pulls and mapped and mapped != [pulls[0].until]:
+            raise ValueError(
+                f"periodic_rate: a Masked rule maps at step {mapped[0]} of its stage, ADMM updates {_said(pulls[0])}, "
+                "and there is one learning rate; give Masked the start that ADMM has for its until, or 0"
             )
         if pulls:
             periods = pulls[0]

@@ -6,7 +6,7 @@ import abc
 import functools
 import itertools
 import math
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -290,7 +290,7 @@ def check_map(mirror: MirrorMap) -> None:
 
     Strictly increasing, onto the open range of the levels, with an inverse and a derivative that are its own; hardening
     to the nearest level as beta grows; finite for beta up to 1e35 and latents up to 1e30; the same for levels given
-    for each row. And that it is a dataclass, and takes more than two levels.
+    for each row. And that it is a frozen dataclass, and takes more than two levels.
 
     Args:
         mirror: the map.
@@ -309,11 +309,7 @@ def check_map(mirror: MirrorMap) -> None:
         ...
         ValueError: Clip() makes no mirror map of (-1.0, 1.0) at beta 0.5: it is not strictly increasing (near a = ...
     """
-    if not is_dataclass(mirror):
-        name = type(mirror).__name__
-        raise ValueError(
-            f"{name}: a map of one's own must be a frozen dataclass, so that recipes can write and compare it"
-        )
+    _refuse_unwritable(mirror)
     for levels in _SETS:
         try:
             mirror.forward(torch.zeros(3, dtype=torch.float64), torch.tensor(levels, dtype=torch.float64), 1.0)
@@ -389,12 +385,31 @@ def _at_the_limit(mirror: MirrorMap, levels: Tensor) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=64)
+def _refuse_unwritable(mirror: MirrorMap) -> None:
+    """Recipes write, compare and hash a map by its fields, which a class has only if it is decorated itself."""
+    name = type(mirror).__name__
+    made = vars(type(mirror)).get("__dataclass_params__")
+    if made is None or not made.frozen:
+        raise ValueError(
+            f"{name}: a map of one's own must be a frozen dataclass, so that recipes can write and compare it"
+        )
+    try:
+        hash(mirror)
+    except TypeError as error:
+        raise ValueError(f"{name}: the fields of a map must be numbers, words or tuples of them: {error}") from error
+
+
 def checked(mirror: MirrorMap) -> MirrorMap:
     """The map itself, its conditions checked once.
 
     Raises:
         ValueError: as `check_map`.
     """
+    _refuse_unwritable(mirror)  # before it is looked up: by fields that it does not have, all of its class are equal
+    return _checked(mirror)
+
+
+@functools.lru_cache(maxsize=64)
+def _checked(mirror: MirrorMap) -> MirrorMap:
     check_map(mirror)
     return mirror

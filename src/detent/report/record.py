@@ -33,11 +33,12 @@ def environment(repository: str | os.PathLike[str] | None = None) -> dict[str, A
         repository: folder whose git commit is stated; None for the current folder.
 
     Returns:
-        A dict ready for JSON: ``commit`` (None outside git), ``dirty``, ``date`` (UTC), ``hardware``, ``versions``.
+        A dict ready for JSON: ``commit`` (None outside git), ``dirty`` and ``dirty_files`` (what differs from the
+        commit), ``date`` (UTC), ``hardware``, ``versions``.
 
     Example:
         >>> sorted(environment())
-        ['commit', 'date', 'dirty', 'hardware', 'versions']
+        ['commit', 'date', 'dirty', 'dirty_files', 'hardware', 'versions']
     """
     commit = _git(repository, "rev-parse", "HEAD")
     status = _git(repository, "status", "--porcelain")
@@ -48,6 +49,7 @@ def environment(repository: str | os.PathLike[str] | None = None) -> dict[str, A
     return {
         "commit": commit,
         "dirty": None if status is None else bool(status),
+        "dirty_files": None if status is None else sorted(line[3:] for line in status.splitlines()),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "hardware": _hardware(),
         "versions": versions,
@@ -218,7 +220,7 @@ def _git(repository: str | os.PathLike[str] | None, *arguments: str) -> str | No
         done = subprocess.run(["git", *arguments], cwd=repository, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.rstrip() if done.returncode == 0 else None  # a line of `git status` may begin with a space
 
 
 def _hardware() -> dict[str, Any]:

@@ -162,9 +162,9 @@ class Target(abc.ABC):
             return f"{type(self).__name__} needs at least one weight, this one has shape {tuple(shape)}"
         return None
 
-    def remark(self, layout: Layout) -> str | None:
-        """What a tensor that is accepted gets instead of what the target's own fields say, for the plan; or `None`."""
-        return None
+    def remarks(self, layouts: Sequence[Layout]) -> list[str | None]:
+        """What each tensor of a rule gets instead of what the target's own fields say, for the plan; mostly `None`."""
+        return [None] * len(layouts)
 
     @abc.abstractmethod
     def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:

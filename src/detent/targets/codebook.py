@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -97,11 +98,19 @@ class _Codebook(Target):
             return self._too_few(math.prod(shape) // self._length(shape))
         return reason
 
-    def remark(self, layout: Layout) -> str | None:
-        units = math.prod(layout.shape) // self._length(layout.shape)
-        if self.book == "global" or self._codewords(units) == self.size:  # a shared book counts the units of all
-            return None
-        return f"{self._codewords(units)} codewords for its {units} units"
+    def remarks(self, layouts: Sequence[Layout]) -> list[str | None]:
+        own = [math.prod(layout.shape) // self._length(layout.shape) for layout in layouts]
+        if self.book == "layer":
+            return [self._remark(units, f"its {units} units") for units in own]
+        kinds = [self._kind(layout.shape) for layout in layouts]
+        units: Counter[str] = Counter()
+        for kind, each in zip(kinds, own, strict=True):
+            units[kind] += each
+        return [self._remark(units[kind], f"all {units[kind]} units of {kind}") for kind in kinds]
+
+    def _remark(self, units: int, whose: str) -> str | None:
+        codewords = self._codewords(units)
+        return None if codewords == self.size else f"{codewords} codewords for {whose}"
 
     def _too_few(self, units: int) -> str | None:
         if units >= _FEWEST * self.size:
