@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import detent as dt
 from detent.batchnorm import statistics_of
 from detent.data import Batches, ImageSet, count_images, digits, load_images, split_holdout, stream_images
-from detent.report.record import Record, summarise
+from detent.report.record import Record, environment, process_peak, summarise
 from papers import models
 
 __all__ = [
@@ -747,6 +747,8 @@ class Trainer:
             "seed": self.seed,
             "steps": self.step,
             "train_seconds": self.seconds,
+            "peak_memory_bytes": process_peak(),
+            "commit": environment()["commit"],
             "test": test,
             "history": self.history,
         }

@@ -166,6 +166,7 @@ def main(
         bool, typer.Option("--compile", help="train through torch.compile, which takes a C++ compiler")
     ] = False,
     record_as: Annotated[str | None, typer.Option(help="write benchmarks/records/NAME.json")] = None,
+    note: Annotated[str, typer.Option(help="a caveat for the record")] = "",
     resume: Annotated[bool, typer.Option("--resume")] = False,
 ) -> None:
     """Trains the rivals one after another and writes one record."""
@@ -194,14 +195,17 @@ def main(
     config = {"model": model, "epochs": epochs, "rates": rates, "tuned": tune, "scale": scale, "max_steps": max_steps}
     length, kept = tune_epochs or epochs, 300 if model == "digits" else HOLDOUT
     config |= {"tune_epochs": length if tune else None, "paper": paper, "precision": precision, "compile": compiled}
+    rule = "the same learning rate for every rival, not searched"
+    if tune:
+        rule = "learning rates chosen on held-out training images, by a seed of their own, the same tried for each"
     record = Record(
         name=record_as or f"md-{model}",
         question=QUESTION,
         seeds=seeds,
         config=config,
-        notes="Every tensor, biases included, on the levels; affine-free BatchNorm; last epoch; learning rates chosen "
-        "on held-out training images with one seed of their own, the same rates tried for every rival.",
+        notes=f"All tensors, biases included, on the levels; affine-free BatchNorm; last epoch; {rule}. {note}".rstrip(),
     )
+    every: list[dict[str, Any]] = []
     with record:
         for name in names:
             folder = out / model / ("scaled" if scale else "unscaled") / name
@@ -212,9 +216,25 @@ def main(
                 tried = {lr: lives.get("compressed", lives["full"]) for lr, lives in found.items()}
             plan = experiment(name, model, epochs, rate, seeds, holdout=HOLDOUT if paper else 0, **kinds)
             runs = [one_seed(plan, n, folder / f"seed{n}", data_dir, folder, resume, console) for n in seeds]
+            every += runs
             results[name] = {"lr": rate, "held_out": tried, "summary": summary(runs)}
             console.print(f"{name}: lr {rate:g}, {_line(results[name]['summary'])}")
+    if resume:  # what was finished before took no time now
+        _cost(record, every)
     record.write(RECORDS / f"{record_as}.json" if record_as else out / model / "record.json", {"rivals": results})
+
+
+def _cost(record: Record, runs: list[dict[str, Any]]) -> None:
+    """Seconds and peak memory as the runs tell them."""
+    record.seconds = sum(run["train_seconds"] for run in runs)
+    record.notes += " Seconds are those of the trainings alone, without trials and tests."
+    peaks = [run["peak_memory_bytes"] for run in runs if "peak_memory_bytes" in run]
+    record.peak_memory = {"process": max(peaks)} if len(peaks) == len(runs) else {}
+    if not record.peak_memory:
+        record.notes += " Peak memory was not measured."
+    commits = sorted({run["commit"] for run in runs if run.get("commit")})
+    if commits:
+        record.notes += f" Trained at commit {', '.join(commits)}."
 
 
 def _line(found: Any) -> str:
