@@ -259,13 +259,14 @@ def mirror(record: dict[str, Any]) -> str:
     for rival, found in record["results"]["rivals"].items():
         cells = [spread(found["summary"][key], 2) if key in found["summary"] else "–" for key in keys]
         rows.append([f"`{rival}`", f"{found['lr']:g}", *cells])
-    text = f"Test accuracy (%) after {record['config']['epochs']} epochs, mean and spread over seeds.\n\n"
+    epochs = record["config"]["epochs"]
+    text = f"Test accuracy (%) after {epochs} epoch{'s' * (epochs > 1)}, mean and spread over seeds.\n\n"
     head = ["rival", "learning rate", "full", "compressed", "compressed, BatchNorm re-estimated"]
     return text + markdown(head, rows)
 
 
 _DIGITS = ("md-digits", "md-digits-scale", "md-digits-ternary", "md-digits-ternary-scale")
-for _name in (*_DIGITS, "md-resnet8", "md-resnet8-scale", "md-resnet8-seeds"):
+for _name in (*_DIGITS, "md-resnet8", "md-resnet8-scale", "md-resnet8-seeds", "md-resnet18"):
     simple(_name)(mirror)
 
 

@@ -142,6 +142,7 @@ def test_every_record_has_a_table() -> None:
         "md_equalities",
         "md-digits",
         "md-digits-scale",
+        "md-resnet18",
         "md-resnet8",
         "md-resnet8-scale",
         "md-resnet8-seeds",

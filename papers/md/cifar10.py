@@ -203,7 +203,7 @@ def main(
         question=QUESTION,
         seeds=seeds,
         config=config,
-        notes=f"All tensors, biases included, on the levels; affine-free BatchNorm; last epoch; {rule}. {note}".rstrip(),
+        notes=f"All tensors, biases too, on the levels; affine-free BatchNorm; last epoch; {rule}. {note}".rstrip(),
     )
     every: list[dict[str, Any]] = []
     with record:
