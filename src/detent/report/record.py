@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import resource
 import statistics
 import subprocess
@@ -104,7 +105,7 @@ class Record:
         notes: str = "",
     ) -> None:
         self.name, self.question, self.notes = name, question, notes
-        self.command = " ".join(sys.orig_argv) if command is None else command
+        self.command = shlex.join(sys.orig_argv) if command is None else command
         self.seeds, self.config = list(seeds), dict(config or {})
         self.seconds = 0.0
         self.peak_memory: dict[str, int] = {}
