@@ -9,8 +9,8 @@ import json
 import math
 import os
 import platform
-import shlex
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
