@@ -266,7 +266,7 @@ def mirror(record: dict[str, Any]) -> str:
 
 
 _DIGITS = ("md-digits", "md-digits-scale", "md-digits-ternary", "md-digits-ternary-scale")
-for _name in (*_DIGITS, "md-resnet8", "md-resnet8-scale", "md-resnet8-seeds", "md-resnet18"):
+for _name in (*_DIGITS, "md-resnet8", "md-resnet8-scale", "md-resnet8-seeds", "md-resnet8-long", "md-resnet18"):
     simple(_name)(mirror)
 
 

@@ -144,6 +144,7 @@ def test_every_record_has_a_table() -> None:
         "md-digits-scale",
         "md-resnet18",
         "md-resnet8",
+        "md-resnet8-long",
         "md-resnet8-scale",
         "md-resnet8-seeds",
         "md-digits-ternary",
