@@ -393,7 +393,7 @@ def _sgd() -> torch.optim.SGD:
 
 
 def _masks(admm: dt.ADMM | None, *starts: int) -> dt.Recipe:
-    pulls: list[dt.Mechanism] = [dt.Masked(start=start) for start in starts] + ([admm] if admm else [])
+    pulls: list[dt.Mechanism] = [*(dt.Masked(start=start) for start in starts), *([admm] if admm else [])]
     return dt.Recipe([dt.Rule(match=f"m{i}", target=dt.TopK(keep=5), mechanism=pull) for i, pull in enumerate(pulls)])
 
 
