@@ -600,13 +600,11 @@ class Plan:
     def _remarks(self) -> dict[tuple[int | None, str], str | None]:
         """What targets say of their tensors, by rule and name."""
         members: dict[int | None, list[Claim]] = {}
-        for _, claim in self._shown():
-            if claim.claimed:
-                members.setdefault(claim.rule, []).append(claim)
+        for claim in (claim for _, claim in self._shown() if claim.claimed):
+            members.setdefault(claim.rule, []).append(claim)
         found = {}
         for rule, claims in members.items():
-            target = self.rule_of(claims[0]).target
-            if target is not None:
+            if target := self.rule_of(claims[0]).target:
                 said = target.remarks([claim.layout for claim in claims])
                 found |= {(rule, claim.name): remark for claim, remark in zip(claims, said, strict=True)}
         return found
