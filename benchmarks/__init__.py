@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,7 +46,8 @@ def recording(
     script = name.replace("-", "_")
     command = shlex.join(["python", "-m", f"benchmarks.{script}", *sys.argv[1:]])
     before, load = environment(ROOT), os.getloadavg()[0]
-    changed = _changed_files()
+    changed = before["dirty_files"]
+    assert changed is not None, "records are made in a git checkout"
     results: dict[str, Any] = {}
     record = Record(name=name, question=question, command=command, seeds=seeds, config=config, notes=notes)
     with record:
@@ -59,9 +59,3 @@ def recording(
     where = {"commit": before["commit"], "dirty": bool(dirty), "dirty_files": dirty}
     written["environment"] |= where | {"load_average": [load, os.getloadavg()[0]]}
     path.write_text(json.dumps(written, indent=1, sort_keys=True, allow_nan=False) + "\n")
-
-
-def _changed_files() -> list[str]:
-    command = ["git", "status", "--porcelain", "--untracked-files=all"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return sorted(line[3:] for line in done.stdout.splitlines())

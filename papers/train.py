@@ -46,6 +46,7 @@ __all__ = [
     "load_experiment",
     "load_recipe",
     "one_seed",
+    "peak_memory",
     "summary",
 ]
 
@@ -775,6 +776,13 @@ def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 continue  # there to be looked at seed by seed
             gathered.setdefault(".".join(path), []).append(value)
     return {key: summarise(values) for key, values in gathered.items()}
+
+
+def peak_memory(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The largest of the seeds; nothing where one of them is from before it was measured."""
+    if any("peak_memory_bytes" not in r for r in results):
+        return {}
+    return {"peak_memory_bytes": {"process": max(r["peak_memory_bytes"] for r in results)}}
 
 
 def main(

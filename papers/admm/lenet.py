@@ -28,7 +28,7 @@ from torch import Tensor
 import detent as dt
 from benchmarks import RECORDS
 from detent.report.record import process_peak, summarise, write_record
-from papers.train import Experiment, Trainer, finished
+from papers.train import Experiment, Trainer, finished, peak_memory
 
 WEIGHTS = 430_500
 PUBLISHED = {"conv1": 100, "conv2": 2_000, "fc1": 3_600, "fc2": 350}  # 80 / 92 / 99.1 / 93 % pruned: 71.2x
@@ -451,13 +451,6 @@ def record(name: str, options: Options, folder: Path, command: str) -> Path | No
         cost={"seconds": sum(r["train_seconds"] for r in results)} | peak_memory(results),
     )
     return folder / f"{stem}.json"
-
-
-def peak_memory(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The largest of the seeds; nothing where one of them is from before it was measured."""
-    if any("peak_memory_bytes" not in r for r in results):
-        return {}
-    return {"peak_memory_bytes": {"process": max(r["peak_memory_bytes"] for r in results)}}
 
 
 def main(

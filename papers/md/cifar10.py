@@ -24,7 +24,7 @@ from torch import nn
 
 from detent.report.record import Record
 from papers import models
-from papers.train import Experiment, one_seed, summary
+from papers.train import Experiment, one_seed, peak_memory, summary
 from papers.tune import chosen
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -185,8 +185,13 @@ def main(
     if precision not in ("fp32", "bf16"):
         raise typer.BadParameter(f"--precision {precision}: must be fp32 or bf16")
     epochs = epochs or (PAPER_EPOCHS if paper else 100)
-    kinds: dict[str, Any] = {"scale": scale, "threads": threads, "paper": paper, "precision": precision}
-    kinds["compile"] = compiled
+    kinds: dict[str, Any] = {
+        "scale": scale,
+        "threads": threads,
+        "paper": paper,
+        "precision": precision,
+        "compile": compiled,
+    }
     if max_steps is not None:
         kinds["extra"] = {"max_steps": max_steps}
     if threads is not None:
@@ -228,8 +233,7 @@ def _cost(record: Record, runs: list[dict[str, Any]]) -> None:
     """Seconds and peak memory as the runs tell them."""
     record.seconds = sum(run["train_seconds"] for run in runs)
     record.notes += " Seconds are those of the trainings alone, without trials and tests."
-    peaks = [run["peak_memory_bytes"] for run in runs if "peak_memory_bytes" in run]
-    record.peak_memory = {"process": max(peaks)} if len(peaks) == len(runs) else {}
+    record.peak_memory = peak_memory(runs).get("peak_memory_bytes", {})
     if not record.peak_memory:
         record.notes += " Peak memory was not measured."
     commits = sorted({run["commit"] for run in runs if run.get("commit")})

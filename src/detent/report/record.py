@@ -42,7 +42,7 @@ def environment(repository: str | os.PathLike[str] | None = None) -> dict[str, A
         ['commit', 'date', 'dirty', 'dirty_files', 'hardware', 'versions']
     """
     commit = _git(repository, "rev-parse", "HEAD")
-    status = _git(repository, "status", "--porcelain")
+    status = _git(repository, "status", "--porcelain", "--untracked-files=all")
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
