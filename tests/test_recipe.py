@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import detent as dt
-from detent.recipe import canonical_name
+from detent.parameters import canonical_name
 from detent.specs import from_spec, to_spec
 
 PRESETS = [

@@ -29,7 +29,7 @@ SRC = ROOT / "src" / "detent"
 _TARGETS = {"schedules", "grouping"}
 _MECHANISMS = _TARGETS | {"targets"}
 _SPECS = _MECHANISMS | {"mechanisms"}
-_RECIPE = _SPECS | {"sharding", "specs"}
+_RECIPE = _SPECS | {"sharding", "specs", "parameters", "plan"}
 _LIVES = _RECIPE | {"recipe"}
 _ENGINE = _LIVES | {"batchnorm", "claimed", "drivers", "lives", "optimizers"}
 _PACK = _ENGINE | {"engine"}
@@ -42,8 +42,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mechanisms": _MECHANISMS,
     "specs": _SPECS,
     "presets": _SPECS,
+    "parameters": {"grouping"},
+    "plan": _SPECS | {"parameters", "specs", "recipe"},  # of recipe only the types: a recipe resolves to a plan
     "recipe": _RECIPE | {"presets"},
-    "batchnorm": {"recipe"},
+    "batchnorm": {"parameters"},
     "claimed": _LIVES,
     "lives": _LIVES | {"batchnorm", "claimed"},
     "optimizers": {"sharding"},

@@ -31,7 +31,7 @@ from detent.pack import FormatError as FormatError
 from detent.pack import load as load
 from detent.pack import save as save
 from detent.pack import unpack as unpack
-from detent.recipe import Plan as Plan
+from detent.plan import Plan as Plan
 from detent.recipe import Recipe as Recipe
 from detent.recipe import Rule as Rule
 from detent.recipe import Stage as Stage

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detent.recipe import canonical_name
+from detent.parameters import canonical_name
 
 __all__ = ["Statistics", "install", "reestimate", "rounded", "statistics_of", "swapped_buffers"]
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from detent import sharding
 from detent.mechanisms import Clock, Mechanism
 from detent.mechanisms.base import never_zero
-from detent.recipe import Claim, Plan, Recipe, Rule, canonical_name
+from detent.parameters import named_parameters
+from detent.plan import Claim, Plan
+from detent.recipe import Recipe, Rule
 from detent.schedules import Schedule, check_moment, moments_of, step_at
 from detent.specs import short
 from detent.targets import Params, Target
@@ -29,7 +31,6 @@ __all__ = [
     "fit_target",
     "found_again",
     "mapped_whole",
-    "named_parameters",
     "refuse_foreign_writes",
     "refuse_nonfinite",
     "refuse_replaced",
@@ -581,11 +582,6 @@ def _weighed(w: Tensor, h: Tensor | None, target: Target) -> Tensor:
         # No gradient ever came to it: it goes first, as where all gradients are zero.
         h = torch.zeros(w.shape, dtype=compute_dtype(w.dtype), device=w.device)
     return w if h is None else w * never_zero(h)
-
-
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by canonical name, tied ones under each of their names."""
-    return {canonical_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
 
 
 def _replaced(model: nn.Module, entries: list[Entry]) -> str | None:

@@ -26,7 +26,9 @@ from detent.lives import Encoded
 from detent.pack import CODINGS, Writer, load, sizes
 from detent.pack.frames import MAGIC, of_torch
 from detent.pack.header import DTYPES
-from detent.recipe import Plan, Recipe, canonical_name
+from detent.parameters import canonical_name
+from detent.plan import Plan
+from detent.recipe import Recipe
 from detent.report import Export, History, Report, collect_file, run_of_file
 from detent.report.page import figures
 from detent.specs import short

@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 
 from detent import claimed, optimizers, sharding
 from detent.batchnorm import Statistics, install
-from detent.claimed import Entry, by_rule, fit_pull, fit_target, mapped_whole, named_parameters
+from detent.claimed import Entry, by_rule, fit_pull, fit_target, mapped_whole
 from detent.drivers import Driver, owners_of
 from detent.lives import Lives
 from detent.mechanisms import Mechanism
-from detent.recipe import Plan, Recipe, refuse_no_model, refuse_no_recipe
+from detent.parameters import named_parameters, refuse_no_model
+from detent.recipe import Plan, Recipe, refuse_no_recipe
 
 __all__ = ["Run", "attach", "compress"]
 

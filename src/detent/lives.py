@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from detent import sharding
 from detent.batchnorm import Statistics, reestimate, rounded, swapped_buffers
 from detent.claimed import Entry, entries_of, fingerprint, fit_target, refuse_nonfinite, refuse_stages
-from detent.recipe import Plan, Recipe, refuse_no_recipe
+from detent.plan import Plan
+from detent.recipe import Recipe, refuse_no_recipe
 from detent.targets import Codes, Params, Target
 
 __all__ = ["Encoded", "Lives", "distance_row"]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from detent.recipe import canonical_name
+from detent.parameters import canonical_name
 
 __all__ = ["CONVS", "ChannelGraph", "grouped"]
 

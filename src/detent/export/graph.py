@@ -14,7 +14,7 @@ from torch import Tensor
 from detent.export.forms import Codewords, Form, Grid, Half, Plain, Table
 from detent.grouping import Channel, Group, Layout
 from detent.lives import Encoded
-from detent.recipe import canonical_name
+from detent.parameters import canonical_name
 from detent.specs import short
 
 if TYPE_CHECKING:

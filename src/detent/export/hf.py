@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from detent.grouping import Channel, Group, PerTensor, granularity_of
 from detent.lives import Encoded, Lives
 from detent.pack.atomic import destination, replace_file
-from detent.recipe import canonical_name
+from detent.parameters import canonical_name
 from detent.targets import Uniform
 
 __all__ = ["HfReport", "to_compressed_tensors"]

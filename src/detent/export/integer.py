@@ -23,7 +23,7 @@ from detent.export.activations import Activations, ranges_from_data
 from detent.export.forms import on_cpu
 from detent.grouping import Channel, PerTensor, granularity_of
 from detent.lives import Encoded, Lives
-from detent.recipe import canonical_name
+from detent.parameters import canonical_name
 
 __all__ = ["IntegerModel", "Step", "to_integer"]
 

@@ -26,7 +26,8 @@ from detent.export.graph import OPSET, OPSET_OF_2_BITS, Graph, OnnxReport
 from detent.lives import Encoded, Lives
 from detent.pack import Reader
 from detent.pack.atomic import destination, replace_file
-from detent.recipe import Recipe, canonical_name
+from detent.parameters import canonical_name
+from detent.recipe import Recipe
 from detent.specs import short
 
 if TYPE_CHECKING:

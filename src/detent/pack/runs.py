@@ -19,7 +19,8 @@ from detent.pack.atomic import destination
 from detent.pack.coding import Coding
 from detent.pack.container import Reader, Writer, check_form, unfit
 from detent.pack.header import BUFFER, DTYPES, Head, Header, Life, Row
-from detent.recipe import Recipe, canonical_name
+from detent.parameters import canonical_name
+from detent.recipe import Recipe
 from detent.specs import short
 
 __all__ = ["load", "read_header", "save", "sizes"]

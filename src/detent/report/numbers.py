@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from detent import sharding
-from detent.claimed import named_parameters
 from detent.engine import Run
 from detent.lives import Encoded
 from detent.pack import Inspection, inspect, read_header, save
 from detent.pack.coding import Coding
 from detent.pack.header import Header
 from detent.pack.inspection import distances
+from detent.parameters import named_parameters
 from detent.report.card import Card, card_of
 from detent.specs import short
 from detent.targets import Params, Target
