@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import psg_noise, step_cost, strength_zero, tables, warp
-from detent.report.record import summarise, write_record
+from detent.report.record import portable, summarise, write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = sorted((ROOT / "benchmarks" / "records").glob("*.json"))
@@ -96,6 +96,41 @@ def test_a_dirty_record_lists_what_differed(path: Path) -> None:
     where = read(path)["environment"]
     if "dirty_files" in where:
         assert where["dirty"] == bool(where["dirty_files"])
+
+
+# A folder of one machine; `../shared` and `runs/` are anyone's.
+MACHINE = re.compile(r"(?<![\w.])/(?:work|tmp|home|root|mnt|Users|scratch)/")
+
+
+def written() -> list[Path]:
+    """Everything a reader sees: the pages, the records, the scripts that make them, the library."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *RECORDS]
+    for folder in ("src", "papers", "benchmarks"):
+        pages += [p for p in (ROOT / folder).rglob("*") if p.suffix in {".py", ".md", ".yaml", ".html"}]
+    return pages
+
+
+def test_no_page_names_a_folder_of_one_machine() -> None:
+    pages = written()
+    assert len(pages) > 200
+    assert [str(p.relative_to(ROOT)) for p in pages if MACHINE.search(p.read_text(encoding="utf-8"))] == []
+
+
+def test_a_folder_of_one_machine_is_found() -> None:
+    # Joined here, so that this file does not name one itself.
+    for folder in ("work", "tmp", "home", "root", "Users"):
+        assert MACHINE.search(f"`python -m papers.train --out /{folder}/runs`")
+    assert not MACHINE.search("`python -m papers.train --data-dir ../shared/data --out runs/home/x`, lr/cell, w/tmp/3")
+
+
+def test_a_records_command_is_anyones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    interpreter = tmp_path / ".venv" / "bin" / "python3.11"
+    shared = tmp_path.parent / "shared"
+    command = shlex.join([str(interpreter), "-m", "papers.train", f"--out={tmp_path / 'runs'}", str(shared), "a b"])
+    assert portable(command) == "python -m papers.train --out=runs ../shared 'a b'"
+    given = {"name": "n", "question": "q?", "seeds": [0], "config": {}, "results": {"a": 1}}
+    assert write_record(tmp_path / "n.json", command=command, **given)["command"] == portable(command)
 
 
 def test_faults_are_found(tmp_path: Path) -> None:

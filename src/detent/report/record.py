@@ -162,7 +162,7 @@ def write_record(
         path: file to write; its folder is made.
         name: what the record is called.
         question: the sentence the numbers answer.
-        command: the command line that made it.
+        command: the command line that made it; written as anyone would run it, see `portable`.
         seeds: every seed behind the results.
         config: the experiment, as plain data.
         results: the numbers, as plain data.
@@ -186,7 +186,7 @@ def write_record(
         {
             "name": name,
             "question": question,
-            "command": command,
+            "command": portable(command),
             "seeds": list(seeds),
             "config": config,
             "results": results,
@@ -202,6 +202,25 @@ def write_record(
     passing.write_text(json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n")
     passing.replace(file)
     return record
+
+
+def portable(command: str) -> str:
+    """Write a command as anyone would run it from the repository's root: no folder of one machine in it.
+
+    The interpreter becomes ``python``, absolute paths become relative to the current folder.
+
+    Example:
+        >>> portable(f"{sys.executable} -m papers.train --out {os.path.abspath('runs/a')} --data-dir=../shared")
+        'python -m papers.train --out runs/a --data-dir=../shared'
+    """
+    words = shlex.split(command)
+    if words and Path(words[0]).name.startswith("python"):
+        words[0] = "python"
+    for i, word in enumerate(words):
+        option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        if os.path.isabs(value):
+            words[i] = option + equals + os.path.relpath(value)
+    return shlex.join(words)
 
 
 def _plain(value: Any, where: str) -> Any:
