@@ -674,6 +674,75 @@ def kq_cifar100(records: Path) -> str:
     return text + markdown(head, rows) + f"\nRecords `kq-cifar100-*`: {last['config']['epochs']} epochs.\n"
 
 
+# --- the front page ---------------------------------------------------------------------------------------------
+
+
+@table("headlines")
+def headlines(records: Path) -> str:
+    """At most six results, each beside what a reader would use instead."""
+    names = {
+        "psg": "psg-cifar100-psg-w2",
+        "sgd": "psg-cifar100-sgd",
+        "demo": "demo-psg",
+        "pruned": "admm-lenet-prune246",
+        "dense": "admm-lenet-dense",
+        "lenet": "lenet_bytes",
+        "squeezenet": "squeezenet",
+        "layer": "layer_bytes",
+    }
+    found = {short: read(records, name) for short, name in names.items()}
+    if not all(found.values()):
+        return NOTHING
+    of = {short: record["results"] for short, record in found.items() if record is not None}
+    widths = {}
+    for rival in ("psg", "sgd"):
+        record = found[rival] or {}
+        lives = ["full", *(f"compressed.{life_of(record, bits)}.data_free" for bits in (4, 3, 2))]
+        widths[rival] = " / ".join(number(record, f"{life}.accuracy", 1) for life in lives)
+    cells = [[row["cells"]["W2"]["accuracy"] for row in o["rows"]] for o in of["demo"]["outcomes"]]
+    demo = [sum(column) / len(column) for column in zip(*cells, strict=True)]
+    accuracy = {
+        short: spread(of[short]["summary"][life], 2) for short, life in (("pruned", "compressed"), ("dense", "full"))
+    }
+    small = of["lenet"]["rows"]
+    sizes = " and ".join(f"{row['bytes_entropy']:,}" for row in small)
+    goods = " and ".join(f"{row['rounded']:.2f}" for row in small)
+    layer = of["layer"]
+    rows = [
+        [
+            f"ResNet-32, CIFAR-100, {(found['psg'] or {})['config']['epochs']} epochs from a trained network: "
+            "one checkpoint at full / 4 / 3 / 2 bits, rounded without data (%)",
+            f"PSG: {widths['psg']}",
+            f"SGD: {widths['sgd']}",
+        ],
+        ["`make demo`: digits at 2 bits (%)", f"PSG: {demo[2]:.1f}", f"SGD: {max(demo[:2]):.1f}"],
+        [
+            "LeNet-5, MNIST: weights left, accuracy (%)",
+            f"progressive ADMM: 1 in {of['pruned']['summary']['rate']['mean']:.0f}, {accuracy['pruned']}",
+            f"dense: all, {accuracy['dense']}",
+        ],
+        [
+            "LeNet-5, MNIST, whole file: bytes, accuracy (%)",
+            f"{sizes}, {goods}",
+            f"dense, float32: {4 * small[0]['sizes']['weights']:,}, {accuracy['dense']}",
+        ],
+        [
+            "SqueezeNet of Deep Compression, the same weights bit for bit (bytes)",
+            f"{of['squeezenet']['file_bytes']:,}",
+            f"the authors' Huffman-coded file: {of['squeezenet']['authors_bytes']:,}",
+        ],
+        [
+            "one 1024 x 1024 layer at 2 bits, file (bytes)",
+            f"{layer['tensor']['entropy']:,}; {layer['group']['entropy']:,} with a scale for 32 weights",
+            f"quanto {layer['quanto']['bytes']:,}; torchao {layer['torchao']['bytes']:,}",
+        ],
+    ]
+    seeds = {short: len(record["seeds"]) for short, record in found.items() if record is not None}
+    notes = f"Seeds: {seeds['psg']}, {seeds['demo']}, {seeds['pruned']}, {seeds['lenet']}, 1, 1. "
+    notes += f"Records: {', '.join(f'`{name}`' for name in names.values())}.\n"
+    return markdown(["what", "Detent", "instead"], rows) + "\n" + notes
+
+
 @table("demo-psg")
 def demo_psg(records: Path) -> str:
     """What `detent demo` shows."""
