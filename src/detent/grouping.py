@@ -1,9 +1,9 @@
 """Granularity: which weights of a tensor share one set of fitted numbers.
 
-A target never sees a module. It sees a tensor and a `Layout` that says which axis is the output channel
-(0 for convolution, linear and embedding; 1 for transposed convolution) and, under sharding, which rows of
-the whole tensor are held here. A `Granularity` turns that into groups: reduce within a group, and spread
-one number a group back over the tensor.
+A target never sees a module. It sees a tensor and a `Layout` that says which axis is the output channel (0 for
+convolution, linear and embedding; 1 for transposed convolution), along which axes several such tensors are stacked
+(experts), and, under sharding, which rows of the whole tensor are held here. A `Granularity` turns that into groups:
+reduce within a group, and spread one number a group back over the tensor.
 """
 
 from __future__ import annotations
@@ -16,17 +16,23 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Channel", "Granularity", "Group", "Layout", "PerTensor", "granularity_of"]
+__all__ = ["MOST_AXES", "Channel", "Granularity", "Group", "Layout", "PerTensor", "granularity_of"]
+
+MOST_AXES = 16  # of a tensor whose channels lie along another axis than the first
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """What a target may know about a weight besides its values.
 
+    A weight is a stack of matrices: its batch axes count them, its channel axis is their rows, and the other axes, in
+    their order, are their columns (the inputs, then the kernel positions of a convolution).
+
     Args:
         shape: shape of the whole (unsharded) tensor.
-        channel_dim: axis of the output channels, 0 or 1.
+        channel_dim: axis of the output channels.
         conv_groups: groups of a transposed convolution, whose axis 1 holds `out_channels / groups`; 1 otherwise.
+        batch_axes: axes along which matrices of their own are stacked (experts), in ascending order.
         rows: (first, past-last) rows of axis 0 held by this process, or `None` for all of them.
 
     Example:
@@ -34,16 +40,21 @@ class Layout:
         8
         >>> Layout(shape=(8, 4, 3, 3), channel_dim=1, conv_groups=2).channels
         8
+        >>> Layout(shape=(16, 64, 32), channel_dim=2, batch_axes=(0,)).channels     # 16 experts with 32 outputs each
+        512
     """
 
     shape: tuple[int, ...]
     channel_dim: int = 0
     conv_groups: int = 1
+    batch_axes: tuple[int, ...] = ()
     rows: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        assert self.channel_dim == 0 or (self.channel_dim == 1 and len(self.shape) >= 2), self
-        assert self.conv_groups == 1 or self.channel_dim == 1, self
+        assert 0 <= self.channel_dim < max(len(self.shape), 1), self
+        assert self.conv_groups == 1 or (self.channel_dim == 1 and not self.batch_axes), self
+        assert self.channel_dim not in self.batch_axes and [*self.batch_axes] == sorted({*self.batch_axes}), self
+        assert all(0 <= axis < len(self.shape) for axis in self.batch_axes), self
 
     @property
     def numel(self) -> int:
@@ -51,11 +62,57 @@ class Layout:
         return math.prod(self.shape)
 
     @property
+    def batch(self) -> int:
+        """Number of matrices that are stacked."""
+        return math.prod(self.shape[axis] for axis in self.batch_axes)
+
+    @property
     def channels(self) -> int:
         """Number of output channels of the whole tensor (1 for a scalar)."""
         if not self.shape:
             return 1
-        return self.shape[self.channel_dim] * self.conv_groups
+        return self.batch * self.shape[self.channel_dim] * self.conv_groups
+
+    @property
+    def input_axes(self) -> tuple[int, ...]:
+        """The axes of one channel: the inputs, then the kernel positions of a convolution."""
+        return tuple(i for i in range(len(self.shape)) if i != self.channel_dim and i not in self.batch_axes)
+
+    @property
+    def kernel(self) -> int:
+        """Kernel positions of a convolution; 1 for matrices."""
+        return math.prod(self.shape[axis] for axis in self.input_axes[1:])
+
+    @property
+    def is_row_major(self) -> bool:
+        """Whether the weights of a channel lie side by side, and the channels one after another."""
+        return self.channel_dim == len(self.batch_axes) and self.batch_axes == tuple(range(self.channel_dim))
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The axes as a stack of matrices has them: batch, channel, inputs."""
+        return (*self.batch_axes, *((self.channel_dim,) if self.shape else ()), *self.input_axes)
+
+    @property
+    def axes_code(self) -> int:
+        """The axis of the channels, and 16 for batch axis 0, 32 for batch axis 1, and so on: one number for files.
+
+        Example:
+            >>> Layout(shape=(8, 64, 32), channel_dim=2, batch_axes=(0,)).axes_code
+            18
+        """
+        return self.channel_dim + sum(MOST_AXES << axis for axis in self.batch_axes)
+
+    @classmethod
+    def of_code(cls, code: int, shape: tuple[int, ...], conv_groups: int) -> Layout | None:
+        """The layout that `axes_code` stands for, or `None` if a tensor of that shape cannot have it."""
+        axis, batch = code % MOST_AXES, code // MOST_AXES
+        if axis >= max(len(shape), 1) or batch >> len(shape) or batch >> axis & 1:
+            return None
+        if conv_groups != 1 and (code != 1 or conv_groups < 1):
+            return None
+        batch_axes = tuple(i for i in range(len(shape)) if batch >> i & 1)
+        return cls(shape=shape, channel_dim=axis, conv_groups=conv_groups, batch_axes=batch_axes)
 
     def local(self, first: int, past: int) -> Layout:
         """The same layout, seen by a process that holds rows `first` to `past - 1` of axis 0."""
@@ -68,17 +125,36 @@ class Layout:
     def by_channel(self, w: Tensor) -> Tensor:
         """View a whole tensor as a matrix (channels, weights of a channel), in a fixed order."""
         assert self.rows is None, "a matrix of channels needs the whole tensor"
-        if self.channel_dim == 0 or w.dim() < 2:
+        if self.is_row_major:
             return w.reshape(self.channels, -1)
+        if self.conv_groups == 1:
+            return w.reshape(self.shape).permute(self.order).reshape(self.channels, -1)
         split = w.reshape(self.conv_groups, self.shape[0] // self.conv_groups, self.shape[1], -1)
         return split.permute(0, 2, 1, 3).reshape(self.channels, -1)
 
     def from_channels(self, matrix: Tensor) -> Tensor:
         """Inverse of `by_channel`."""
-        if self.channel_dim == 0 or len(self.shape) < 2:
+        if self.is_row_major:
             return matrix.reshape(self.shape)
+        if self.conv_groups == 1:
+            back = sorted(range(len(self.shape)), key=self.order.__getitem__)
+            return matrix.reshape([self.shape[axis] for axis in self.order]).permute(back).reshape(self.shape)
         split = matrix.reshape(self.conv_groups, self.shape[1], self.shape[0] // self.conv_groups, -1)
         return split.permute(0, 2, 1, 3).reshape(self.shape)
+
+    def over_channels(self, values: Tensor) -> Tensor:
+        """One value a channel, so that it broadcasts against the rows held here."""
+        if not self.shape:
+            return values.reshape(())
+        if self.conv_groups > 1:
+            per_row = values.reshape(self.conv_groups, self.shape[1])
+            spread = per_row.repeat_interleave(self.shape[0] // self.conv_groups, dim=0)
+            spread = spread.reshape((*spread.shape, *(1,) * (len(self.shape) - 2)))
+        else:
+            given = [self.shape[axis] if axis not in self.input_axes else 1 for axis in self.order]
+            back = sorted(range(len(self.shape)), key=self.order.__getitem__)
+            spread = values.reshape(given).permute(back)
+        return spread if self.rows is None or len(spread) == 1 < self.shape[0] else spread[slice(*self.rows)]
 
 
 class Granularity(abc.ABC):
@@ -179,17 +255,7 @@ class Channel(Granularity):
         return layout.by_channel(x)
 
     def expand(self, values: Tensor, layout: Layout) -> Tensor:
-        dims = len(layout.shape)
-        if layout.channel_dim == 0:
-            values = values if layout.rows is None else values[slice(*layout.rows)]
-            return values.reshape((-1,) + (1,) * max(dims - 1, 0)) if dims else values.reshape(())
-        tail = (1,) * (dims - 2)
-        if layout.conv_groups == 1:
-            return values.reshape((1, -1, *tail))
-        per_row = values.reshape(layout.conv_groups, layout.shape[1])
-        rows = per_row.repeat_interleave(layout.shape[0] // layout.conv_groups, dim=0)
-        rows = rows if layout.rows is None else rows[slice(*layout.rows)]
-        return rows.reshape((*rows.shape, *tail))
+        return layout.over_channels(values)
 
 
 @dataclass(frozen=True, kw_only=True)

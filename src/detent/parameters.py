@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,30 @@ from detent.grouping import Layout
 __all__ = ["Parameter", "canonical_name", "census", "named_parameters", "own_name", "refuse_no_model"]
 
 _WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_BIASES = {"bias", "biases"}
+_CONVOLUTIONS = nn.modules.conv._ConvNd
+# Modules of torch whose weights have their outputs on axis 0.
+_ROWS = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.modules.rnn.RNNCellBase,
+)
+# Modules of transformers, known by class name so that it need not be there: (axis of the outputs, stacked axes).
+_KNOWN: Mapping[str, tuple[int, tuple[int, ...]]] = {
+    "Conv1D": (1, ()),  # GPT-2: a linear layer that keeps (inputs, outputs)
+    "Llama4TextExperts": (2, (0,)),
+    "CsmCodebooksHead": (2, (0,)),
+    "GroupedLinearLayer": (2, (0,)),
+    "GraniteMoeParallelExperts": (1, (0,)),
+    "JetMoeParallelExperts": (1, (0,)),
+    "KyutaiSpeechToTextFlexibleLinear": (1, (0,)),
+    "MoshiFlexibleLinear": (1, (0,)),
+    "InklingSharedExperts": (1, (0,)),
+}
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
 
@@ -52,11 +76,14 @@ class Parameter:
     Args:
         name: canonical name.
         aliases: other names of the same (tied) parameter.
-        layout: shape, output channel axis.
+        layout: shape, output channel axis, stacked axes.
         dtype: its dtype.
         passed_over: why rules pass over it unless `include=` names it; empty if they do not.
-        layer: identity of the module whose weight or bias it is.
-        linear_bias: whether it is the bias of a linear layer.
+        owner: the module whose weight or bias it is.
+        kind: class name of a module whose axes are known; empty where the axes are assumed.
+        order: place among all names of the model's parameters, of its last name where it is tied.
+        frozen: whether it requires no gradient.
+        pruned: name of the mask that `torch.nn.utils.prune` multiplies it with; empty for none.
         writer: the module whose forward pass writes it; empty for none.
     """
 
@@ -65,18 +92,38 @@ class Parameter:
     layout: Layout
     dtype: torch.dtype
     passed_over: str
-    layer: int
-    linear_bias: bool
+    owner: nn.Module
+    kind: str
+    order: int
+    frozen: bool
+    pruned: str
     writer: str
+
+    @property
+    def is_linear_bias(self) -> bool:
+        """Whether it is the bias of a linear layer."""
+        return isinstance(self.owner, nn.Linear) and own_name(self.name) == "bias"
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is the weight of a layer, and no position embedding or class token of the model's own."""
+        return not self.passed_over and (bool(self.kind) or "weight" in own_name(self.name))
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is a weight by structure: floating, two axes or more, no bias, norm or scale."""
+        return not self.passed_over and self.dtype.is_floating_point
 
 
 def census(model: nn.Module) -> Iterator[Parameter]:
     """Every distinct parameter once, under its first name, with its tied aliases."""
     names: dict[int, list[str]] = {}
-    owners: dict[int, tuple[nn.Module, nn.Parameter, bool]] = {}
+    owners: dict[int, tuple[nn.Module, nn.Module, str, nn.Parameter]] = {}
     writers: dict[int, str] = {}
+    order: dict[int, int] = {}
+    place = 0
     for module_name, module in model.named_modules(remove_duplicate=False):
-        gains, layer = _weight_norm_gains(module), module
+        layer = module
         if isinstance(module, ParametrizationList):  # what it makes is the weight of the module above
             layer = model.get_submodule(re.sub(r"(^|\.)parametrizations\.[^.]+$", "", module_name))
         for own, parameter in module._parameters.items():
@@ -85,26 +132,28 @@ def census(model: nn.Module) -> Iterator[Parameter]:
                 seen = names.setdefault(id(parameter), [])
                 if full not in seen:
                     seen.append(full)
-                owners.setdefault(id(parameter), (layer, parameter, own in gains))
+                place += 1
+                order[id(parameter)] = place
+                owners.setdefault(id(parameter), (layer, module, own, parameter))
                 if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
                     writers[id(parameter)] = f"{type(module).__name__}(max_norm={module.max_norm:g})"
-    for key, (module, parameter, gain) in owners.items():
+    for key, (layer, module, own, parameter) in owners.items():
         first, *others = names[key]
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"{first!r} has no shape yet (a lazy module); run one batch through the model first")
-        transposed = bool(getattr(module, "transposed", False)) and parameter.dim() >= 3
+        layout, kind = _layout_of(own_name(first), parameter, layer)
+        mask = f"{own.removesuffix('_orig')}_mask"
         yield Parameter(
             name=first,
             aliases=tuple(others),
             dtype=parameter.dtype,
-            layout=Layout(
-                shape=tuple(parameter.shape),
-                channel_dim=1 if transposed else 0,
-                conv_groups=int(module.groups) if transposed else 1,  # type: ignore[arg-type]
-            ),
-            passed_over="gain of a weight normalisation" if gain else _passed_over(first, parameter, module),
-            layer=id(module),
-            linear_bias=isinstance(module, nn.Linear) and parameter is module.bias,
+            layout=layout,
+            passed_over=_passed_over(first, own, parameter, layer, module, kind),
+            owner=layer,
+            kind=kind,
+            order=order[key],
+            frozen=not parameter.requires_grad,
+            pruned=mask if own.endswith("_orig") and mask in module._buffers else "",
             writer=writers.get(key, ""),
         )
 
@@ -120,19 +169,61 @@ def own_name(name: str) -> str:
     return own.removeprefix("parametrizations.").split(".")[0]
 
 
-def _weight_norm_gains(module: nn.Module) -> set[str]:
-    """Names of the parameters that are the sizes of weights whose directions are parameters of their own."""
+def _layout_of(own: str, parameter: nn.Parameter, owner: nn.Module) -> tuple[Layout, str]:
+    """The axes of a parameter, and the class that they are known from; no class where they are assumed."""
+    shape, kind = tuple(parameter.shape), type(owner).__name__
+    if isinstance(owner, _CONVOLUTIONS):
+        turned = owner.transposed and len(shape) >= 3
+        return Layout(shape=shape, channel_dim=int(turned), conv_groups=owner.groups if turned else 1), kind
+    if len(shape) < 2 or isinstance(owner, (*_ROWS, *_NORMS)):
+        return Layout(shape=shape), kind
+    known = _KNOWN.get(kind)
+    # Experts of transformers 5: `use_experts_implementation` tells how their tensors lie.
+    transposed = getattr(owner, "is_transposed", None)
+    if known is None and len(shape) == 3 and isinstance(transposed, bool) and isinstance(_get(owner, "has_gate"), bool):
+        known = (2 if transposed else 1, (0,))
+    if known is not None and len(shape) == len(known[1]) + 2:
+        return Layout(shape=shape, channel_dim=known[0], batch_axes=known[1]), kind
+    bias = owner._parameters.get("bias") if own == "weight" else None
+    if len(shape) == 2 and bias is not None and tuple(bias.shape) == shape[1:] != shape[:1]:
+        return Layout(shape=shape, channel_dim=1), ""  # as many biases as outputs
+    if shape[0] == 1 and len(shape) > 2:  # a table of positions with an axis for the batch
+        ones = next((i for i, length in enumerate(shape[:-2]) if length > 1), len(shape) - 2)
+        return Layout(shape=shape, channel_dim=ones, batch_axes=tuple(range(ones))), ""
+    if len(shape) == 3 and own != "weight":  # matrices for `bmm`, as those of experts
+        return Layout(shape=shape, channel_dim=1, batch_axes=(0,)), ""
+    return Layout(shape=shape), ""
+
+
+def _get(module: nn.Module, name: str) -> Any:
+    return getattr(module, name, None)
+
+
+def _is_scale(own: str, parameter: nn.Parameter, module: nn.Module) -> bool:
+    """Whether a parameter is the size of a weight whose direction is a parameter of its own."""
     if isinstance(module, ParametrizationList):
-        return {"original0"} if type(module[0]).__name__ == "_WeightNorm" else set()
+        if type(module[0]).__name__ == "_WeightNorm":
+            return own == "original0"
+        return len(module._parameters) > 1 and _long_axes(parameter) < 2
     hooks = module._forward_pre_hooks.values()
-    return {f"{hook.name}_g" for hook in hooks if isinstance(hook, WeightNorm)}
+    return any(isinstance(hook, WeightNorm) and own == f"{hook.name}_g" for hook in hooks)
 
 
-def _passed_over(name: str, parameter: nn.Parameter, module: nn.Module) -> str:
-    if own_name(name).startswith("bias"):
+def _long_axes(parameter: nn.Parameter) -> int:
+    """How many axes are longer than one."""
+    return sum(length > 1 for length in parameter.shape)
+
+
+def _passed_over(name: str, own: str, parameter: nn.Parameter, owner: nn.Module, module: nn.Module, kind: str) -> str:
+    words = own_name(name).split("_")
+    if _is_scale(own, parameter, module):
+        return "gain of a weight normalisation"
+    if not _BIASES.isdisjoint((words[0], words[-1])):
         return "bias"
-    if isinstance(module, _NORMS):
+    if isinstance(owner, _NORMS) or re.search(r"Norm(\dd)?$", type(owner).__name__):
         return "normalisation weight"
     if parameter.dim() < 2:
         return f"{parameter.dim()}-D parameter (bias, gain or normalisation weight)"
+    if not kind and _long_axes(parameter) < 2 and (parameter.dim() > 2 or "weight" not in words):
+        return "vector with further axes of length 1 (a token, gain or normalisation weight)"
     return ""

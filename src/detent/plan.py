@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from detent.grouping import Layout
-from detent.parameters import Parameter, census, own_name, refuse_no_model
+from detent.parameters import Parameter, census, refuse_no_model
 from detent.specs import short
 
 if TYPE_CHECKING:
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["Claim", "Plan", "merged", "resolve"]
 
 _UNMATCHED = "no rule matches"
+_KEPT = "kept by "
+_MUCH = 0.03  # share of all weights that is worth a word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class Claim:
         dtype: dtype of the parameter.
         rule: index of the rule that claimed it, or `None` if it stays full precision.
         reason: why it stays full precision (empty when claimed).
+        note: what a reader would not expect of a claimed tensor: its axes, a pruning mask.
+        is_weight: whether it is a weight by structure, as "@weights" takes them.
 
     Example:
         >>> Claim(name="fc.bias", layout=Layout(shape=(4,)), dtype=torch.float32, rule=None, reason="bias").claimed
@@ -48,6 +51,8 @@ class Claim:
     dtype: torch.dtype
     rule: int | None
     reason: str = ""
+    note: str = ""
+    is_weight: bool = True
 
     @property
     def claimed(self) -> bool:
@@ -80,6 +85,27 @@ class Plan:
         """The claims that have a target."""
         return tuple(claim for claim in self.claims if claim.claimed)
 
+    def left(self, share: float = _MUCH) -> str:
+        """Which tensors that no rule keeps on purpose hold more than a share of all weights, by name; empty if none.
+
+        Tensors whose names differ in their numbers alone count together, as those of the layers of a transformer.
+
+        Args:
+            share: of all weights, in [0, 1].
+        """
+        total = sum(claim.layout.numel for claim in self.claims)
+        alike: dict[tuple[str, str], list[Claim]] = {}
+        for claim in self.claims:
+            if not claim.claimed and claim.is_weight and not claim.reason.startswith(_KEPT):
+                alike.setdefault((re.sub(r"\d+", "#", claim.name), claim.reason), []).append(claim)
+        parts = []
+        for (_, reason), claims in alike.items():
+            part = sum(claim.layout.numel for claim in claims) / max(total, 1)
+            if part > share:
+                more = f" and {len(claims) - 1} alike" if len(claims) > 1 else ""
+                parts.append((part, f"{claims[0].name}{more} ({100 * part:.1f} % of the weights; {reason})"))
+        return ", ".join(said for _, said in sorted(parts, key=lambda each: -each[0]))
+
     def rule_of(self, claim: Claim) -> Rule:
         """The rule that claimed a parameter."""
         assert claim.rule is not None
@@ -99,7 +125,7 @@ class Plan:
                     "shape": claim.layout.shape,
                     "becomes": short(rule.target) if rule else "full precision",
                     "mechanism": short(rule.mechanism) if rule and rule.mechanism else "",
-                    "note": "; ".join(part for part in (claim.reason, remark, tied) if part),
+                    "note": "; ".join(part for part in (claim.reason, claim.note, remark, tied) if part),
                 }
             )
         return rows
@@ -135,6 +161,8 @@ class Plan:
         total = sum(claim.layout.numel for claim in self.claims)
         mine = sum(claim.layout.numel for claim in self.claimed)
         lines.append(f"{mine} of {total} weights claimed ({100 * mine / max(total, 1):.1f} %)")
+        if left := self.left():
+            lines.append(f"left in full precision: {left}")
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -153,14 +181,15 @@ def resolve(recipe: Recipe, model: nn.Module) -> Plan:
     found = list(census(model))
     for odd in [name for name, times in Counter(p.name for p in found).items() if times > 1][:1]:
         raise ValueError(f"two parameters of this model have the canonical name {odd!r}; rename one of the modules")
-    eligible = [p for p in found if not p.passed_over]
-    # A position embedding or a class token of the model's own is no layer.
-    eligible = [p for p in eligible if "weight" in own_name(p.name)] or eligible
+    weights = [p for p in found if p.is_weight]
+    layers = [p for p in weights if p.is_layer] or weights
     special: dict[str, set[str]] = {}
-    for where, end in (("@first", eligible[:1]), ("@last", eligible[-1:])):
+    ends = {"@first": layers[:1], "@last": sorted(layers, key=lambda p: p.order)[-1:]}
+    for where, end in (*ends.items(), ("@weights", weights)):
+        owners = {id(p.owner) for p in (found if where == "@weights" else end)}
         special[where] = {p.name for p in end}
-        special[f"beside {where}"] = {p.name for p in found if p.passed_over and p.layer in {e.layer for e in end}}
-    special["@kernels"] = {p.name for p in eligible if math.prod(p.layout.shape[2:]) > 1}
+        special[f"beside {where}"] = {p.name for p in found if p.passed_over and id(p.owner) in owners}
+    special["@kernels"] = {p.name for p in layers if p.layout.kernel > 1}
     matched, taken = [0] * len(recipe.rules), [0] * len(recipe.rules)
     # Once for all parameters: Python's own memory of patterns is shorter than a long recipe.
     patterns = [(re.compile(rule.match), re.compile(_included(rule))) for rule in recipe.rules]
@@ -172,6 +201,8 @@ def resolve(recipe: Recipe, model: nn.Module) -> Plan:
     for i, rule in enumerate(recipe.rules):
         if taken[i] or rule.optional:
             continue
+        if rule.match in ends and any(other.match in ends for other in recipe.rules[:i]) and matched[i]:
+            continue  # one tensor is both ends, as the table of a language model that is also its head
         if matched[i]:
             why = f"only matches parameters that are passed over or claimed by earlier rules ({matched[i]} matched)"
         else:
@@ -200,12 +231,12 @@ def _decide(
     taken: list[int],
 ) -> Claim:
     decided: tuple[int | None, str] | None = None
-    passed = ""
+    passed, layout = "", p.layout
     for i in mine:
         rule = recipe.rules[i]
         match, include = patterns[i]
         names = (p.name, *p.aliases)
-        named = p.linear_bias if rule.include == "@linear" else any(map(include.search, names))
+        named = p.is_linear_bias if rule.include == "@linear" else any(map(include.search, names))
         if rule.match.startswith("@"):
             hit = p.name in special[rule.match] or (named and p.name in special.get(f"beside {rule.match}", ()))
         else:
@@ -217,13 +248,14 @@ def _decide(
             continue
         if rule.keep:
             taken[i] += 1
-            decided = (None, f"kept by {recipe.called(i)}")
+            decided = (None, f"{_KEPT}{recipe.called(i)}")
             continue
         if p.passed_over and not named:
             passed = passed or f"passed over: {p.passed_over}; name it in include= to claim it"
             continue
         assert rule.target is not None
-        reason = rule.target.accepts(p.layout.shape, p.dtype, p.layout)
+        layout = _placed(p, rule, recipe.called(i))
+        reason = rule.target.accepts(p.layout.shape, p.dtype, layout)
         if reason:
             raise ValueError(f"{p.name!r} claimed by {recipe.called(i)}: {reason}")
         if p.writer:
@@ -234,7 +266,74 @@ def _decide(
         taken[i] += 1
         decided = (i, "")
     rule_index, reason = decided or (None, passed or _UNMATCHED)
-    return Claim(name=p.name, aliases=p.aliases, layout=p.layout, dtype=p.dtype, rule=rule_index, reason=reason)
+    return Claim(
+        name=p.name,
+        aliases=p.aliases,
+        layout=layout,
+        dtype=p.dtype,
+        rule=rule_index,
+        reason=reason,
+        note="" if rule_index is None else _note(p, layout, recipe.rules[rule_index]),
+        is_weight=p.is_weight,
+    )
+
+
+def _placed(p: Parameter, rule: Rule, called: str) -> Layout:
+    """The layout of a parameter under a rule that may say its axes.
+
+    Raises:
+        ValueError: axes that the tensor has not, or others than its module is known to have.
+    """
+    if rule.axis is None and rule.batch_axes is None:
+        return p.layout
+    axis = p.layout.channel_dim if rule.axis is None else rule.axis
+    batch = p.layout.batch_axes if rule.batch_axes is None else tuple(rule.batch_axes)
+    if rule.batch_axes is None and axis in batch:
+        batch = ()
+    said = f"axis={rule.axis}, batch_axes={rule.batch_axes}"
+    if max(axis, *batch, 0) >= len(p.layout.shape) or axis in batch:
+        raise ValueError(f"{p.name!r} claimed by {called}: {said} does not fit its shape {p.layout.shape}")
+    if p.kind and (axis, batch) != (p.layout.channel_dim, p.layout.batch_axes):
+        raise ValueError(
+            f"{p.name!r} claimed by {called}: {said}, but the outputs of {p.kind} are on axis {p.layout.channel_dim}"
+            + (f", stacked on {p.layout.batch_axes}" if p.layout.batch_axes else "")
+        )
+    return replace(p.layout, channel_dim=axis, batch_axes=batch)
+
+
+def _note(p: Parameter, layout: Layout, rule: Rule) -> str:
+    """What a reader of the plan would not expect of a claimed tensor."""
+    said = []
+    assumed = not p.kind and rule.axis is None and (len(layout.shape) > 2 or not p.is_layer)
+    if assumed or not layout.is_row_major or layout.batch_axes:
+        said.append(channels_of(layout) + (" (assumed; axis= and batch_axes= say otherwise)" if assumed else ""))
+    if p.pruned:
+        said.append(
+            f"a pruning mask {p.pruned!r} is multiplied with it: make it permanent (torch.nn.utils.prune.remove), or "
+            "the file holds it too"
+        )
+    return "; ".join(said)
+
+
+def channels_of(layout: Layout) -> str:
+    """What the channels of a tensor are, and with them its filters, columns, and runs of a group.
+
+    Example:
+        >>> channels_of(Layout(shape=(4, 64, 32), channel_dim=2, batch_axes=(0,)))
+        '4 stacked on axis 0, channels on axis 2 (32 each), inputs on axis 1 (64)'
+    """
+    parts = []
+    if layout.batch_axes:
+        axes = " and ".join(map(str, layout.batch_axes))
+        parts.append(f"{layout.batch} stacked on ax{'e' if len(layout.batch_axes) > 1 else 'i'}s {axes}")
+    count = layout.channels // layout.batch
+    parts.append(f"channels on axis {layout.channel_dim} ({count}{' each' if layout.batch_axes else ''})")
+    if layout.input_axes:
+        inputs = layout.shape[layout.input_axes[0]] // layout.conv_groups
+        parts.append(f"inputs on axis {layout.input_axes[0]} ({inputs})")
+    if layout.kernel > 1:
+        parts.append(f"{layout.kernel} kernel positions")
+    return ", ".join(parts)
 
 
 def _included(rule: Rule) -> str:

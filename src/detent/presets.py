@@ -13,9 +13,8 @@ __all__ = ["PRESETS", "Preset"]
 # {"rules": [fields of a rule, ...]}, or {"stages": [fields of a stage, ...]} whose rules are given so.
 Preset: TypeAlias = dict[str, list[dict[str, Any]]]
 
-# Recurrent layers number theirs: weight_ih_l0, weight_hh_l1_reverse. Of a weight norm it is the direction: weight_v, or
-# as a parametrization original1.
-_WEIGHTS = r"(weight(_v|_(ih|hh|hr)(_l\d+(_reverse)?)?)?|parametrizations\.weight\w*\.original1?)$"
+# By structure, whatever they are called.
+_WEIGHTS = "@weights"
 
 
 def _psg_preset(bits: int) -> Callable[[], Preset]:
@@ -46,7 +45,7 @@ def _paper_preset(bits: int) -> Callable[[], Preset]:
             }
 
         ends = [rule(where, 8, True) for where in ("@first", "@last")] if bits <= 3 else []
-        return {"rules": [*ends, rule(rf"{_WEIGHTS}|bias$", bits, False)]}
+        return {"rules": [*ends, rule(_WEIGHTS, bits, False)]}
 
     return make
 

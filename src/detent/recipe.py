@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import yaml
 from torch import Tensor, nn
 
+from detent.grouping import MOST_AXES
 from detent.mechanisms import Mechanism
 from detent.parameters import canonical_name
 from detent.plan import Plan, resolve
@@ -28,9 +29,10 @@ class Rule:
     """What becomes of the parameters whose name matches.
 
     Args:
-        match: regular expression searched in the canonical parameter name, or "@first" / "@last" for the first /
-            last weight of the model that a rule may claim (named so, as `fc.weight`; and its bias, where `include`
-            names it), or "@kernels" for every convolution larger than 1 x 1 (weights of three dimensions or more).
+        match: regular expression searched in the canonical parameter name, or "@weights" for every weight of the model
+            by structure, whatever it is called (floating-point, two axes or more, no bias, normalisation weight or
+            scale of a reparametrization), or "@first" / "@last" for the first / last layer's weight (and its bias,
+            where `include` names it), or "@kernels" for every convolution larger than 1 x 1.
         target: where the weights may end; not with `keep`.
         mechanism: how training pulls them there; `None` only for `detent.compress`.
         keep: leave the parameters in full precision.
@@ -42,10 +44,13 @@ class Rule:
         weight_decay: the weight decay this rule is meant for, >= 0: `Recipe.param_groups` gives it to the optimizer and
             `attach` refuses any other; `None` for whatever the optimizer has.
         optional: the rule may end up with nothing: for recipes that are meant for any model.
+        axis: axis of the output channels of the tensors that match, 0 to 15; `None` for what is known of their module:
+            torch's layers, transformers' `Conv1D` (axis 1) and experts; else the plan says what it assumes.
+        batch_axes: axes along which several such tensors are stacked, as experts are; `None` likewise.
 
     Raises:
-        ValueError: a field of another type, an invalid regular expression, or a rule with both or neither of `target`
-            and `keep`.
+        ValueError: a field of another type, an invalid regular expression, a rule with both or neither of `target`
+            and `keep`, or an axis that is given twice.
 
     Example:
         >>> Rule(match=r"^fc\\.", keep=True).keep
@@ -62,6 +67,8 @@ class Rule:
     fit_until: Moment | None = None
     weight_decay: float | None = None
     optional: bool = False
+    axis: int | None = None
+    batch_axes: Sequence[int] | None = None
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}
 
@@ -71,7 +78,7 @@ class Rule:
             if value is not None and not isinstance(value, kind):
                 called = f"{value.__name__}(...), not the class" if isinstance(value, type) else f"not {value!r}"
                 raise ValueError(f"Rule(match={self.match!r}, {name}=...): must be a {kind.__name__}, {called}")
-        for name, known in (("match", ("@first", "@last", "@kernels")), ("include", ("@linear",))):
+        for name, known in (("match", ("@first", "@last", "@kernels", "@weights")), ("include", ("@linear",))):
             pattern = getattr(self, name)
             if pattern is None and name == "include":
                 continue
@@ -97,6 +104,7 @@ class Rule:
             check_moment(self.fit_until, "Rule.fit_until")
         if self.weight_decay is not None and not (is_number(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(f"Rule(weight_decay={self.weight_decay!r}): must be a number >= 0, or None")
+        self._check_axes()
         for name in self.mechanism.own_cadence if self.mechanism is not None else ():
             if getattr(self, name) is not None:
                 raise ValueError(
@@ -116,6 +124,18 @@ class Rule:
                 reason = None if target is None else self.mechanism.check(target)
                 if reason:
                     raise ValueError(f"Rule(match={self.match!r}): {reason}")
+
+    def _check_axes(self) -> None:
+        if self.axis is not None and not is_whole(self.axis, 0, MOST_AXES - 1):
+            raise ValueError(f"Rule(axis={self.axis!r}): must be a whole number from 0 to {MOST_AXES - 1}, or None")
+        if self.batch_axes is None:
+            return
+        given = _listed(self.batch_axes, "Rule", "batch_axes")
+        if not all(is_whole(axis, 0, MOST_AXES - 1) for axis in given) or len({*given}) != len(given):
+            raise ValueError(f"Rule(batch_axes={self.batch_axes!r}): must be distinct whole numbers from 0, or None")
+        if self.axis in given:
+            raise ValueError(f"Rule(axis={self.axis}, batch_axes={self.batch_axes!r}): an axis is one or the other")
+        object.__setattr__(self, "batch_axes", tuple(sorted(given)))
 
 
 @dataclass(frozen=True, kw_only=True)

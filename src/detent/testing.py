@@ -194,6 +194,14 @@ def awkward_samples(seed: int = 0) -> list[Sample]:
         w = randn(8, 3, 2, 2)
         layout = Layout(shape=tuple(w.shape), channel_dim=1, conv_groups=groups)
         samples.append(Sample(case=f"a transposed convolution of {groups} groups", weight=w, layout=layout))
+    stacked = {"a matrix of inputs times outputs": ((8, 6), 1, ()), "a stack of matrices": ((3, 4, 8), 1, (0,))}
+    stacked |= {
+        "a stack of inputs times outputs": ((3, 8, 4), 2, (0,)),
+        "a stack on the last axis": ((4, 8, 3), 0, (2,)),
+    }
+    for case, (shape, channel, batch) in stacked.items():
+        layout = Layout(shape=shape, channel_dim=channel, batch_axes=batch)
+        samples.append(Sample(case=case, weight=randn(*shape), layout=layout))
     return samples
 
 

@@ -279,8 +279,12 @@ class Graph:
 
     def _from_channels(self, value: ir.Value, layout: Layout, name: str) -> ir.Value:
         """A matrix (channels, inputs) back in the shape of the weight."""
-        if layout.channel_dim == 0 or len(layout.shape) < 2:
+        if layout.is_row_major:
             return self._reshaped(value, layout.shape, name)
+        if layout.conv_groups == 1:
+            split = self._reshaped(value, [layout.shape[axis] for axis in layout.order], f"{name}:split")
+            back = sorted(range(len(layout.shape)), key=layout.order.__getitem__)
+            return self.node("Transpose", [split], name, perm=back)
         groups, inside = layout.conv_groups, layout.shape[0] // layout.conv_groups
         kernel = layout.shape[2:]
         split = self._reshaped(value, (groups, layout.shape[1], inside, *kernel), f"{name}:split")
@@ -296,10 +300,10 @@ class Graph:
         as_matrix = False
         if form.scale.numel() == 1:
             scale = scale.reshape(())
-        elif runs == 1 and (layout.channel_dim == 0 or layout.conv_groups == 1):
+        elif runs == 1 and layout.conv_groups == 1 and not layout.batch_axes:
             attributes["axis"] = layout.channel_dim
         else:
-            as_matrix = len(layout.shape) != 2 or layout.channel_dim != 0
+            as_matrix = len(layout.shape) != 2 or not layout.is_row_major
             indices, attributes["axis"] = layout.by_channel(indices), 0
             if runs > 1:
                 assert isinstance(form.granularity, Group)
@@ -379,7 +383,7 @@ class Graph:
         if form.scale is None:
             return self._reshaped(units, form.layout.shape, name)
         units = self._reshaped(units, form.layout.shape, f"{name}:whole")
-        if integer and (form.scale.numel() == 1 or form.layout.conv_groups == 1):
+        if integer and (form.scale.numel() == 1 or (form.layout.conv_groups == 1 and not form.layout.batch_axes)):
             axis = {} if form.scale.numel() == 1 else {"axis": form.layout.channel_dim}
             scale = form.scale.reshape(()) if form.scale.numel() == 1 else form.scale
             return self.node("DequantizeLinear", [units, self.constant(f"{name}.scale", scale.numpy())], name, **axis)

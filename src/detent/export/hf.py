@@ -165,6 +165,8 @@ def _reason(encoded: Encoded, module: nn.Module | None, own: str, aliases: tuple
         return f"it holds symmetric grids with a zero, Uniform(bits=4 or 8), and this lies on {target}"
     if target.bits not in _BITS:
         return f"loaders know 4 and 8 bits, and this has {target.bits}"
+    if not encoded.params.layout.is_row_major:
+        return "it keeps one scale a row, and the channels of this weight run along another axis"
     groups = granularity_of(target.granularity)
     inputs = encoded.params.layout.shape[1]
     if isinstance(groups, Group) and inputs % groups.size:

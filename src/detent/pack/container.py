@@ -218,7 +218,7 @@ class Writer:
         form = CodedForm(
             CODE_OF[item.dtype],
             columns.targets.index(spec),
-            layout.channel_dim,
+            layout.axes_code,
             layout.conv_groups,
             shared,
             tuple(param[1:] for param in params),

@@ -235,7 +235,7 @@ class CodedForm(NamedTuple):
 
     dtype: str
     target: int
-    axis: int
+    axis: int  # of the channels, and of what is stacked: `Layout.axes_code`
     groups: int
     shared: int | None
     params: tuple[FlatParam, ...]
@@ -527,7 +527,11 @@ def _form(v: _Values, why: Sequence[str]) -> RawForm | CodedForm:
     kind = v.number(3, "a form's kind")
     if kind == _CODED:
         dtype, target = _dtype(v), v.number(_LENGTH, "a target's number")
-        axis, groups, shared = v.number(2, "an axis"), v.number(_LENGTH, "groups"), v.number(_LENGTH, "a shared piece")
+        axis, groups, shared = (
+            v.number(_LENGTH, "an axis"),
+            v.number(_LENGTH, "groups"),
+            v.number(_LENGTH, "a shared piece"),
+        )
         return CodedForm(dtype, target, axis, groups, shared - 1 if shared else None, _params(v), _streams(v))
     reason, dtype, raw = why[v.number(len(why), "a reason's number")], _dtype(v), _dtype(v)
     second = _dtype(v) if kind == _TWICE else None
@@ -586,12 +590,12 @@ class _Blobs:
     def _code(self, name: str, form: CodedForm, shape: tuple[int, ...]) -> Code:
         if form.target >= len(self._targets):
             raise ValueError(f"{name!r} points at target {form.target} of {len(self._targets)}")
-        if form.groups < 1 or (form.axis == 1 and len(shape) < 2) or (form.axis == 0 and form.groups != 1):
+        layout = Layout.of_code(form.axis, shape, form.groups)
+        if layout is None:
             raise ValueError(f"{name!r} has the impossible layout {form.axis, form.groups}")
         target = self._targets[form.target]
         if bool(target.shared) != (form.shared is not None):
             raise ValueError(f"{name!r} shares what is its own for {type(target).__name__}, or the other way round")
-        layout = Layout(shape=shape, channel_dim=form.axis, conv_groups=form.groups)
         reason = target.accepts(shape, DTYPES[form.dtype], layout)
         if reason:
             raise ValueError(f"{name!r}: {reason}")

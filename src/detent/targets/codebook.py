@@ -382,6 +382,8 @@ class KernelCodebook(_Codebook):
     def _unfit(self, shape: Sequence[int], layout: Layout) -> str | None:
         if len(shape) < 3:
             return f"KernelCodebook needs a convolution, and a {len(shape)}-D weight has no kernels; use VectorCodebook"
+        if layout.batch_axes or layout.channel_dim > 1:
+            return "KernelCodebook needs a convolution, and this weight is a stack of matrices; use VectorCodebook"
         if math.prod(shape[2:]) == 1:
             return f"KernelCodebook needs kernels larger than {self._kind(shape)}; use VectorCodebook or Uniform"
         return None
@@ -439,12 +441,16 @@ class VectorCodebook(_Codebook):
     def _unfit(self, shape: Sequence[int], layout: Layout) -> str | None:
         if len(shape) < 2:
             return f"VectorCodebook needs a matrix or a 1x1 convolution, and a {len(shape)}-D weight has no inputs"
-        if math.prod(shape[2:]) > 1:
+        if layout.kernel > 1:
             return f"VectorCodebook needs 1x1 kernels, not {'x'.join(map(str, shape[2:]))}; use KernelCodebook"
-        if layout.channel_dim != 0:
-            return "VectorCodebook needs inputs that lie side by side, which those of a transposed convolution do not"
-        if shape[1] % self.block:
-            return f"VectorCodebook(block={self.block}) does not divide the {shape[1]} inputs of this weight"
+        if not layout.is_row_major:
+            return (
+                "VectorCodebook needs inputs that lie side by side, which those of a transposed convolution or of an "
+                "(inputs, outputs) matrix do not"
+            )
+        inputs = math.prod(shape[axis] for axis in layout.input_axes)
+        if inputs % self.block:
+            return f"VectorCodebook(block={self.block}) does not divide the {inputs} inputs of this weight"
         return None
 
 

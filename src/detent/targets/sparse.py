@@ -292,7 +292,7 @@ class NM(Sparse):
 
     def _shape(self, layout: Layout) -> tuple[int, int, int]:
         """(lines that blocks run along, full blocks a line, length of its last short block)."""
-        kernel = _kernel(layout) if self.along == "channels" else 1
+        kernel = layout.kernel if self.along == "channels" else 1
         length = _matrix(layout)[1] // kernel
         return layout.channels * kernel, length // self.m, length % self.m
 
@@ -412,12 +412,13 @@ class Structured(Sparse):
         return reason
 
     def _tile(self, layout: Layout) -> tuple[int, int]:
-        """Rows and columns of one group."""
+        """Rows and columns of one group, which never reaches over several of the matrices that are stacked."""
         rows, columns = _matrix(layout)
+        deep = rows // layout.batch
         if self.group == "block":
             assert self.block is not None
-            return min(self.block[0], rows), min(self.block[1], columns)
-        return {"filter": (1, columns), "column": (rows, 1), "channel": (rows, _kernel(layout))}[self.group]
+            return min(self.block[0], deep), min(self.block[1], columns)
+        return {"filter": (1, columns), "column": (deep, 1), "channel": (deep, layout.kernel)}[self.group]
 
     def _sizes(self, layout: Layout) -> Tensor:
         """Weights in each group."""
@@ -532,11 +533,6 @@ def _count_of(who: str, keep: float, total: int, what: str) -> int:
 def _matrix(layout: Layout) -> tuple[int, int]:
     """(output channels, inputs of each): the shape of `Layout.by_channel`."""
     return layout.channels, layout.numel // layout.channels
-
-
-def _kernel(layout: Layout) -> int:
-    """Kernel positions of a convolution; 1 for a matrix."""
-    return math.prod(layout.shape[2:])
 
 
 def padded(values: Tensor, count: int) -> Tensor:
