@@ -147,7 +147,7 @@ class Odd(nn.Module):
         self.positions = nn.Parameter(torch.randn(1, 5, 8))
         self.kernel = nn.Parameter(torch.randn(8, 6))
         self.head_bias = nn.Parameter(torch.randn(2, 8))
-        self.planes = nn.LayerNorm((4, 8))
+        self.planes = nn.LayerNorm([4, 8])
         self.gain = nn.Parameter(torch.randn(1, 8, 1, 1))
 
 
