@@ -27,6 +27,7 @@ def recording(
     config: Mapping[str, Any],
     notes: str = "",
     out: Path | None = None,
+    script: str = "",
 ) -> Iterator[dict[str, Any]]:
     """Measures the block and writes ``records/NAME.json`` with what the block put into the dict it gets.
 
@@ -40,10 +41,11 @@ def recording(
         config: the experiment, as plain data.
         notes: caveats.
         out: another file to write.
+        script: in this folder, where the record is not called after it.
     """
     from detent.report.record import Record, environment  # here, so that the tables can be made without torch
 
-    script = name.replace("-", "_")
+    script = script or name.replace("-", "_")
     command = shlex.join(["python", "-m", f"benchmarks.{script}", *sys.argv[1:]])
     before, load = environment(ROOT), os.getloadavg()[0]
     changed = before["dirty_files"]

@@ -471,52 +471,68 @@ def training_memory(record: dict[str, Any]) -> str:
     return text + markdown(["training", "kept between steps", "most while attaching", "most in a step"], rows)
 
 
-@simple("step_cost")
-def step_cost(record: dict[str, Any]) -> str:
-    """Ratios to the plain optimizer."""
-    results = record["results"]
-    training = results["training"]["arms"]
+@table("step-cost")
+def step_cost(records: Path) -> str:
+    """Ratios to the plain optimizer, before the fits and passes were made fast and now."""
+    now, before = read(records, "step_cost"), read(records, "step_cost-before")
+    if now is None:
+        return NOTHING
+    results, old = now["results"], {} if before is None else before["results"]
 
-    def ratio(arm: dict[str, Any]) -> list[str]:
-        both = arm["cpu_ratio"], arm["ratio"]
-        return [f"{r['median']:.3f} ({r['quartile_1']:.3f} to {r['quartile_3']:.3f})" for r in both]
+    def cell(of: dict[str, Any], section: str, name: str, key: str = "ratio") -> str:
+        row = of.get(section, {}).get(name)
+        if row is None:
+            return "–"
+        if key != "ratio":
+            return f"{row[key]:.2f}"
+        ratio = row["ratio"]
+        digits = 3 if section in ("llama", "resnet20") else 2
+        return f"{ratio['median']:.{digits}f} ({ratio['quartile_1']:.{digits}f} to {ratio['quartile_3']:.{digits}f})"
 
-    def ordered(arms: dict[str, Any]) -> list[tuple[str, Any]]:
-        return sorted(arms.items(), key=lambda item: (item[0] != "plain", item[0]))
-
-    text = f"A training step ({record['config']['training']}), beside plain SGD: median (quartiles) over blocks.\n\n"
-    head = ["arm", "CPU ms a step", "CPU time", "wall time", "passing memory, peak"]
-    peaks = results["training"].get("peak_bytes", {})
+    names = list({name: None for section in ("llama", "resnet20", "optimizer") for name in results.get(section, {})})
+    config = now["config"]
+    text = "Wall time beside the plain optimizer = 1: median (quartiles) over neighbouring steps.\n\n"
+    head = ["mechanism and target", "Llama step, before", "now", "ResNet-20 step, before", "now"]
     rows = []
-    for name, arm in ordered(training):
-        peak = f"{peaks[name] / peaks['plain']:.3f}" if name in peaks else "–"
-        rows.append([name, f"{1e3 * arm['cpu_seconds']:.1f}", *ratio(arm), peak])
+    for name in names:
+        cells = (cell(of, section, name) for section in ("llama", "resnet20") for of in (old, results))
+        rows.append([name, *cells])
     text += markdown(head, rows)
-    held, fitting = (training[name]["cpu_ratio"]["median"] for name in ("gradient", "gradient, fit each step"))
-    every = results["training"].get("fit_every", 100)
+    text += f"\nLlama step: {config['llama']}. ResNet-20 step: {config['resnet20']}.\n"
+    text += f'\nThe optimizer\'s step alone ({config["optimizer"]}); "with fits": mean CPU time over {config["steps"]} '
     text += (
-        f"\nOne fit of all grids costs {fitting - held:.2f} of a plain step; while it happens every {every} steps "
-        f"the gradient form takes {held + (fitting - held) / every:.3f} of its CPU time.\n"
+        "steps, the fits that fall into them included; kept: bytes a weight that the mechanism holds between steps.\n\n"
     )
-    millions = results["optimizer"][0]["weights"] / 1e6
-    text += f"\nAn optimizer step alone, {millions:.1f} million weights, beside the same optimizer without PSG.\n\n"
+    head = ["mechanism and target", "before", "now", "with fits, before", "now", "attach (s), before", "now", "kept"]
     rows = []
-    for row in results["optimizer"]:
-        plain = row["memory"]["plain"]
-        for name, arm in ordered(row["arms"]):
-            memory = row["memory"][name]
-            kept = f"{memory['kept_bytes_per_weight'] - plain['kept_bytes_per_weight']:.2f}"
-            passing = f"{memory['passing_bytes_per_weight']:.2f}"
-            rows.append([f"{row['optimizer']}, {name}", f"{1e3 * arm['cpu_seconds']:.1f}", *ratio(arm), kept, passing])
-    head = [
-        "arm",
-        "CPU ms a step",
-        "CPU time",
-        "wall time",
-        "kept, bytes a weight over plain",
-        "passing, bytes a weight",
-    ]
-    return text + markdown(head, rows)
+    for name in results.get("optimizer", {}):
+        both = [cell(of, "optimizer", name, key) for key in ("ratio", "mean_ratio") for of in (old, results)]
+        attach = [cell(of, "optimizer", name, "attach_cpu_seconds") for of in (old, results)]
+        rows.append([name, *both, *attach, cell(results, "optimizer", name, "kept_bytes_per_weight")])
+    text += markdown(head, rows)
+    text += f"\n{config['small']}: microseconds of CPU that a step adds a tensor, fits included.\n\n"
+    rows = []
+    for name in results.get("small", {}):
+        rows.append([name, *(cell(of, "small", name, "added_us_per_tensor") for of in (old, results))])
+    text += markdown(["mechanism and target", "before", "now"], rows)
+    ends = "" if before is None else origin(before, "step_cost-before")
+    return text + ends + origin(now, "step_cost")
+
+
+@table("step-peers")
+def step_peers(records: Path) -> str:
+    """Others beside ours, a whole training step."""
+    record = read(records, "step_cost-peers")
+    if record is None:
+        return NOTHING
+    rows = []
+    found = record["results"]["peers"]
+    for name, row in sorted(found.items(), key=lambda item: item[1]["ratio"]["median"]):
+        ratio = row["ratio"]
+        rows.append([name, f"{ratio['median']:.3f} ({ratio['quartile_1']:.3f} to {ratio['quartile_3']:.3f})"])
+    versions = ", ".join(f"{name} {version}" for name, version in record["results"]["versions"].items())
+    text = f"{record['config']['llama']}; plain = 1; {versions}.\n\n"
+    return text + markdown(["training step", "wall time: median (quartiles)"], rows) + origin(record, "step_cost-peers")
 
 
 # --- the experiment of the paper --------------------------------------------------------------------------------
