@@ -106,7 +106,7 @@ def test_zero_padding_keeps_a_constant_that_is_not_zero_and_says_so() -> None:
     zero(model[0].bias, 1, value=-0.7)  # ReLU makes it 0, which padding cannot tell apart
     found = slim(model, torch.randn(1, 1, 8, 8))
     assert shapes(found) == {"0": (1, 2), "2": (2, 2)}
-    assert found.left == ("0: 1 unit (0) stay: 2 pads with zeros, so at the borders it is no constant",)
+    assert found.left == ("0: 1 unit (0) stays: 2 pads with zeros, so at the borders it is no constant",)
     close(found, model, found.model, torch.randn(4, 1, 8, 8))
     for mode in ("replicate", "reflect", "circular"):
         model[2].padding_mode = mode
@@ -159,7 +159,7 @@ def test_a_constant_added_to_a_channel_that_lives_stays_and_says_so() -> None:
     found = slim(model, torch.randn(1, 1, 5, 5))
     assert shapes(found)["a"] == (4, 4)
     assert len(found.left) == 1
-    assert found.left[0].startswith("a: 1 unit (0) stay: it is added to a channel that lives")
+    assert found.left[0].startswith("a: 1 unit (0) stays: it is added to a channel that lives")
     close(found, model, found.model, torch.randn(4, 1, 5, 5))
 
 
@@ -242,7 +242,7 @@ def test_without_any_bias_folding_leaves_it_and_removing_makes_one() -> None:
     close(removed, model, removed.model, torch.randn(4, 1, 6, 6))
     kept = copy.deepcopy(model)
     found = fold_dead_units(model, torch.randn(1, 1, 6, 6))
-    assert found.left == ("0: 1 unit (1) stay: 1 has no bias that could take it",)
+    assert found.left == ("0: 1 unit (1) stays: 1 has no bias that could take it",)
     assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), model.parameters(), strict=True))
 
 
@@ -252,7 +252,8 @@ def test_what_is_not_understood_keeps_its_channels_and_is_named() -> None:
     zero(model[4].weight, slice(None), 3)
     found = slim(model, torch.randn(2, 3))
     assert shapes(found) == {"0": (3, 4), "2": (4, 5), "4": (5, 2)}
-    assert found.left == ("0: 1 unit (0) stay: it goes into '1', which is not understood",)
+    assert "0: 1 unit (0) stays: '1' (LayerNorm) normalises over all of them" in found.left
+    assert "4: 1 input (3) stays unread: it comes from '3' (Softmax), which is not understood" in found.left
     close(found, model, found.model, torch.randn(4, 3))
 
 
@@ -268,7 +269,9 @@ def test_batchnorm_of_the_batch_is_not_understood(act: nn.Module) -> None:
     found = slim(model, x)
     close(found, found.model, twin, x)
     assert shapes(found) == {"0": (4, 6), "3": (6, 2)}
-    assert any(why.startswith("0: 1 unit (2)") and "'2', which is not understood" in why for why in found.left)
+    assert any(
+        why.startswith("0: 1 unit (2)") and "'2' (BatchNorm1d), which is not understood" in why for why in found.left
+    )
     assert fold_dead_units(model, x).weights[0] == fold_dead_units(model, x).weights[1]
 
 
@@ -316,7 +319,8 @@ def test_a_layer_keeps_one_channel() -> None:
     zero(model[2].weight, slice(None))
     found = slim(model, torch.randn(2, 3))
     assert shapes(found) == {"0": (3, 1), "2": (1, 2)}
-    assert found.left == ("0: 1 unit (0) stay: a layer keeps one channel at least",)
+    assert "0: 1 unit (0) stays: a layer keeps one channel at least" in found.left
+    assert "2: 1 input (0) stays unread: a layer keeps one channel at least" in found.left
     close(found, model, found.model, torch.randn(4, 3))
 
 
@@ -580,7 +584,7 @@ def test_what_cannot_be_traced_is_refused() -> None:
     with pytest.raises(ValueError, match="torch.fx cannot trace this Branching"):
         slim(Branching(2, 2), torch.randn(2, 2))
     with pytest.raises(ValueError, match="example_input"):
-        slim(nn.Linear(2, 2), "x")  # type: ignore[arg-type]
+        slim(nn.Linear(2, 2), "x")
 
 
 _HELD: list[nn.Linear] = []
@@ -625,3 +629,231 @@ def test_what_came_out_shows_itself_in_a_line() -> None:
         for words in ("90 layers", "36,000 of 144,000 non-zero weights left", "2 things", "1e-07 (allowed 0.0001)"):
             assert words in text, (words, text)
     assert "36,000 of 144,000 parameters, 1,000 of 5,000 multiply-accumulates" in slimmed
+
+
+# --- how a model comes, and what it is made of ---------------------------------------------------------------------
+
+
+def half(model: nn.Module, last: str = "2") -> nn.Module:
+    """The first half of a layer's inputs have no weights there."""
+    weight = model.get_submodule(last).weight
+    zero(weight, slice(None), slice(0, weight.shape[1] // 2))  # type: ignore[index, union-attr]
+    return model.eval()
+
+
+def plain() -> nn.Module:
+    return half(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda m: torch.compile(m, backend="eager"),
+        nn.DataParallel,
+        torch.optim.swa_utils.AveragedModel,
+        lambda m: nn.Sequential(nn.DataParallel(m[0]), *m[1:]),
+    ],
+    ids=["compiled", "DataParallel", "averaged", "inside"],
+)
+def test_wrappers_are_seen_through(wrap: Callable[[Any], nn.Module]) -> None:
+    model, x = plain(), torch.randn(2, 3, 8, 8)
+    wrapped = wrap(model)
+    run = dt.compress(wrapped, dt.Recipe([dt.Rule(match="weight", target=dt.TopK(keep=0.4))]))
+    for each in (wrapped, run):
+        found = slim(each, x)
+        assert shapes(found) == {"0": (3, 4), "2": (4, 4)}
+    close(slim(wrapped, x), model, slim(wrapped, x).model, x)
+    assert fold_dead_units(wrapped, x).weights == (8 * 27 + 4 * 4 * 9, 4 * 27 + 4 * 4 * 9)
+
+
+class Flagged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor, embed: bool = False, *, mask: Tensor | None = None) -> Tensor:
+        x = torch.relu(self.a(x))
+        if embed:
+            return x
+        if mask is not None:
+            x = x * mask
+        return self.b(x)
+
+
+def test_flags_keep_their_defaults_and_inputs_may_be_named() -> None:
+    model, x = half(Flagged(), "b"), torch.randn(2, 3, 8, 8)
+    assert shapes(slim(model, x)) == {"a": (3, 4), "b": (4, 4)}
+    kept = slim(model, {"x": x, "embed": True})  # what is given out stays; the example's call does not reach b
+    assert shapes(kept) == {"a": (3, 8), "b": (8, 4)}
+    assert kept.left == (
+        "b.weight: 0 of 4 rows and 4 of 8 columns of zeros stay: the example's call does not reach it",
+    )
+    mask = torch.rand(2, 1, 6, 6)
+    found = slim(model, {"x": x, "mask": mask})
+    assert shapes(found) == {"a": (3, 4), "b": (4, 4)}
+    torch.testing.assert_close(found.model(x, mask=mask), model(x, mask=mask))
+
+
+def test_subclasses_that_compute_the_same_count_and_others_do_not() -> None:
+    class Own(nn.Conv2d):
+        pass
+
+    class Other(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).flip(1)
+
+    x = torch.randn(2, 3, 8, 8)
+    assert shapes(slim(half(nn.Sequential(Own(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))), x)) == {
+        "0": (3, 4),
+        "2": (4, 4),
+    }
+    found = slim(half(nn.Sequential(Other(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))), x)
+    assert shapes(found) == {"0": (3, 8), "2": (8, 4)} and found.left[0].startswith("2: 4 inputs (0, 1, 2, 3) stay")
+    normed = half(
+        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    )
+    assert shapes(slim(normed, x)) == {"0": (3, 8), "2": (8, 4)}
+    assert len(slim(normed, x).left) == 1
+
+
+def test_a_parameter_beside_a_layer_is_cut_with_it() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.scale, self.b = nn.Conv2d(3, 8, 1), nn.Parameter(torch.randn(8, 1, 1)), nn.Conv2d(8, 4, 1)
+            self.shift = nn.Parameter(torch.randn(1, 8, 6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x) * self.scale + self.shift)
+
+    model, x = half(Scaled(), "b"), torch.randn(2, 3, 6, 6)
+    found = slim(model, x)
+    assert found.model.scale.shape == (4, 1, 1) and found.model.shift.shape == (1, 4, 6, 6)
+    close(found, model, found.model, torch.randn(3, 3, 6, 6))
+    assert found.left == ()
+
+
+@pytest.mark.parametrize(
+    ("middle", "word"),
+    [
+        (nn.ChannelShuffle(2), "sizes are written in the code of '1' (ChannelShuffle)"),
+        (nn.GroupNorm(1, 8), "'1' (GroupNorm) normalises it together with channels that live"),
+        (nn.LocalResponseNorm(3), "it comes from '1' (LocalResponseNorm), which is not understood"),
+        (nn.Softmax(dim=1), "it comes from '1' (Softmax), which is not understood"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_inputs_that_must_stay_are_left_with_what_is_between(middle: nn.Module, word: str) -> None:
+    model: Any = half(nn.Sequential(nn.Conv2d(3, 8, 1), middle, nn.Conv2d(8, 4, 1)))
+    found = slim(model, torch.randn(2, 3, 4, 4))
+    assert shapes(found) == {"0": (3, 8), "2": (8, 4)}
+    assert f"2: 4 inputs (0, 1, 2, 3) stay unread: {word}" in found.left
+
+
+def test_parts_of_recurrent_layers_and_attention_are_left_by_name() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.lstm = nn.Linear(4, 8), nn.LSTM(8, 8, batch_first=True)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.lstm(self.a(x))[0]
+            return self.attention(x, x, x)[0]
+
+    model = Net().eval()
+    zero(model.lstm.weight_ih_l0, slice(None), 1)
+    zero(model.attention.out_proj.weight, slice(None), slice(2, 4))
+    left = slim(model, torch.randn(2, 3, 4)).left
+    assert len(left) == 2
+    assert left[0].startswith("lstm.weight_ih_l0: 0 of 32 rows and 1 of 8 columns of zeros stay: 'lstm' (LSTM), which")
+    assert left[1].startswith("attention.out_proj.weight: 0 of 8 rows and 2 of 8 columns of zeros stay: ")
+
+
+def test_what_is_written_over_while_others_read_it_is_no_constant() -> None:
+    class Over(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            x.view(-1, 4).relu_()
+            return self.b(x)
+
+    model = Over()
+    zero(model.a.weight, 0)
+    zero(model.a.bias, 0, value=-1.0)
+    found = slim(model, torch.randn(2, 3))
+    close(found, model, found.model, torch.randn(4, 3))
+    assert shapes(found) == {"a": (3, 4), "b": (4, 2)}
+    assert found.left == ("a: 1 unit (0) stays: it is constant, but written over",)
+
+
+def test_dropout_that_is_on_is_not_taken_for_nothing() -> None:
+    class On(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.dropout(self.a(x), 1e-9))
+
+    model = On()
+    zero(model.b.weight, slice(None), 1)
+    found = slim(model, torch.randn(2, 3))
+    assert found.left == ("b: 1 input (1) stays unread: it comes from 'dropout', which is not understood",)
+
+
+# --- near-dead units -----------------------------------------------------------------------------------------------
+
+
+def near_dead() -> Any:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(
+        nn.Conv2d(3, 8, 3), alive(nn.BatchNorm2d(8)), nn.ReLU(), nn.Conv2d(8, 8, 3), alive(nn.BatchNorm2d(8)),
+        nn.ReLU(), nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    with torch.no_grad():
+        model[3].weight[:6] *= 1e-9  # six filters of noise
+        model[1].weight[1] = 1e-9  # a gain, so a constant
+        model[6].weight[:, 7] *= 1e-9  # what nothing reads
+    return model.eval()
+
+
+def test_near_dead_units_go_with_a_tolerance() -> None:
+    model, x = near_dead(), torch.randn(4, 3, 9, 9)
+    exact = slim(model, x)
+    assert exact.parameters[0] == exact.parameters[1]
+    found = slim(model, x, tolerance=1e-6)
+    assert shapes(found) == {"0": (3, 7), "3": (7, 1), "6": (1, 4)}
+    close(found, model, found.model, torch.randn(4, 3, 9, 9))
+    assert found.difference <= found.bound == pytest.approx((1024 * 2**-23 + 1e-6) * max(found.scale, 1))
+
+
+def test_near_dead_units_become_zero_before_compression_and_the_file_follows(tmp_path: Path) -> None:
+    def size(model: nn.Module) -> int:
+        recipe = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=8, granularity="channel"))])
+        return dt.save(dt.compress(model, recipe), tmp_path / "a.detent", life="compressed")
+
+    model, x = near_dead(), torch.randn(4, 3, 9, 9)
+    before, untouched = size(copy.deepcopy(model)), copy.deepcopy(model)
+    report = fold_dead_units(model, x, tolerance=1e-6)
+    assert size(model) < before - 6 * 8 * 9 * 0.8
+    close(report, untouched, model, torch.randn(4, 3, 9, 9))
+
+
+@pytest.mark.parametrize("act", [slim, fold_dead_units])
+def test_a_tolerance_that_moves_the_output_is_refused_and_the_model_is_as_it_was(act: Callable[..., Any]) -> None:
+    model: Any = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].weight[0] = 0.05
+        model[0].weight[1:] = 1.0
+        model[2].weight[:] = torch.tensor([10.0, 1.5, 1.5, 1.5])
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="tolerance=0.06: without the units below it the output .* moves by"):
+        act(model, torch.full((2, 3), 300.0), tolerance=0.06)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    for wrong in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="tolerance"):
+            act(model, torch.ones(2, 3), tolerance=wrong)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from detent.claimed import Entry
 from detent.engine import Run
-from detent.export.channels import CONVS, ChannelGraph, grouped
+from detent.export.calling import Call, Inputs, bind, unwrapped
+from detent.export.channels import ChannelGraph
+from detent.export.trace import LAYERS
+from detent.export.units import Units
 from detent.lives import Lives
 from detent.targets import SparseLevels, Structured, TopK
 
@@ -129,29 +132,32 @@ def _in_eval(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _tuple(example: Any) -> tuple[Tensor, ...]:
-    given = example if isinstance(example, (tuple, list)) else (example,)
-    if not given or not all(isinstance(x, Tensor) for x in given):
-        raise ValueError("example_input: give the tensor the model is called with, or a tuple of tensors")
-    return tuple(given)
+def _outputs(model: nn.Module, call: Call) -> list[Tensor]:
+    return [t.detach().double() for t in tree_leaves(call(model)) if isinstance(t, Tensor)]
 
 
-def _outputs(model: nn.Module, example: Sequence[Tensor]) -> list[Tensor]:
-    with torch.no_grad():
-        found = tree_leaves(model(*example))
-    return [t.detach().double() for t in found if isinstance(t, Tensor)]
+def _share(tolerance: float, field: str) -> float:
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"{field}(tolerance={tolerance}): must be at least 0 and below 1")
+    return float(tolerance)
 
 
-def _compare(before: list[Tensor], after: list[Tensor], dtype: torch.dtype) -> dict[str, float]:
+def _compare(before: list[Tensor], after: list[Tensor], dtype: torch.dtype, tolerance: float) -> dict[str, float]:
     """How far apart two outputs are.
 
     Raises:
         RuntimeError: farther than rounding explains.
+        ValueError: farther than rounding and the tolerance allow.
     """
     scale = max((float(t.abs().max()) for t in before if t.numel()), default=0.0)
     gap = max((float((a - b).abs().max()) for a, b in zip(before, after, strict=True) if a.numel()), default=0.0)
-    bound = 1024 * torch.finfo(dtype).eps * max(scale, 1.0)
+    bound = (1024 * torch.finfo(dtype).eps + tolerance) * max(scale, 1.0)
     if not gap <= bound:
+        if tolerance:
+            raise ValueError(
+                f"tolerance={tolerance:g}: without the units below it the output on the example moves by {gap:g}, more "
+                f"than {bound:g}; use a smaller tolerance, or 0 for what is exact"
+            )
         raise RuntimeError(
             f"folding dead units moved the output by {gap:g}, which rounding (<= {bound:g}) cannot explain"
         )
@@ -159,12 +165,11 @@ def _compare(before: list[Tensor], after: list[Tensor], dtype: torch.dtype) -> d
 
 
 def _nonzero(model: nn.Module) -> dict[str, tuple[tuple[int, int], int]]:
-    """((inputs, outputs), non-zero weights) of every convolution and linear layer."""
+    """((inputs, outputs), non-zero weights) of every convolution (transposed ones too) and linear layer."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, (*CONVS, nn.Linear)):
-            outputs, inputs = module.weight.shape[0], module.weight.shape[1] * getattr(module, "groups", 1)
-            found[name] = ((inputs, outputs), int(module.weight.detach().count_nonzero()))
+        if isinstance(module, LAYERS):
+            found[name] = (Units(module).size, int(module.weight.detach().count_nonzero()))
     return found
 
 
@@ -189,7 +194,7 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
 
 
-def fold_dead_units(model: nn.Module | Run, example_input: Tensor | Sequence[Tensor]) -> Folded:
+def fold_dead_units(model: nn.Module | Run, example_input: Inputs, *, tolerance: float = 0.0) -> Folded:
     """Set to zero, in place, whatever cannot reach the output, and put constants into the next bias; shapes stay.
 
     A file of the same architecture then holds fewer weights. Weights, biases and BatchNorm numbers of units that no
@@ -202,12 +207,20 @@ def fold_dead_units(model: nn.Module | Run, example_input: Tensor | Sequence[Ten
     With a finalized run, claimed weights stay in their targets: a tensor whose target has no zero where one is needed
     is left as it is. Counts of sparse targets go down to what is left, so that the file follows.
 
+    Near-dead units (all weights a millionth of the layer's largest, as training with weight decay leaves them) still
+    take their full width in a file. `tolerance=1e-6` sets them to zero first; do so before `compress`, on the model.
+
     Args:
-        model: a model, or a run after `run.finalize()`, in one process.
-        example_input: what the model is called with; a few samples are enough.
+        model: a model, or a run after `run.finalize()`, in one process. Wrappers (torch.compile, DataParallel,
+            AveragedModel) are seen through.
+        example_input: what the model is called with: a tensor, several, or a mapping by name; a few samples.
+        tolerance: in [0, 1), as a share. Outputs and inputs of a layer none of whose weights exceeds this share of the
+            layer's largest, and gains of norms likewise, become zero; the outputs on the example may then move by this
+            share of their largest.
 
     Raises:
-        ValueError: a run that is not finalized; a model that torch.fx cannot trace.
+        ValueError: a run that is not finalized; a model that torch.fx cannot trace; the output moved by more than the
+            tolerance; the model is then as it was.
         RuntimeError: the output on the example moved by more than rounding; the model is then as it was.
 
     Example:
@@ -219,16 +232,22 @@ def fold_dead_units(model: nn.Module | Run, example_input: Tensor | Sequence[Ten
         [(4, 2), (2, 1)]
     """
     run = model if isinstance(model, Run) else None
-    net = model.model if isinstance(model, Run) else model
-    example = _tuple(example_input)
+    share = _share(tolerance, "fold_dead_units")
+    with unwrapped(model.model if isinstance(model, Run) else model) as net:
+        return _fold(net, run, bind(net, example_input, "example_input"), share)
+
+
+def _fold(net: nn.Module, run: Run | None, call: Call, tolerance: float) -> Folded:
     entries = [] if run is None else _finalized(run)
     kept = {name: value.detach().clone() for name, value in net.state_dict().items()}
     locked: set[str] = set()
     with _in_eval(net):
-        before, outputs = _nonzero(net), _outputs(net, example)
+        before, outputs = _nonzero(net), _outputs(net, call)
         try:
             while True:
-                graph = ChannelGraph(net, example, locked)
+                graph = ChannelGraph(net, call, locked)
+                if tolerance:
+                    graph.clear_near_dead(tolerance)
                 graph.fold(new_biases=False)
                 fitted = {entry.name: _recounted(entry) for entry in entries}
                 bad = {name for name, params in fitted.items() if params is None}
@@ -236,7 +255,7 @@ def fold_dead_units(model: nn.Module | Run, example_input: Tensor | Sequence[Ten
                     break
                 net.load_state_dict(kept)
                 locked |= bad
-            difference = _compare(outputs, _outputs(net, example), _dtype_of(net))
+            difference = _compare(outputs, _outputs(net, call), _dtype_of(net), tolerance)
         except BaseException:
             net.load_state_dict(kept)
             if run is not None:
@@ -279,21 +298,25 @@ def _recounted(entry: Entry) -> Any:
     return params if torch.equal(target.project(w, params), w) else None
 
 
-def slim(model: nn.Module | Lives, example_input: Tensor | Sequence[Tensor]) -> Slimmed:
+def slim(model: nn.Module | Lives, example_input: Inputs, *, tolerance: float = 0.0) -> Slimmed:
     """A copy of the model without the channels and features that do nothing: structured sparsity made real.
 
     First everything `fold_dead_units` does (a layer without a bias gets one where a constant needs it), then what
-    nothing uses any more is taken out of the shapes: rows, columns, BatchNorm channels, whole groups of grouped and
-    depthwise convolutions. Channels that are added to one another go only together, so one branch that lives keeps
-    the place of the others. Around operations that are not understood all channels stay. Module names and classes
-    stay, so code that uses the model still runs.
+    nothing uses any more is taken out of the shapes: rows, columns, channels of norms, whole groups of GroupNorm and of
+    grouped and depthwise convolutions. Channels that are added to one another go only together, so one branch that
+    lives keeps the place of the others. Around operations that are not understood, and where a size is written in the
+    model's code, all channels stay. Module names and classes stay, so code that uses the model still runs, called as
+    the example calls it.
 
     Args:
-        model: a model, or a run, whose compressed life it is then.
-        example_input: what the model is called with; also what multiply-accumulates are counted for.
+        model: a model, or a run, whose compressed life it is then. Wrappers (torch.compile, DataParallel,
+            AveragedModel) are taken off.
+        example_input: what the model is called with: a tensor, several, or a mapping by name; arguments beyond it keep
+            their defaults. Also what multiply-accumulates are counted for.
+        tolerance: in [0, 1), as in `fold_dead_units`: units below this share of their layer go too.
 
     Raises:
-        ValueError: a model that torch.fx cannot trace.
+        ValueError: a model that torch.fx cannot trace; the output moved by more than the tolerance.
         RuntimeError: the output on the example moved by more than rounding.
 
     Example:
@@ -306,33 +329,40 @@ def slim(model: nn.Module | Lives, example_input: Tensor | Sequence[Tensor]) -> 
 
     Reference: what coupled channels are, in general: Fang et al., "DepGraph", arXiv 2301.12900.
     """
-    if isinstance(model, Lives):
-        with model.compressed():
-            net = copy.deepcopy(model.model)
-    else:
-        net = copy.deepcopy(model)
-    example = _tuple(example_input)
-    net.eval()
-    before, outputs = _nonzero(net), _outputs(net, example)
-    cost = _cost(net, example)
-    graph = ChannelGraph(net, example)
+    share = _share(tolerance, "slim")
+    life, whole = (nullcontext(), model) if isinstance(model, nn.Module) else (model.compressed(), model.model)
+    with life, unwrapped(whole) as bare:
+        net = copy.deepcopy(bare).eval()
+    call = bind(net, example_input, "example_input")
+    before, outputs = _nonzero(net), _outputs(net, call)
+    cost = _cost(net, call)
+    graph = ChannelGraph(net, call)
+    if share:
+        graph.clear_near_dead(share)
     graph.fold(new_biases=True)
-    left = graph.left()
+    graph.left(zeros=True)
     graph.remove()
-    difference = _compare(outputs, _outputs(net, example), _dtype_of(net))
-    after = _cost(net, example)
+    try:
+        after_all = _outputs(net, call)
+    except Exception as error:
+        raise ValueError(
+            f"slim: without its dead units {type(net).__name__} does not run, so its code depends on how many there "
+            f"were: {error}"
+        ) from error
+    difference = _compare(outputs, after_all, _dtype_of(net), share)
+    after = _cost(net, call)
     return Slimmed(
         model=net,
         layers=_layers(before, net, graph),
-        left=left if not graph.stuck else grouped(graph.stuck),
+        left=graph.unread(),
         parameters=(cost[0], after[0]),
         macs=(cost[1], after[1]),
         **difference,
     )
 
 
-def _cost(model: nn.Module, example: Sequence[Tensor]) -> tuple[int, int]:
+def _cost(model: nn.Module, call: Call) -> tuple[int, int]:
     """(parameters, multiply-accumulates on the example)."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*example)
+    with FlopCounterMode(display=False) as counter:
+        call(model)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
