@@ -12,9 +12,9 @@ from detent.export.trace import TRANSPOSED
 
 __all__ = ["Places", "Units", "grouped", "shrink_norm", "taken"]
 
-NORMS = (
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-    nn.GroupNorm,
+_FEATURES = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 )
 
 
@@ -110,7 +110,7 @@ class Units:
         if self.groups == 1:
             module.weight = taken(module.weight, second, dim=1)
         module.bias = taken(module.bias, outputs)
-        if isinstance(module, nn.Linear):
+        if isinstance(self.module, nn.Linear):
             module.in_features, module.out_features = len(inputs), len(outputs)
             return
         if self.groups > 1:
@@ -132,10 +132,13 @@ def shrink_norm(module: Any, keep: list[int]) -> None:
     if isinstance(module, nn.GroupNorm):
         module.num_groups = len(keep) * module.num_groups // module.num_channels
         module.num_channels = len(keep)
-    elif isinstance(module, NORMS):
-        module.num_features = len(keep)
-    elif isinstance(module, nn.PReLU) and module.num_parameters > 1:
+    elif isinstance(module, nn.PReLU):
+        if module.num_parameters == 1:
+            return
         module.num_parameters = len(keep)
+    elif isinstance(module, _FEATURES):
+        norm: Any = module
+        norm.num_features = len(keep)
     else:
         return
     for name in ("weight", "bias", "running_mean", "running_var"):
