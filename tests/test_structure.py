@@ -31,7 +31,7 @@ _MECHANISMS = _TARGETS | {"targets"}
 _SPECS = _MECHANISMS | {"mechanisms"}
 _RECIPE = _SPECS | {"sharding", "specs", "parameters", "plan"}
 _LIVES = _RECIPE | {"recipe"}
-_ENGINE = _LIVES | {"batchnorm", "claimed", "drivers", "lives", "optimizers"}
+_ENGINE = _LIVES | {"batchnorm", "claimed", "drivers", "lives", "optimizers", "states"}
 _PACK = _ENGINE | {"engine"}
 _CORE = _PACK | {"pack"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lives": _LIVES | {"batchnorm", "claimed"},
     "optimizers": {"sharding"},
     "drivers": _LIVES | {"claimed", "optimizers"},
+    "states": _LIVES | {"claimed", "drivers"},
     "engine": _ENGINE,
     "pack": _PACK,
     "": _CORE,

@@ -24,6 +24,7 @@ from detent.targets.base import compute_dtype
 
 __all__ = [
     "Entry",
+    "Held",
     "by_rule",
     "entries_of",
     "fingerprint",
@@ -43,7 +44,18 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
+_FOREIGN = -2  # no count of writes
 _NEARER = 1e-2  # how much smaller survivors are made to see whether a level is 0 whatever the weights are
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What a step may change of a weight besides its values."""
+
+    params: Params | None
+    pull_params: Params | None
+    fitted_at: int
+    state: dict[str, Tensor]
 
 
 @dataclass(kw_only=True)
@@ -62,6 +74,8 @@ class Entry:
     state: dict[str, Tensor] = field(default_factory=dict)
     version: int = -1
     fitted_at: int = -1
+    before: Tensor | None = None  # what attach wrote over, until training begins
+    loaded: Tensor | None = None  # a number a row of the weights that a loaded state belongs to, until training goes on
 
     @property
     def name(self) -> str:
@@ -147,6 +161,29 @@ class Entry:
         """Take the weight as it is now for our own writing."""
         self.version = _version_of(self.param)
 
+    def disown(self) -> None:
+        """Take the weight as it is for somebody else's writing."""
+        self.version = _FOREIGN
+
+    def keep_before(self, value: Tensor) -> None:
+        """Remember what attach wrote over, as a state that is loaded later may belong to that."""
+        if not torch.equal(value, sharding.local(self.param)):
+            self.before = value
+
+    def go_on(self) -> None:
+        """Training goes on: what was loaded, and written before, is past."""
+        self.before = self.loaded = None
+
+    def held(self) -> Held:
+        """What a step may change besides the weight; memory is replaced in its first half, never written in place."""
+        return Held(params=self.params, pull_params=self.pull_params, fitted_at=self.fitted_at, state=dict(self.state))
+
+    def put_back(self, held: Held) -> None:
+        """Be as before a step that raised."""
+        self.params, self.pull_params, self.fitted_at = held.params, held.pull_params, held.fitted_at
+        self.state.clear()
+        self.state.update(held.state)
+
     def mark(self) -> tuple[int, bool]:
         """What a closure that is evaluated too late would find changed: the weight, and whether it has a gradient."""
         return self.param._version, self.param.grad is None
@@ -206,13 +243,17 @@ class Entry:
     def follow(self, param: Tensor) -> None:
         """Go on with another object for the same parameter; memory kept for the whole is cut to what is held here."""
         if param is not self.param:
-            self.param, self.version = param, _version_of(param)
+            self.param, self.version = param, _version_of(param) if self.loaded is None else _FOREIGN
         shape = tuple(sharding.local(param).shape)
         for name, value in self.state.items():
             if tuple(value.shape) == self.claim.layout.shape != shape:
                 self.state[name] = sharding.from_whole(value, param, self.name).clone()
-        if self.zeros is not None and tuple(self.zeros.shape) == self.claim.layout.shape != shape:
-            self.zeros = sharding.from_whole(self.zeros, param, self.name).clone()
+        for name in ("zeros", "before"):
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) == self.claim.layout.shape != shape:
+                setattr(self, name, sharding.from_whole(value, param, self.name).clone())
+        if self.loaded is not None and shape and len(self.loaded) == self.claim.layout.shape[0] != shape[0]:
+            self.loaded = sharding.from_whole(self.loaded, param, self.name).clone()
 
     def hidden(self) -> Tensor:
         """What is held here of the weights that are fitted and projected."""
@@ -258,6 +299,7 @@ class Entry:
             "state": {name: self._as_held(value) for name, value in memory.items()},
             "held": held,
             "places": self._places,
+            "seen": sharding.rows_as_sharded(sharding.row_sums(sharding.local(self.param)), self.param),
             "fitted_at": self.fitted_at,
             **(self._saved_stage() if self.staged else {}),
         }
@@ -282,7 +324,7 @@ class Entry:
         Raises:
             ValueError: naming the parameter.
         """
-        keys = ("params", "pull", "state", "held", "places")
+        keys = ("params", "pull", "state", "held", "places", "seen")
         if not isinstance(saved, Mapping) or not all(key in saved for key in keys):
             raise ValueError(f"the state of {self.name!r} is not what run.state_dict() gave: it must have {keys}")
         if saved["places"] != self._places:
@@ -307,6 +349,9 @@ class Entry:
         self.settled = bool(saved.get("settled", False))
         # A fit that is due in the step at hand may have been done: by another optimizer, or before the step raised.
         self.fitted_at = int(saved.get("fitted_at", 0))
+        seen = saved["seen"]
+        seen = sharding.whole(seen) if hasattr(seen, "full_tensor") else seen
+        self.loaded = sharding.from_whole(seen, self.param, self.name).to(device)
         self.zeros = None
         if saved.get("zeros") is not None:
             zeros = _localised_state(saved["zeros"], self.param, self.name).to(device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from detent import optimizers, sharding
-from detent.claimed import Entry
+from detent.claimed import Entry, Held
 from detent.mechanisms import Clock, Slot
 
 __all__ = ["Driver", "owners_of"]
@@ -42,15 +42,22 @@ class Driver:
     nested: int = 0
     checked_copies: bool = False
     handles: list[Any] = field(default_factory=list)
-    spent: dict[str, tuple[Any, int]] = field(default_factory=dict)
+    undo: list[tuple[Driver, int, list[tuple[Entry, Held]]]] = field(default_factory=list)
+    spent: dict[str, tuple[Any, int, dict[str, Tensor]]] = field(default_factory=dict)
     probed: dict[Any, bool] = field(default_factory=dict)
     riding: Mapping[str, Any] | None = None
+    awaiting: str = ""  # what is missing of a checkpoint, in a sentence
     groups: list[Mapping[str, Any]] = field(default_factory=list)
     group_of: dict[int, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def standing(self) -> list[Entry]:
         return [*self.entries, *self.kept]
+
+    @property
+    def all_entries(self) -> list[Entry]:
+        """Those of every stage."""
+        return [entry for entries in self.stages for entry in entries]
 
     @property
     def params(self) -> list[Tensor]:
@@ -159,6 +166,26 @@ class Driver:
 
     # --- both halves of a step ------------------------------------------------------------------------------------
 
+    def begin(self, drivers: list[Driver]) -> None:
+        """A step begins: remember what it may change besides weights, of all optimizers, as some fits are shared."""
+        self.undo = [(each, each.step, [(e, e.held()) for e in each.standing]) for each in drivers]
+        self.slots, self.begun, self.pending = [], [], True
+
+    def end(self) -> None:
+        """A step is over, or nobody asks for it any more."""
+        self.slots, self.copies, self.undo, self.spent, self.pending = [], [], [], {}, False
+
+    def roll_back(self) -> None:
+        """The step raised: be as before it, and let every weight be what the forward pass last saw."""
+        for driver, step, entries in self.undo:
+            if driver is self or (driver.step == step and not driver.pending):
+                for entry, held in entries:
+                    entry.put_back(held)
+        for entry, slot in self.slots:
+            entry.mechanism.undo(replace(self.slot(entry), scratch=slot.scratch), self.clock)
+        self.hold()
+        self.slots, self.copies, self.undo, self.pending = [], [], [], False
+
     def hold(self) -> None:
         """Put back what earlier stages hold, whatever momentum and weight decay made of it."""
         for entry in self.standing:
@@ -169,8 +196,7 @@ class Driver:
     def mask_gradient(self, entry: Entry) -> None:
         """What earlier stages hold gets no gradient, so that neither momentum nor a norm clip is misled by it."""
         grad = entry.param.grad
-        reference, version = self.spent.get(entry.name, (lambda: None, -1))
-        if grad is None or (reference() is grad and version == sharding.local(grad)._version):
+        if grad is None or self.memory_of(entry, grad) is not None:
             return  # masked already by the step that raised
         if entry.is_fixed and entry.stage < self.stage:
             sharding.local(grad).zero_()
@@ -183,12 +209,19 @@ class Driver:
         if grad is None or slot.grad is None:
             entry.mechanism.before_step(slot, clock)
             return
-        reference, version = self.spent.get(entry.name, (lambda: None, -1))
-        spent = reference() is grad and version == slot.grad._version
-        untouched = slot.grad._version
-        entry.mechanism.before_step(replace(slot, grad=None) if spent else slot, clock)
-        if spent or slot.grad._version != untouched:
-            self.spent[entry.name] = (weakref.ref(grad), slot.grad._version)
+        untouched, memory = slot.grad._version, self.memory_of(entry, grad)
+        if memory is None:
+            entry.mechanism.before_step(slot, clock)
+        else:
+            entry.mechanism.before_step(replace(slot, grad=None), clock)
+            slot.state.update(memory)
+        if memory is not None or slot.grad._version != untouched:
+            self.spent[entry.name] = (weakref.ref(grad), slot.grad._version, dict(slot.state))
+
+    def memory_of(self, entry: Entry, grad: Tensor) -> dict[str, Tensor] | None:
+        """What a mechanism made of a gradient in a step that raised; `None` if it has not changed this one."""
+        reference, version, memory = self.spent.get(entry.name, (lambda: None, -1, {}))
+        return memory if reference() is grad and version == sharding.local(grad)._version else None
 
     def last_moment(self, entry: Entry, slot: Slot, clock: Clock) -> None:
         """The mechanism's last moment; a full life that the optimizer left alone is not moved by it either."""
@@ -206,7 +239,8 @@ class Driver:
         optimizers.clip_total_norm(self.optimizer, limits[0])
         for entry, slot in self.slots:
             if entry.name in self.spent and slot.grad is not None:
-                self.spent[entry.name] = (self.spent[entry.name][0], slot.grad._version)
+                reference, _, memory = self.spent[entry.name]
+                self.spent[entry.name] = (reference, slot.grad._version, memory)
 
 
 def owners_of(drivers: list[Driver], entries: list[Entry], params: Mapping[str, Tensor]) -> list[Driver]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from detent import claimed, optimizers, sharding
+from detent import claimed, optimizers, sharding, states
 from detent.batchnorm import Statistics, install
 from detent.claimed import Entry, by_rule, fit_pull, fit_target, mapped_whole
 from detent.drivers import Driver, owners_of
@@ -24,7 +24,6 @@ from detent.recipe import Plan, Recipe, refuse_no_recipe
 __all__ = ["Run", "attach", "compress"]
 
 _STATE_KEY = "detent"
-_STATE_VERSION = 1
 
 # Two runs on one optimizer would each scale its steps and overwrite each other's state.
 _ATTACHED: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -42,8 +41,8 @@ def attach(
     """Attach a recipe to a training script: from now on every optimizer step pulls the weights to their targets.
 
     Model, loss, loop, scheduler, AMP and DDP stay as they are. Attach after the model is wrapped and moved and holds
-    the weights that training starts from. When resuming, attach first, then load the model's state dict, then the
-    optimizer's (which carries Detent's); loaded the other way round, the first step raises.
+    the weights that training starts from. When resuming, load the optimizer's state dict (which carries Detent's) after
+    attach, and the model's before or after: the state knows its weights, and any others raise.
 
     Args:
         model: the model, wrapped or not.
@@ -153,7 +152,6 @@ class Run(Lives):
         self._nonfinite = nonfinite
         self._inside = False
         self._closed = False
-        self._awaiting_state = ""
         self._statistics: dict[str, Statistics] = {}
         bounds = plan.recipe.bounds(total_steps) if attached else []
         self._drivers = [Driver(optimizer=each, bounds=bounds, total_steps=total_steps) for each in attached]
@@ -216,10 +214,12 @@ class Run(Lives):
             if not any(entry.param.is_meta for entry in self._all):
                 claimed.rehearse(self._all, self.plan)
                 self._open(self._drivers)
+            for entry, value in kept:
+                entry.keep_before(value)
             for driver in self._drivers:
                 steps = optimizers.take_mark(driver.optimizer)
                 if steps:
-                    self._awaiting_state = (
+                    driver.awaiting = (
                         f"a state of {type(driver.optimizer).__name__} was loaded before attach, so Detent's part of "
                         f"it (after {steps} steps) was lost; load it again after attach, or call "
                         "run.rebind(adopt=True) to start afresh"
@@ -296,9 +296,11 @@ class Run(Lives):
             return optimizers.marked({**state_dict, _STATE_KEY: self._driver_state(driver)}, driver.step)
 
         def look(opt: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+            self._refuse_inside("loading a state")
+            self._repair(driver)
             driver.riding = state_dict.get(_STATE_KEY)
             if driver.riding is not None:
-                self._check_state(driver, driver.riding)
+                states.check_state(driver, driver.riding)
             return optimizers.unmarked({key: value for key, value in state_dict.items() if key != _STATE_KEY})
 
         def load(opt: Any) -> None:
@@ -382,9 +384,8 @@ class Run(Lives):
         driver.look_up()
         claimed.refuse_retyped(driver.standing)
         claimed.refuse_replaced(self.model, driver.standing, attached=True)
+        self._refuse_unresumed()
         claimed.refuse_foreign_writes(driver.standing)
-        if self._awaiting_state:
-            raise RuntimeError(self._awaiting_state)
         clock = driver.clock
         active = [entry for entry in driver.entries if entry.mechanism.active(clock)]
         grads = {e.name: e.param.grad for e in active if e.param.grad is not None}
@@ -395,10 +396,10 @@ class Run(Lives):
                 named = named_parameters(self.model).items()
                 grads |= {n: grad for n, p in named if id(p) in mine and (grad := p.grad) is not None}
             optimizers.check_finite_gradients(grads, [e.param for e in active], driver.step, self.model)
+        driver.begin(self._drivers)
         with torch.no_grad():
             self._fit_due(driver)
             driver.slots = [(entry, driver.slot(entry)) for entry in active]
-            driver.pending = True
             driver.copies = [(e, sharding.local(e.param).clone()) for e in driver.kept if e.is_fixed]
             for entry in driver.standing:
                 driver.mask_gradient(entry)
@@ -440,10 +441,12 @@ class Run(Lives):
             for entry in self._fit_due(driver, after=True):
                 entry.mechanism.after_fit(driver.slot(entry), clock)
             driver.hold()
-        driver.slots, driver.copies, driver.pending, driver.spent = [], [], False, {}
+        driver.end()
         driver.step += 1
         self._statistics.clear()
         self._adopt(driver)
+        for entry in driver.all_entries:
+            entry.go_on()
         past = driver.bounds[driver.stage][1]
         if driver.stage + 1 < len(driver.stages) and driver.step == past:
             self._turn(driver)
@@ -533,10 +536,7 @@ class Run(Lives):
         if not driver.pending:
             return
         with torch.no_grad():
-            for entry, slot in driver.slots:
-                entry.mechanism.undo(slot, driver.clock)
-            driver.hold()
-        driver.pending, driver.slots, driver.copies = False, [], []
+            driver.roll_back()
         self._adopt(driver)
 
     def _settle(self) -> None:
@@ -545,6 +545,7 @@ class Run(Lives):
             self._repair(driver)
         claimed.refuse_replaced(self.model, self._entries, attached=bool(self._drivers))
         claimed.refuse_retyped(self._entries)
+        self._refuse_unresumed()
         if not self._drivers and not all(entry.is_ours for entry in self._entries):
             if claimed.still_fits(self._entries):
                 self._adopt()
@@ -552,6 +553,17 @@ class Run(Lives):
             if self._statistics and claimed.fingerprint(self._entries) != self._found_for:
                 self._statistics.clear()
         claimed.refuse_foreign_writes(self._entries, over=self._closed)
+
+    def _refuse_unresumed(self) -> None:
+        """Refuse to go on where only part of a checkpoint was loaded.
+
+        Raises:
+            RuntimeError: saying what is missing.
+        """
+        for driver in self._drivers:
+            if driver.awaiting:
+                raise RuntimeError(driver.awaiting)
+            states.refuse_other_weights(driver, self.model)
 
     def _follow(self, driver: Driver) -> None:
         """Find parameters again that were replaced after attach (FSDP2, accelerate, model.to)."""
@@ -607,10 +619,12 @@ class Run(Lives):
 
     def _start_afresh(self) -> None:
         """Forget what was known of the weights as they were."""
-        self._awaiting_state = ""
         self._statistics.clear()
         for driver in self._drivers:
-            driver.pending, driver.slots, driver.spent = False, [], {}
+            driver.end()
+            driver.awaiting = ""
+            for entry in driver.all_entries:
+                entry.go_on()
             for entry in driver.standing:
                 if entry.zeros is not None:
                     entry.zeros = sharding.local(entry.param) == 0
@@ -637,20 +651,21 @@ class Run(Lives):
             >>> recipe = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.STE())])
             >>> run = dt.attach(model, optimizer, recipe)
             >>> sorted(run.state_dict()["weights"]["weight"])
-            ['fitted_at', 'held', 'params', 'places', 'pull', 'state']
+            ['fitted_at', 'held', 'params', 'places', 'pull', 'seen', 'state']
         """
         weights: dict[str, Any] = {}
         for driver in self._drivers:
             weights |= self._driver_state(driver, complete=True)["weights"]
         return {
-            "version": _STATE_VERSION,
+            "version": states.STATE_VERSION,
             "steps": [driver.step for driver in self._drivers],
+            "awaiting": [driver.awaiting for driver in self._drivers],
             "total_steps": self._drivers[0].total_steps if self._drivers else None,
             "weights": weights,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; load the model's weights before this.
+        """Go on where `state_dict` was taken; load the model's weights of then too, before or after this.
 
         Args:
             state_dict: from `state_dict()` of a run with the same recipe.
@@ -660,34 +675,29 @@ class Run(Lives):
                 then stays as it was.
         """
         self._refuse_inside("loading a state")
-        kinds = {"steps": Sequence, "weights": Mapping}
+        kinds = {"steps": Sequence, "awaiting": Sequence, "weights": Mapping}
         if not isinstance(state_dict, Mapping) or not all(isinstance(state_dict.get(k), t) for k, t in kinds.items()):
             raise ValueError(f"run.load_state_dict({type(state_dict).__name__}): must be what run.state_dict() gave")
-        steps, weights = state_dict["steps"], state_dict["weights"]
-        if len(steps) != len(self._drivers):
+        steps, awaiting, weights = state_dict["steps"], state_dict["awaiting"], state_dict["weights"]
+        if not len(steps) == len(awaiting) == len(self._drivers):
             raise ValueError(f"state has {len(steps)} optimizer clocks, this run has {len(self._drivers)}")
         mine = {entry.name for entry in self._all}
         for odd in sorted(set(weights) - mine)[:1]:
             raise ValueError(f"Detent state and recipe disagree: {odd!r} is in only one of them")
         parts = []
-        for driver, step in zip(self._drivers, steps, strict=True):
-            mine = {entry.name for entries in driver.stages for entry in entries}
+        for driver, step, missing in zip(self._drivers, steps, awaiting, strict=True):
+            self._repair(driver)
+            mine = {entry.name for entry in driver.all_entries}
             part = {name: saved for name, saved in weights.items() if name in mine}
-            parts.append({**state_dict, "step": step, "weights": part})
-            self._check_state(driver, parts[-1])
+            parts.append({**state_dict, "step": step, "awaiting": missing, "weights": part})
+            states.check_state(driver, parts[-1])
         for driver, part in zip(self._drivers, parts, strict=True):
             self._load_driver(driver, part)
 
     def _driver_state(self, driver: Driver, complete: bool = False) -> dict[str, Any]:
         self._refuse_inside("saving a state")
         self._repair(driver)
-        weights = {entry.name: entry.saved(complete) for entry in driver.standing}
-        return {
-            "version": _STATE_VERSION,
-            "step": driver.step,
-            "total_steps": driver.total_steps,
-            "weights": weights,
-        }
+        return states.saved_state(driver, complete=complete)
 
     def _load_riding(self, driver: Driver) -> None:
         state, driver.riding = driver.riding, None
@@ -695,49 +705,15 @@ class Run(Lives):
             self._load_driver(driver, state)
         elif self.plan.recipe.stages or any(entry.mechanism.memory for entry in driver.entries):
             kept = ", ".join(sorted({m for e in self._all for m in e.mechanism.memory}) or ["the stage it is in"])
-            self._awaiting_state = (
+            driver.awaiting = (
                 f"the optimizer's state was loaded without Detent's part, and this recipe keeps state ({kept}); load a "
                 "checkpoint saved with the run attached, or call run.rebind(adopt=True) to start it afresh"
             )
 
-    def _check_state(self, driver: Driver, state: Mapping[str, Any]) -> None:
-        """Refuse a state that cannot be taken over, before anything is."""
-        self._refuse_inside("loading a state")
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(f"Detent state has version {state.get('version')!r}; this release reads {_STATE_VERSION}")
-        step = state["step"]
-        if not isinstance(step, int) or step < 0:
-            raise ValueError(f"Detent state has the clock {step!r}; it must be a whole number >= 0 of steps")
-        total = state.get("total_steps")
-        if None not in (total, driver.total_steps) and total != driver.total_steps:
-            raise ValueError(
-                f"Detent state is of a training of total_steps={total}, this run has {driver.total_steps}, which moves "
-                f"all moments given as fractions; attach with total_steps={total} (training may go on beyond it)"
-            )
-        standing = [entry for entries in driver.at(driver.stage_of(step)) for entry in entries]
-        mine = {entry.name for entry in standing}
-        given = {name for name, value in state["weights"].items() if value is not None}
-        if mine != given:
-            odd = sorted(mine ^ given)[0]
-            raise ValueError(f"Detent state and recipe disagree: {odd!r} is in only one of them")
-        for entry in standing:
-            entry.check_saved(state["weights"][entry.name])
-
     def _load_driver(self, driver: Driver, state: Mapping[str, Any]) -> None:
-        step = state["step"]
-        stage = driver.stage_of(step)
-        if stage != driver.stage:
-            for entry in (entry for entries in driver.stages for entry in entries):
-                entry.forget()
-            driver.enter(stage)
-            self._refresh()
-        for entry in driver.standing:
-            entry.restore(state["weights"][entry.name])
-        driver.step = step
-        driver.pending, driver.slots, driver.spent = False, [], {}
-        self._awaiting_state = ""
+        states.load_state(driver, state, self.model)
         self._statistics.clear()
-        self._adopt(driver)
+        self._refresh()
 
     # --- the end -------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["anywhere", "as_sharded", "from_whole", "local", "refuse_flattened", "reshard", "rows_of", "whole"]
+__all__ = [
+    "anywhere",
+    "as_sharded",
+    "from_whole",
+    "local",
+    "refuse_flattened",
+    "reshard",
+    "row_sums",
+    "rows_as_sharded",
+    "rows_of",
+    "whole",
+]
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ODD = 0x1E3779B97F4A7C15  # multiplies the places of a row apart
+_PIECE = 1 << 20  # weights whose 64-bit copies are held at a time
 
 
 def _is_sharded(x: Tensor) -> bool:
@@ -62,6 +77,34 @@ def as_sharded(part: Tensor, like: Tensor) -> Tensor:
 
     whole: Any = like
     return DTensor.from_local(part, whole.device_mesh, whole.placements, shape=like.shape, stride=like.stride())
+
+
+def row_sums(w: Tensor) -> Tensor:
+    """A whole number for every row (of axis 0), by its bits: other weights have others, however rows are sharded.
+
+    Example:
+        >>> row_sums(torch.ones(2, 3)).tolist() == [int(row_sums(torch.ones(1, 3)))] * 2
+        True
+    """
+    w = w.detach()
+    if w.is_meta:
+        return torch.zeros(w.shape[:1] or (1,), dtype=torch.int64)
+    bits = w.contiguous().view(_BITS[w.element_size()])
+    rows = bits.flatten(1) if bits.dim() > 1 else bits.reshape(-1, 1)
+    # Odd, so that no change of one weight is lost; sums wrap around.
+    factors = torch.arange(rows.shape[1], device=w.device).mul_(_ODD).bitwise_or_(1)
+    pieces = rows.split(max(_PIECE // max(rows.shape[1], 1), 1))
+    return torch.cat([(piece.to(torch.int64) * factors).sum(1) for piece in pieces])
+
+
+def rows_as_sharded(part: Tensor, like: Tensor) -> Tensor:
+    """A number for every row held here, sharded as the rows of `like` are."""
+    if not _is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    whole: Any = like
+    return DTensor.from_local(part, whole.device_mesh, whole.placements, shape=like.shape[:1], stride=(1,))
 
 
 def reshard(model: nn.Module) -> None:
