@@ -62,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations": _CORE | {""},
     "demo": _CORE | {"", "data", "report", "report.record"},
     "demos": _CORE | {"", "data", "demo"},
+    "__main__": {"cli"},
     "cli": _CORE | {"", "export", "report", "report.record", "data", "demo", "demos", "cli_work"},
     "cli_work": _CORE | {"", "export", "report", "report.record", "data"},
 }

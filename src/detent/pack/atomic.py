@@ -6,11 +6,18 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
+import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 __all__ = ["Replacement", "destination", "lock", "replace_file"]
+
+_LONGEST_NAME = 255  # bytes of a name in a folder, on every common file system
+_SURROUND = len("..0123456789ab.tmp")  # what a temporary name has around the name of its file
+_ABANDONED_S = 3600.0  # seconds after which an empty temporary file is nobody's
 
 
 def destination(path: str | os.PathLike[str]) -> Path:
@@ -31,6 +38,8 @@ def destination(path: str | os.PathLike[str]) -> Path:
 
 class Replacement:
     """A file that grows next to the old one; leaving the block without an error flushes it to the disk and swaps.
+
+    A file that is replaced keeps its permission bits, which the new one has from its first byte on.
 
     Args:
         where: from `destination`.
@@ -105,13 +114,22 @@ def replace_file(where: Path, data: bytes) -> None:
 @contextlib.contextmanager
 def _temporary(where: Path) -> Iterator[tuple[Path, Any]]:
     """A locked file beside the destination, which is gone afterwards whatever happens but `kill -9`."""
-    temporary = where.with_name(f".{where.name}.{secrets.token_hex(6)}.tmp")
-    # Not tempfile: it makes files that only their owner can read, whatever the umask says.
-    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
-    try:
+    temporary = where.with_name(f"{_begin(where)}{secrets.token_hex(6)}.tmp")
+    mode = _mode(where)
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
+    is_ours = True
+    try:  # from before there is a file: an interrupt may come between any two lines
+        try:
+            # Not tempfile: it makes files that only their owner can read, whatever the umask says.
+            descriptor = os.open(temporary, flags, 0o666 if mode is None else mode & 0o700)
+        except FileExistsError:
+            is_ours = False
+            raise
         # Closing flushes, which may find the disk full once more after that has been said.
         file = os.fdopen(descriptor, "wb")
         try:
+            if mode is not None and hasattr(os, "fchmod"):  # the umask has no say in what was so before
+                os.fchmod(descriptor, mode)
             lock(file.fileno())
             os.ftruncate(file.fileno(), 1)  # no longer empty: from here on it is either locked or abandoned
             yield temporary, file
@@ -119,8 +137,29 @@ def _temporary(where: Path) -> Iterator[tuple[Path, Any]]:
             with contextlib.suppress(OSError):
                 file.close()
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        if is_ours:
+            _remove(temporary)
+
+
+def _remove(temporary: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+
+
+def _mode(where: Path) -> int | None:
+    """The permission bits of the file that is to be replaced, if there is one."""
+    try:
+        return stat.S_IMODE(where.stat().st_mode) & 0o777
+    except OSError:
+        return None
+
+
+def _begin(where: Path) -> str:
+    """How the temporary files of this file begin: with its name, or with its checksum where that would be too long."""
+    name = os.fsencode(where.name)
+    if len(name) + _SURROUND <= _LONGEST_NAME:
+        return f".{where.name}."
+    return f".detent-{zlib.crc32(name):08x}."
 
 
 def lock(descriptor: int) -> bool:
@@ -141,9 +180,9 @@ def lock(descriptor: int) -> bool:
 def _sweep(where: Path) -> None:
     """Remove what a killed save of the same file left behind: temporary files that no process holds any more.
 
-    Empty ones are let be: they may have just been made, and not be locked yet.
+    An empty one may have just been made, and not be locked yet: it is let be for an hour.
     """
-    prefix, suffix = f".{where.name}.", ".tmp"
+    prefix, suffix = _begin(where), ".tmp"
     with contextlib.suppress(OSError):  # a folder may be writable and not readable
         for name in os.listdir(where.parent):
             if name.startswith(prefix) and name.endswith(suffix) and len(name) == len(prefix + suffix) + 12:
@@ -152,5 +191,7 @@ def _sweep(where: Path) -> None:
 
 def _remove_abandoned(temporary: Path) -> None:
     with contextlib.suppress(OSError), open(temporary, "rb") as file:
-        if lock(file.fileno()) and os.fstat(file.fileno()).st_size:
+        status = os.fstat(file.fileno())
+        is_old = time.time() - status.st_mtime > _ABANDONED_S
+        if lock(file.fileno()) and (os.fstat(file.fileno()).st_size or is_old):
             os.unlink(temporary)

@@ -21,7 +21,15 @@ from detent.lives import Encoded
 from detent.pack.atomic import Replacement, destination
 from detent.pack.bits import array_of, bytes_of, tensor_of
 from detent.pack.coding import CODINGS, Coding, Piece, Spec, decode_tensor, encode_tensor
-from detent.pack.frames import DetentFrame, Frame, SafetensorsFrame, by_alignment, open_frame, safetensors_header
+from detent.pack.frames import (
+    DetentFrame,
+    Frame,
+    SafetensorsFrame,
+    by_alignment,
+    open_frame,
+    refuse_frame_name,
+    safetensors_header,
+)
 from detent.pack.header import (
     BUFFER,
     CODE_OF,
@@ -160,6 +168,8 @@ class Writer:
         taken = name in columns.names or any(name == alias for alias, _ in columns.aliases)
         if not name or name.startswith(".") or "\n" in name or taken:
             raise ValueError(f"{name!r} stands twice, is empty, starts with a dot or holds a line break")
+        if self._is_safetensors:
+            refuse_frame_name(name)
         if (encoded is None and value is None) or (columns.life == "both" and value is None):
             raise ValueError(f"{name!r} has neither values nor codes for the file's lives")
         kinds = {(tuple(t.shape), t.dtype) for t in (value, second) if t is not None}

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-
 from detent.pack.atomic import Replacement
 from detent.pack.header import DTYPES, LONGEST, VERSION, FormatError, Head, checksum, first_line, read_head
 
@@ -104,12 +102,26 @@ def safetensors_header(entries: Sequence[tuple[str, str, Sequence[int]]], metada
     plain: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     at = 0
     for name, dtype, shape in entries:
+        refuse_frame_name(name)
         past = at + math.prod(shape) * DTYPES[dtype].itemsize
         plain[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, past]}
         at = past
     text = json.dumps(plain, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def refuse_frame_name(name: str) -> None:
+    """Refuse the one name that no entry of a safetensors file may have.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if name == "__metadata__":
+        raise ValueError(
+            "a tensor is called '__metadata__', which a safetensors file keeps for itself: save it under a path that "
+            "ends in .detent"
+        )
 
 
 def _hex(header: bytes) -> str:
@@ -209,23 +221,27 @@ def _read_detent(path: str, mapped: mmap.mmap) -> tuple[Head, list[int]]:
 
 
 def of_torch(begin: bytes) -> str:
-    """What to do with a file of `torch.save`, known by its first four bytes; empty for any other."""
-    if begin != b"PK\x03\x04":
+    """What to do with a file of `torch.save`, known by how it begins; empty for any other.
+
+    The archives that torch writes today begin as zip files do, its older files as a pickle with a large number in it,
+    any other pickle with its protocol.
+    """
+    is_pickle = begin[:1] == b"\x80" and begin[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    if begin[:4] != b"PK\x03\x04" and not is_pickle:
         return ""
-    return "; it begins as what torch.save writes: load it and write its state dict with safetensors"
+    return (
+        "; it begins as what torch.save writes, a pickle, which may run code when it is read and is never opened here. "
+        "If you trust it, load it with torch.load(path, weights_only=True), or a whole module with weights_only=False; "
+        "put the state dict into its model and write that with safetensors.torch.save_model(model, path)"
+    )
 
 
 def _read_safetensors(path: str, mapped: mmap.mmap) -> tuple[Head, list[int]]:
+    length = int.from_bytes(mapped[:8], "little")
     try:
-        # Its own checks: entries without gaps or overlaps that fill the file.
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-        length = int.from_bytes(mapped[:8], "little")
-        entries = json.loads(mapped[8 : 8 + length])
-    except (SafetensorError, ValueError, RecursionError) as error:
-        # Of what does not even start like safetensors, that library's words say nothing to anybody.
-        begins = mapped[8:9] == b"{"
-        why = f": {first_line(error).removeprefix('Error while deserializing header: ')}" if begins else ""
+        metadata, entries = read_safetensors_header(mapped[8 : 8 + min(length, _LONGEST_FRAME + 1)], length, len(mapped))
+    except (ValueError, RecursionError) as error:
+        why = f": {first_line(error)}" if mapped[8:9] == b"{" else ""
         why = of_torch(mapped[:4]) or why
         raise FormatError(f"{path}: is damaged or neither a Detent nor a safetensors file{why}") from None
     if "detent" not in metadata:
@@ -238,7 +254,6 @@ def _read_safetensors(path: str, mapped: mmap.mmap) -> tuple[Head, list[int]]:
     if not header or metadata.get("crc32") != _hex(header):
         _damaged(path)
     head = _parsed(path, header, len(mapped))
-    entries.pop("__metadata__")
     try:
         places = _entries(head, entries)
     except ValueError as error:
@@ -249,6 +264,65 @@ def _read_safetensors(path: str, mapped: mmap.mmap) -> tuple[Head, list[int]]:
         starts.append(8 + length + start)
         at += 0 if blob.bare else blob.length
     return head, starts
+
+
+def read_safetensors_header(text: bytes, length: int, size: int) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """Metadata and entries of a safetensors file, which fill it without gaps or overlaps.
+
+    The safetensors library opens a path by itself, and a path that is opened twice may be two files.
+
+    Args:
+        text: the header.
+        length: what the file says of the length of its header.
+        size: of the file, in bytes.
+
+    Raises:
+        ValueError: anything wrong with them.
+    """
+    if length > _LONGEST_FRAME or 8 + length > size:
+        raise ValueError(f"a header of {length} bytes in a file of {size}")
+    plain = json.loads(text.decode(), object_pairs_hook=_once)
+    if not isinstance(plain, dict):
+        raise ValueError("the header is no JSON object")
+    metadata = plain.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("the metadata are not text")
+    places = []
+    for name, entry in plain.items():
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"{name!r} does not have dtype, shape and data_offsets")
+        offsets, dtype = _wholes(entry["data_offsets"]), entry["dtype"]
+        if not isinstance(dtype, str) or dtype not in DTYPES or len(offsets) != 2:
+            raise ValueError(f"{name!r} is of no known dtype, or does not lie from one place to another")
+        first, past = offsets
+        if past - first != math.prod(_wholes(entry["shape"])) * DTYPES[dtype].itemsize:
+            raise ValueError(f"{name!r} does not have the bytes of its dtype and shape")
+        places.append((first, past))
+    at = 0
+    for first, past in sorted(places):
+        if first != at:
+            raise ValueError(f"entries with a gap or an overlap at byte {at}")
+        at = past
+    if 8 + length + at != size:
+        raise ValueError(f"entries of {at} bytes in a file that holds {size - 8 - length}")
+    return metadata, plain
+
+
+_LONGEST_FRAME = 100_000_000  # bytes of the header of a safetensors file, as its library takes them
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, none of whose keys stands twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+def _wholes(value: Any) -> list[int]:
+    if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 1 << 48 for n in value):
+        raise ValueError("a shape or a place is not of whole numbers")
+    return value
 
 
 def _entries(head: Head, entries: dict[str, Any]) -> dict[str, int]:
