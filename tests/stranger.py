@@ -14,8 +14,10 @@ import msgpack
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "format.md"
 DTYPES = ("F32", "F16", "BF16", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2")
-SIZE: dict[str, int] = dict(zip(DTYPES, (4, 2, 2, 8, 8, 4, 2, 1, 1, 1, 1, 1), strict=True))
+DTYPES += ("U16", "U32", "U64", "C64")
+SIZE: dict[str, int] = dict(zip(DTYPES, (4, 2, 2, 8, 8, 4, 2, 1, 1, 1, 1, 1, 2, 4, 8, 8), strict=True))
 STRUCT = {"F32": "f", "F16": "e", "F64": "d", "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B", "BOOL": "?"}
+STRUCT |= {"U16": "H", "U32": "I", "U64": "Q", "C64": "Q"}  # of a complex number its bits
 
 
 def dictionary() -> bytes:

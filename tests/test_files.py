@@ -254,7 +254,9 @@ def test_both_lives_of_a_mixed_model(tmp_path: Path, choice: dict[str, Any], rec
         assert bool((twin.cache == 7.0).all()), "a non-persistent buffer is not the file's business"
         assert twin.conv.weight.is_contiguous(memory_format=torch.channels_last)
         assert twin.head.weight is twin.embed.weight
-        assert header == pack.read_header(path)
+        own = pack.read_header(path)
+        assert (header.plan, header.card, header.tensors) == (own.plan, own.card, own.tensors)
+        assert (header.missing, header.unexpected, header.mismatched, header.renamed) == ((), (), (), {})
         assert header.card["batchnorm"] == ("re-estimated" if recalibrate else "own")
 
 
@@ -832,14 +834,20 @@ def _untied(model: Any) -> nn.Module:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda m: nn.Sequential(*m, nn.Linear(2, 2)), "'3.weight' is in the model and not in the file"),
-        (lambda m: m[:2], "'2.weight' is in the file and not in the model"),
-        (_swap(1, nn.Identity), "'1.weight' is in the file and not in the model"),
+        (lambda m: nn.Sequential(*m, nn.Linear(2, 2)), "'3.weight', '3.bias' are in the model and not in the file"),
+        (lambda m: m[:2], "'2.weight', '2.bias' are in the file and not in the model"),
+        (
+            _swap(1, nn.Identity),
+            r"'1.weight', '1.bias', '1.running_mean' \(and 2 more\) are in the file and not in the model",
+        ),
         (_swap(0, lambda: nn.Linear(3, 4)), r"'0.weight' has shape \(4, 3\) in the model and \(3, 3\) in the file"),
         (_swap(2, lambda: nn.Linear(3, 3, bias=False)), "'2.bias' is in the file and not in the model"),
         (_double, "'0.weight' is torch.float64 in the model and torch.float32 in the file"),
         (lambda m: m.to("meta"), "'0.weight' lies on the meta device"),
-        (_untied, "'0.weight' and '2.weight' are one tied tensor in the model and two in the file"),
+        (
+            _untied,
+            "'0.weight' is one tied tensor in the model and two in the file, '0.weight' and '2.weight'",
+        ),
         (_inference, "'0.weight' cannot be written"),
     ],
 )
@@ -928,8 +936,11 @@ def _clash() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
-        (lambda: Extra(3, 3), "keeps extra state"),
-        (_with_buffer(torch.ones(2, dtype=torch.complex64)), "'odd' is torch.complex64, which a file cannot hold"),
+        (
+            lambda: Extra(3, 3),
+            "'_extra_state' is extra state of the state dict and no tensor, which a file cannot hold",
+        ),
+        (_with_buffer(torch.ones(2, dtype=torch.complex128)), "'odd' is torch.complex128, which a file cannot hold"),
         (_with_buffer(torch.eye(2).to_sparse()), "'odd' is not a dense tensor"),
         (_with_buffer(torch.ones(2, device="meta")), "'odd' lies on the meta device"),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.LazyBatchNorm1d()), "is not initialised yet"),
@@ -1082,8 +1093,10 @@ def test_only_abandoned_temporary_files_of_this_file_are_removed(tmp_path: Path)
     strange = [".f.tmp", ".f.0123456789ab.tmp.bak", ".other.0123456789ab.tmp", "f.0123456789ab.tmp"]
     for name in (*strange, ".f.0123456789ab.tmp", ".f.ba9876543210.tmp"):
         (tmp_path / name).write_bytes(b"half a file")
-    (tmp_path / ".f.000000000000.tmp").write_bytes(b"")  # another process may be about to lock it
-    strange.append(".f.000000000000.tmp")
+    for name in (".f.000000000000.tmp", ".f.111111111111.tmp"):
+        (tmp_path / name).write_bytes(b"")
+    os.utime(tmp_path / ".f.111111111111.tmp", (0, 0))  # made long ago, and still empty
+    strange.append(".f.000000000000.tmp")  # another process may be about to lock it
     with open(tmp_path / ".f.ba9876543210.tmp", "rb") as held:
         assert atomic.lock(held.fileno())  # another process is at it
         dt.save(run, tmp_path / "f")
@@ -1122,9 +1135,122 @@ def test_links_modes_and_odd_names(tmp_path: Path) -> None:
         os.umask(mask)
     assert (tmp_path / "link").is_symlink()
     assert stat.S_IMODE((tmp_path / "real" / "f").stat().st_mode) == 0o640
-    odd = tmp_path / "naïve name\n.detent"
-    assert dt.save(run, str(odd)) == odd.stat().st_size
-    pack.read_header(str(odd))
+    for name in ("naïve name\n.detent", "x" * 238, "é" * 127):  # the longest that a folder takes: 255 bytes
+        odd = tmp_path / name
+        assert dt.save(run, str(odd)) == odd.stat().st_size
+        pack.read_header(str(odd))
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o444, 0o640])
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, path = small_run(), tmp_path / "f"
+    path.write_bytes(b"an older one")
+    path.chmod(mode)
+    seen, lock = [], atomic.lock
+
+    def look(descriptor: int) -> bool:
+        seen.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
+        return lock(descriptor)
+
+    monkeypatch.setattr(atomic, "lock", look)
+    dt.save(run, path)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert seen[-1] == mode, "the new file is never open to more than the old one"
+
+
+@pytest.mark.parametrize("name", ["open", "fdopen", "fchmod", "ftruncate", "fsync", "replace"])
+@pytest.mark.parametrize("late", [False, True])
+def test_an_interrupt_leaves_no_temporary_file(
+    tmp_path: Path, name: str, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C just before and just after each call that touches the file system."""
+    run, path = small_run(), tmp_path / "f"
+    path.write_bytes(b"an older one")
+    act, made = getattr(os, name), []
+
+    def interrupted(*given: Any, **more: Any) -> Any:
+        monkeypatch.setattr(os, name, act)
+        made.extend([act(*given, **more)] if late else [])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dt.save(run, path)
+    assert os.listdir(tmp_path) == ["f"]
+    assert (path.read_bytes() == b"an older one") == (not (late and name == "replace"))
+    for left in made:
+        if name == "fdopen":
+            left.close()
+        elif name == "open":
+            os.close(left)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_path_is_opened_once(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaced just after it was opened, a good file is read as what it was."""
+    path, later, run = tmp_path / form, tmp_path / f"later-{form}", small_run()
+    dt.save(run, path)
+    dt.save(small_run(), later)
+    opened, act = [], os.open
+
+    def swapped(where: Any, *given: Any, **more: Any) -> int:
+        found = act(where, *given, **more)
+        if Path(os.fspath(where)) == path:
+            opened.append(where)
+            os.replace(later, path)
+        return found
+
+    monkeypatch.setattr(os, "open", swapped)
+    twin = scrambled(run.model)
+    dt.load(path, twin)
+    assert len(opened) == 1
+    assert snapshot(twin) == snapshot(run.model)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda h: h | {"a": h["a"] | {"data_offsets": [1, 9]}}, "gap or an overlap at byte 0"),
+        (lambda h: h | {"a": h["a"] | {"data_offsets": [0, 9]}}, "'a' does not have the bytes of its dtype and shape"),
+        (lambda h: h | {"a": h["a"] | {"data_offsets": [0]}}, "does not lie from one place to another"),
+        (lambda h: h | {"a": h["a"] | {"dtype": "F3"}}, "of no known dtype"),
+        (lambda h: h | {"a": h["a"] | {"shape": [-1]}}, "not of whole numbers"),
+        (lambda h: h | {"a": h["a"] | {"more": 1}}, "does not have dtype, shape and data_offsets"),
+        (lambda h: h | {"b": h["a"]}, "gap or an overlap at byte 8"),
+        (lambda h: {"__metadata__": h["__metadata__"]}, "entries of 0 bytes in a file that holds 8"),
+        (lambda h: h | {"__metadata__": {"detent": 1}}, "the metadata are not text"),
+        (lambda h: [h], "neither a Detent nor a safetensors file"),
+    ],
+)
+def test_a_safetensors_header_is_read_with_care(tmp_path: Path, change: Callable[[Any], Any], words: str) -> None:
+    """We read it ourselves, as the library opens paths by itself; what that refuses is refused here too."""
+    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "f", metadata={"detent": "1"})
+    raw = (tmp_path / "f").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    text = json.dumps(change(json.loads(raw[8 : 8 + length]))).encode()
+    (tmp_path / "f").write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    with pytest.raises(dt.FormatError, match=words):
+        pack.read_header(tmp_path / "f")
+    if "more" not in text.decode():  # that library passes over keys that it does not know
+        with pytest.raises(safetensors.SafetensorError):
+            safetensors.torch.load_file(tmp_path / "f")
+
+
+def test_a_tensor_cannot_have_the_name_that_safetensors_keeps(tmp_path: Path) -> None:
+    model = nn.Linear(3, 3)
+    model.register_parameter("__metadata__", nn.Parameter(torch.ones(2)))
+    run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=2))]))
+    dt.save(run, tmp_path / "f.detent")
+    twin = scrambled(model)
+    dt.load(tmp_path / "f.detent", twin)
+    assert snapshot(twin) == snapshot(model)
+    for act in (
+        lambda: dt.save(run, tmp_path / "f.safetensors"),
+        lambda: dt.unpack(tmp_path / "f.detent", tmp_path / "f.safetensors"),
+    ):
+        with pytest.raises(ValueError, match="called '__metadata__', which a safetensors file keeps for itself"):
+            act()
+    assert os.listdir(tmp_path) == ["f.detent"]
 
 
 def test_distinct_tensors_may_share_memory(tmp_path: Path) -> None:

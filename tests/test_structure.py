@@ -29,11 +29,11 @@ SRC = ROOT / "src" / "detent"
 _TARGETS = {"schedules", "grouping"}
 _MECHANISMS = _TARGETS | {"targets"}
 _SPECS = _MECHANISMS | {"mechanisms"}
-_RECIPE = _SPECS | {"sharding", "specs", "parameters", "plan"}
+_RECIPE = _SPECS | {"sharding", "specs", "parameters", "plan", "contents"}
 _LIVES = _RECIPE | {"recipe"}
 _ENGINE = _LIVES | {"batchnorm", "claimed", "drivers", "lives", "optimizers", "states"}
 _PACK = _ENGINE | {"engine"}
-_CORE = _PACK | {"pack"}
+_CORE = _PACK | {"pack", "compression"}
 MAY_IMPORT: dict[str, set[str]] = {
     "schedules": set(),
     "grouping": set(),
@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parameters": {"grouping"},
     "plan": _SPECS | {"parameters", "specs", "recipe"},  # of recipe only the types: a recipe resolves to a plan
     "recipe": _RECIPE | {"presets"},
+    "contents": {"parameters", "sharding"},
     "batchnorm": {"parameters"},
     "claimed": _LIVES,
     "lives": _LIVES | {"batchnorm", "claimed"},
@@ -53,6 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "states": _LIVES | {"claimed", "drivers"},
     "engine": _ENGINE,
     "pack": _PACK,
+    "compression": _PACK | {"pack"},
     "": _CORE,
     "export": _CORE | {""},
     "report": _CORE | {""},

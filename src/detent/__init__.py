@@ -1,8 +1,8 @@
 """Detent: train networks whose weights click into places that are cheap to store."""
 
+from detent.compression import compress as compress
 from detent.engine import Run as Run
 from detent.engine import attach as attach
-from detent.engine import compress as compress
 from detent.grouping import Channel as Channel
 from detent.grouping import Group as Group
 from detent.grouping import Layout as Layout

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from detent.compression import compress
 from detent.data import Batches, ImageSet, digits, load_images
-from detent.engine import Run, attach, compress
+from detent.engine import Run, attach
 from detent.mechanisms import PSG, Mechanism
 from detent.pack import load, save
 from detent.recipe import Recipe, Rule

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from detent.compression import compress
 from detent.demo import Bench, Cell, Settings, Watch, pyplot, threads
-from detent.engine import Run, compress
+from detent.engine import Run
 from detent.mechanisms import ADMM, STE, CodebookLearning, Masked, Mechanism, MirrorDescent
 from detent.pack import save
 from detent.recipe import Recipe, Rule, Stage

@@ -15,13 +15,14 @@ from torch.optim import Optimizer
 from detent import claimed, optimizers, sharding, states
 from detent.batchnorm import Statistics, install
 from detent.claimed import Entry, by_rule, fit_pull, fit_target, mapped_whole
+from detent.contents import contents_of, refuse_unsavable, refuse_unused
 from detent.drivers import Driver, owners_of
 from detent.lives import Lives
 from detent.mechanisms import Mechanism
 from detent.parameters import named_parameters, refuse_no_model
 from detent.recipe import Plan, Recipe, refuse_no_recipe
 
-__all__ = ["Run", "attach", "compress"]
+__all__ = ["Run", "attach"]
 
 _STATE_KEY = "detent"
 
@@ -37,6 +38,7 @@ def attach(
     *,
     hooks: bool = True,
     nonfinite: Literal["raise", "ignore"] = "raise",
+    leave_out: str | Sequence[str] = (),
 ) -> Run:
     """Attach a recipe to a training script: from now on every optimizer step pulls the weights to their targets.
 
@@ -53,13 +55,16 @@ def attach(
             yourself. Where the optimizer has no hooks of its state dict either, save and load `run.state_dict()`.
         nonfinite: "raise" stops before the step when a claimed weight's gradient is NaN or infinite (one
             reduction a step); "ignore" does not look.
+        leave_out: regular expressions of names in `model.state_dict()` that files of this run need not hold, such as
+            extra state, which they cannot. Save those yourself.
 
     Returns:
         The run, whose `compressed()`, `recalibrate()`, `finalize()` and `state_dict()` are the rest of the interface.
 
     Raises:
         ValueError: a rule that claims nothing or has no mechanism; a claimed parameter that is frozen, all zero, or
-            in no attached optimizer or in two; an optimizer that keeps a second copy of the weights.
+            in no attached optimizer or in two; an optimizer that keeps a second copy of the weights; something in
+            `model.state_dict()` that no file could hold.
 
     Example:
         >>> import torch, detent as dt
@@ -92,40 +97,8 @@ def attach(
         if rule.target is not None and rule.mechanism is None:
             raise ValueError(f"{recipe.called(i)} has no mechanism; only detent.compress needs none")
     run = Run(model, plan, [optimizers.unwrap(each) for each in given], total_steps, nonfinite)
+    run.leave(leave_out, "attach")
     run._start(hooks)
-    return run
-
-
-def compress(model: nn.Module, recipe: Recipe) -> Run:
-    """Apply the targets of a recipe to a trained model, with no optimizer and no data: post-training compression.
-
-    The model keeps its weights; `run.compressed()` shows the compressed life, `run.finalize()` makes it permanent.
-
-    Args:
-        model: a trained model.
-        recipe: rules whose mechanisms, if any, are ignored.
-
-    Returns:
-        A run without optimizers.
-
-    Raises:
-        ValueError: a rule that claims nothing, a target that refuses a parameter, NaN weights.
-
-    Example:
-        >>> import torch, detent as dt
-        >>> model = torch.nn.Linear(8, 4)
-        >>> run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=2))]))
-        >>> with run.compressed():
-        ...     print(len(model.weight.unique()) <= 3)
-        True
-    """
-    refuse_no_model(model, "compress")
-    refuse_no_recipe(recipe, "compress")
-    claimed.refuse_stages(recipe, "compress")
-    # A file of this run must not say that weights were pulled.
-    run = Run(model, recipe.without_mechanisms().resolve(model), [], None, "raise")
-    fit_target(run._entries)
-    run._adopt()
     return run
 
 
@@ -136,6 +109,7 @@ class Run(Lives):
         model: the model.
         plan: the resolved recipe; `print(run.plan)`.
         standing: the plan as far as it has come: what the compressed life of this moment consists of.
+        leave_out: regular expressions of what files of this run leave out.
 
     Example:
         >>> import torch, detent as dt
@@ -149,6 +123,7 @@ class Run(Lives):
     ) -> None:
         self.model = model
         self.plan = plan
+        self.leave_out: tuple[str, ...] = ()
         self._nonfinite = nonfinite
         self._inside = False
         self._closed = False
@@ -178,6 +153,17 @@ class Run(Lives):
         return f"<Run: {where}{', detached' if self._closed else ''}>"
 
     # --- attaching ------------------------------------------------------------------------------------------------
+
+    def leave(self, patterns: str | Sequence[str], who: str) -> None:
+        """Leave out of files what these regular expressions find; refuse what is left that no file can hold.
+
+        Raises:
+            ValueError: naming it, or a pattern that finds nothing or a claimed weight.
+        """
+        self.leave_out = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+        contents = contents_of(self.model)
+        refuse_unused(contents, self.leave_out, {entry.name for entry in self._all}, who)
+        refuse_unsavable(contents.without(self.leave_out), who, unready=True)
 
     def _owners(self, params: Mapping[str, Tensor]) -> list[Driver]:
         """The optimizer that holds each entry, were the claimed parameters these."""

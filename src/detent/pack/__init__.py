@@ -11,7 +11,8 @@ from detent.pack.header import FormatError as FormatError
 from detent.pack.header import Header as Header
 from detent.pack.inspection import Inspection as Inspection
 from detent.pack.inspection import inspect as inspect
-from detent.pack.runs import load as load
+from detent.pack.loading import Loaded as Loaded
+from detent.pack.loading import load as load
 from detent.pack.runs import read_header as read_header
 from detent.pack.runs import save as save
 from detent.pack.runs import sizes as sizes

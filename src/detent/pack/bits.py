@@ -78,17 +78,19 @@ def unpack_bits(data: bytes | np.ndarray, count: int, width: int) -> np.ndarray:
 
 def bytes_of(tensor: Tensor) -> np.ndarray:
     """The bytes of a tensor in row-major order."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tensor.detach().cpu().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def array_of(tensor: Tensor) -> np.ndarray:
-    """A tensor in row-major order as a 1-D array; what NumPy has no dtype for (bfloat16, 8-bit floats) as bit patterns.
+    """A tensor in row-major order as a 1-D array; bfloat16, 8-bit floats and complex numbers as bit patterns.
 
     Example:
         >>> array_of(torch.tensor([[1.0, -2.0]], dtype=torch.bfloat16))
         array([16256, 49152], dtype=uint16)
     """
-    whole = tensor.detach().cpu().contiguous().reshape(-1)
+    whole = tensor.detach().cpu().resolve_conj().contiguous().reshape(-1)
+    if whole.is_complex():
+        return whole.view(torch.int64).numpy().view(np.uint64)
     if whole.dtype == torch.bfloat16:
         return whole.view(torch.int16).numpy().view(np.uint16)
     if whole.dtype == torch.bool or (whole.is_floating_point() and whole.dtype.itemsize == 1):

@@ -18,7 +18,8 @@ Coding = Literal["entropy", "bitpacked", "none"]
 Kind = int | str
 CODINGS: tuple[Coding, ...] = ("entropy", "bitpacked", "none")
 
-# How raw numbers lie in memory. NumPy has no bfloat16 and no 8-bit floats: those are carried as their bit patterns.
+# How raw numbers lie in memory. NumPy has no bfloat16 and no 8-bit floats: those are carried as their bit patterns, and
+# so are complex numbers, of which no model needs to know more.
 _RAW: dict[str, str] = {
     "F64": "<f8",
     "F32": "<f4",
@@ -32,6 +33,10 @@ _RAW: dict[str, str] = {
     "I8": "|i1",
     "U8": "|u1",
     "BOOL": "|u1",
+    "U16": "<u2",
+    "U32": "<u4",
+    "U64": "<u8",
+    "C64": "<u8",
 }
 _ALIGNED, _PACKED, _CODED, _CODED_AND_PLAIN = range(4)
 

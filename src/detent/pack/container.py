@@ -15,8 +15,9 @@ import numpy as np
 import pydantic
 import torch
 from pydantic import JsonValue
-from torch import Tensor, nn
+from torch import Tensor
 
+from detent.contents import unfit
 from detent.lives import Encoded
 from detent.pack.atomic import Replacement, destination
 from detent.pack.bits import array_of, bytes_of, tensor_of
@@ -58,7 +59,7 @@ from detent.pack.header import (
 from detent.specs import to_spec
 from detent.targets import Codes, Params, Stream, Target
 
-__all__ = ["Reader", "Writer", "check_form", "unfit", "unpack"]
+__all__ = ["Reader", "Writer", "check_form", "opened", "unpack"]
 
 
 # --- writing, tensor by tensor ------------------------------------------------------------------------------------
@@ -178,7 +179,7 @@ class Writer:
             raise ValueError(f"{name!r} has another shape or dtype in its other life: {sorted(map(str, kinds))}")
         for tensor in (value, second):
             if tensor is not None and (why := unfit(tensor)):
-                raise ValueError(f"{name!r} {why}, which a file cannot hold")
+                raise ValueError(f"{name!r} {why.reason}, which a file cannot hold: {why.remedy}")
         if columns.life == "compressed" and second is not None:
             value, second = second, None
         whole = value if columns.life == "both" else None
@@ -312,19 +313,6 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(integers[tensor.dtype.itemsize]) if tensor.is_floating_point() else tensor
 
 
-def unfit(tensor: Tensor) -> str:
-    """Why a file cannot hold a tensor, or nothing."""
-    if isinstance(tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
-        return "is not initialised yet"
-    if tensor.is_meta:
-        return "lies on the meta device and has no data"
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        return f"is not a dense tensor ({tensor.layout})"
-    if tensor.dtype not in CODE_OF:
-        return f"is {tensor.dtype}"
-    return ""
-
-
 def check_form(path: str | os.PathLike[str], life: Life, coding: Coding | None) -> Coding:
     """The coding that a path and a wish ask for.
 
@@ -401,6 +389,16 @@ class Reader:
     def close(self) -> None:
         """Let go of the file."""
         self._opened.close()
+
+    @property
+    def path(self) -> str:
+        """The path that was opened, as it was given."""
+        return self._opened.path
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._opened.size
 
     @functools.cached_property
     def header(self) -> Header:
@@ -535,6 +533,19 @@ class Reader:
         return value
 
 
+@contextlib.contextmanager
+def opened(file: str | os.PathLike[str] | Reader) -> Iterator[Reader]:
+    """A file by its path, or one that is open already, which then stays open.
+
+    What is done with one file opens it once: between two openings its path may become another file.
+    """
+    if isinstance(file, Reader):
+        yield file
+        return
+    with Reader(file) as reader:
+        yield reader
+
+
 class _Unlocked:
     """Read-only memory that does not say so: torch has no read-only tensors, and warns; nobody here writes to it."""
 
@@ -566,7 +577,7 @@ def _own(values: np.ndarray, narrow: bool) -> np.ndarray:
 
 
 def unpack(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Reader,
     out: str | os.PathLike[str],
     life: Literal["full", "compressed"] = "compressed",
     *,
@@ -577,7 +588,7 @@ def unpack(
     Tensor by tensor: memory for the largest one. Tied tensors stand under each of their names.
 
     Args:
-        path: a file that `save` wrote.
+        path: a file that `save` wrote, or a `Reader` of it.
         out: the safetensors file; its folder must exist.
         life: "full" or "compressed".
         advance: called after each tensor; not after its further names.
@@ -601,7 +612,7 @@ def unpack(
         ...     torch.equal(plain["weight"], run.model.weight)
         True
     """
-    with Reader(path) as file:
+    with opened(path) as file:
         file.check_life(life)
         rows = {**file._head.rows, **{alias: file._head.rows[name] for alias, name in file.aliases.items()}}
         names = sorted(rows, key=lambda name: by_alignment(name, rows[name].dtype))

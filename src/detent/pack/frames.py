@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
+
 from detent.pack.atomic import Replacement
 from detent.pack.header import DTYPES, LONGEST, VERSION, FormatError, Head, checksum, first_line, read_head
 
@@ -237,9 +238,8 @@ def of_torch(begin: bytes) -> str:
 
 
 def _read_safetensors(path: str, mapped: mmap.mmap) -> tuple[Head, list[int]]:
-    length = int.from_bytes(mapped[:8], "little")
     try:
-        metadata, entries = read_safetensors_header(mapped[8 : 8 + min(length, _LONGEST_FRAME + 1)], length, len(mapped))
+        metadata, entries = read_safetensors_header(mapped)
     except (ValueError, RecursionError) as error:
         why = f": {first_line(error)}" if mapped[8:9] == b"{" else ""
         why = of_torch(mapped[:4]) or why
@@ -258,6 +258,7 @@ def _read_safetensors(path: str, mapped: mmap.mmap) -> tuple[Head, list[int]]:
         places = _entries(head, entries)
     except ValueError as error:
         raise FormatError(f"{path}: header and contents disagree: {error}") from None
+    length = int.from_bytes(mapped[:8], "little")
     starts, at = [], places.get(_BLOBS, 0)
     for blob in head.blobs:
         start = places[blob.owner] if blob.bare else at
@@ -266,22 +267,18 @@ def _read_safetensors(path: str, mapped: mmap.mmap) -> tuple[Head, list[int]]:
     return head, starts
 
 
-def read_safetensors_header(text: bytes, length: int, size: int) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+def read_safetensors_header(mapped: mmap.mmap) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
     """Metadata and entries of a safetensors file, which fill it without gaps or overlaps.
 
     The safetensors library opens a path by itself, and a path that is opened twice may be two files.
 
-    Args:
-        text: the header.
-        length: what the file says of the length of its header.
-        size: of the file, in bytes.
-
     Raises:
         ValueError: anything wrong with them.
     """
+    length, size = int.from_bytes(mapped[:8], "little"), len(mapped)
     if length > _LONGEST_FRAME or 8 + length > size:
         raise ValueError(f"a header of {length} bytes in a file of {size}")
-    plain = json.loads(text.decode(), object_pairs_hook=_once)
+    plain = json.loads(mapped[8 : 8 + length].decode(), object_pairs_hook=_once)
     if not isinstance(plain, dict):
         raise ValueError("the header is no JSON object")
     metadata = plain.pop("__metadata__", {})

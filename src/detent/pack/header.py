@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
 
-import torch
-
+from detent.contents import DTYPES
 from detent.grouping import Layout
 from detent.pack.coding import Spec
 from detent.pack.dictionary import DICTIONARY
@@ -55,20 +54,6 @@ BUFFER, CLAIMED = "buffer", "claimed"
 LONGEST = 1 << 26  # bytes of a header as it stands in the file, and unpacked: a million tensors
 
 Life = Literal["both", "compressed"]
-DTYPES: dict[str, torch.dtype] = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 CODE_OF = {dtype: code for code, dtype in DTYPES.items()}
 
 _CODES = tuple(DTYPES)  # a dtype is written as its place in this list

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from detent.pack.coding import Coding, Piece, encode_tensor
-from detent.pack.container import Reader
+from detent.pack.container import Reader, opened
 from detent.pack.header import BUFFER, Row
 from detent.specs import short
 from detent.targets import Target
@@ -58,11 +58,11 @@ class Inspection:
     total: dict[str, Any]
 
 
-def inspect(path: str | os.PathLike[str], *, advance: Callable[[], object] = lambda: None) -> Inspection:
+def inspect(path: str | os.PathLike[str] | Reader, *, advance: Callable[[], object] = lambda: None) -> Inspection:
     """Read a whole file, one tensor at a time, and measure every tensor of it.
 
     Args:
-        path: a file that `save` wrote.
+        path: a file that `save` wrote, or a `Reader` of it.
         advance: called after each tensor.
 
     Raises:
@@ -78,12 +78,12 @@ def inspect(path: str | os.PathLike[str], *, advance: Callable[[], object] = lam
         >>> found.total["file"] == size, found.rows[0]["becomes"], found.rows[0]["kept"]
         (True, 'TopK(keep=6)', 6)
     """
-    with Reader(path) as file:
+    with opened(path) as file:
         rows = list(_shared_rows(file))
         for name, row in file._head.rows.items():
             rows.append(_row(file, name, row))
             advance()
-        sizes = {"file": file._opened.size, "full": sum(blob.length for blob in file._head.blobs if blob.bare)}
+        sizes = {"file": file.size, "full": sum(blob.length for blob in file._head.blobs if blob.bare)}
     taken = sum(row["bytes"] for row in rows if not row.pop("_bare"))
     total: dict[str, Any] = {**sizes, "header": sizes["file"] - sizes["full"] - taken}
     for part, mine in (

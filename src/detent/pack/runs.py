@@ -1,72 +1,24 @@
-"""Save and load: a run as one file, a file into a model, and where its bytes are."""
+"""Save: a run as one file; what a file says of itself, and where its bytes are."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from detent import sharding
+from detent.contents import Contents, contents_of, refuse_unsavable
 from detent.engine import Run
 from detent.pack.atomic import destination
 from detent.pack.coding import Coding
-from detent.pack.container import Reader, Writer, check_form, unfit
-from detent.pack.header import BUFFER, DTYPES, Head, Header, Life, Row
-from detent.parameters import canonical_name
+from detent.pack.container import Reader, Writer, check_form
+from detent.pack.header import BUFFER, Header, Life
 from detent.recipe import Recipe
 from detent.specs import short
 
-__all__ = ["load", "read_header", "save", "sizes"]
-
-
-@dataclass(kw_only=True)
-class _Held:
-    """Distinct parameters and persistent buffers of a model, each under its first canonical name."""
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    buffers: set[str] = field(default_factory=set)
-
-    def names(self, first: str) -> list[str]:
-        return [first, *(alias for alias, name in self.aliases.items() if name == first)]
-
-
-def _held(model: nn.Module) -> _Held:
-    """What of a model belongs into a file.
-
-    Raises:
-        ValueError: something that a file cannot hold.
-    """
-    sharding.refuse_flattened(model)
-    held, first_name, by_name = _Held(), dict[int, str](), dict[str, Tensor]()
-    for path, module in model.named_modules(remove_duplicate=False):
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            raise ValueError(f"{path or 'the model'!r} keeps extra state (get_extra_state), which a file cannot hold")
-        buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
-        for own, tensor in (*module._parameters.items(), *buffers.items()):
-            if tensor is None:
-                continue
-            name = canonical_name(f"{path}.{own}" if path else own)
-            if by_name.setdefault(name, tensor) is not tensor:
-                raise ValueError(f"two tensors of the model are both called {name!r} once wrapper names are removed")
-            first = first_name.setdefault(id(tensor), name)
-            if first != name:
-                held.aliases[name] = first
-                continue
-            reason = unfit(tensor)
-            if reason or not name:
-                raise ValueError(f"{name!r} {reason or 'has only wrapper names'}, which a file cannot hold")
-            held.tensors[name] = tensor
-            if own in buffers:
-                held.buffers.add(name)
-    return held
+__all__ = ["read_header", "save", "sizes"]
 
 
 def save(
@@ -107,13 +59,13 @@ def save(
         OSError: the file cannot be written.
 
     Example:
-        >>> import tempfile, detent as dt
+        >>> import tempfile, torch, detent as dt
         >>> recipe = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))])
-        >>> run = dt.compress(nn.Linear(64, 64), recipe)
+        >>> run = dt.compress(torch.nn.Linear(64, 64), recipe)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     size = save(run, f"{folder}/model.detent", life="compressed")
-        ...     twin = nn.Linear(64, 64)
-        ...     header = load(f"{folder}/model.detent", twin, life="compressed")
+        ...     twin = torch.nn.Linear(64, 64)
+        ...     header = dt.load(f"{folder}/model.detent", twin, life="compressed")
         >>> with run.compressed():
         ...     torch.equal(twin.weight, run.model.weight)
         True
@@ -127,23 +79,29 @@ def save(
     coding = check_form(path, life, coding)
     if run._inside:
         raise RuntimeError("save inside run.compressed(): leave the compressed life first, the file needs both")
-    destination(path)  # what is wrong with it shall be said before anything is fitted
+    is_sharded = any(sharding._is_sharded(p) for p in run.model.parameters())
+    if not is_sharded:  # what is wrong with it shall be said before anything is fitted
+        destination(path)
     if life == "compressed":
         run._warn_early('save(life="compressed")')
-    held = _held(run.model)
+    held = contents_of(run.model).without(run.leave_out)
+    refuse_unsavable(held, "save", unready=False)
     run._settle()  # may drop statistics of other weights
     found = run.statistics(bits=bits, recipe=recipe)
     own = any(getattr(m, "running_mean", None) is not None for m in run.model.modules())
     batchnorm = found.source if found else ("own" if own else "none")
-    writer = Writer(path, life, coding=coding, batchnorm=batchnorm, notes=notes)
     tensors = _tensors(run, held, life, bits, recipe)
-    if any(sharding._is_sharded(p) for p in run.model.parameters()):
-        return _on_first_rank(lambda: _write(writer, tensors, held.aliases), tensors)
-    return _write(writer, tensors, held.aliases)
+
+    def write() -> int:
+        # Made here: of several processes only the one that writes looks at the path, which others may not have.
+        writer = Writer(path, life, coding=coding, batchnorm=batchnorm, notes=notes)
+        return _write(writer, tensors, held.aliases)
+
+    return _on_first_rank(write, tensors) if is_sharded else write()
 
 
 def _tensors(
-    run: Run, held: _Held, life: Life, bits: int | None, recipe: Recipe | None
+    run: Run, held: Contents, life: Life, bits: int | None, recipe: Recipe | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every tensor of a run as `Writer.add` wants it, one at a time; a collective under sharding."""
     encoders = run.encoders(bits=bits, recipe=recipe)
@@ -182,7 +140,7 @@ def _on_first_rank(write: Callable[[], int], tensors: Iterator[Any]) -> int:
     if dist.get_rank() == 0:
         try:
             outcome = [write()]
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever it is, the others must hear of it, or they wait for ever
             outcome = [error]
     # All take part in gathering every tensor, also those after a failure; what others refuse the first refuses too.
     with contextlib.suppress(OSError, ValueError):
@@ -202,8 +160,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         OSError: the file cannot be opened.
 
     Example:
-        >>> import tempfile, detent as dt
-        >>> run = dt.compress(nn.Linear(8, 8), dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=3))]))
+        >>> import tempfile, torch, detent as dt
+        >>> run = dt.compress(torch.nn.Linear(8, 8), dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=3))]))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = save(run, f"{folder}/model.detent")
         ...     read_header(f"{folder}/model.detent").plan[0]["becomes"]
@@ -211,108 +169,6 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     with Reader(path) as file:
         return file.header
-
-
-def load(path: str | os.PathLike[str], model: nn.Module, life: Literal["full", "compressed"] = "full") -> Header:
-    """Put one life of a file into a model: everything is checked and decoded before the first weight is written.
-
-    The tensors of that life are checked against their checksums, those of the other one are not read. The model must
-    have the same parameters and persistent buffers in the same dtypes, wrapped (DDP, compile, FSDP2) or not.
-
-    Args:
-        path: a file that `save` wrote.
-        model: built by the same code.
-        life: "full" or "compressed".
-
-    Returns:
-        What the file says about itself.
-
-    Raises:
-        FormatError: the file is damaged, of another version or not one of ours.
-        ValueError: an unknown life, one that the file does not hold, or a model it does not fit.
-        OSError: the file cannot be opened.
-
-    Example:
-        >>> import tempfile, detent as dt
-        >>> run = dt.compress(nn.Linear(8, 8), dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=3))]))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = save(run, f"{folder}/model.detent")
-        ...     twin = nn.Linear(8, 8)
-        ...     _ = load(f"{folder}/model.detent", twin)
-        >>> torch.equal(twin.weight, run.model.weight)
-        True
-    """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"load(model=...): must be a torch.nn.Module, not {type(model).__name__}")
-    with Reader(path) as file:
-        file.check_life(life)
-        held = _held(model)
-        sources = _match(path, held, file._head)
-        rows = {name: file._head.rows[name] for name in dict.fromkeys(sources.values())}
-        room = _room([row for row in rows.values() if not file.is_there(row, life)])
-        values = {}
-        for name, row in rows.items():
-            value = file.value(row, life, view=True)
-            values[name] = value if file.is_there(row, life) else next(room).copy_(value)
-        sharding.reshard(model)
-        copies = []
-        for name, tensor in held.tensors.items():
-            part = sharding.from_whole(values[sources[name]], tensor, name)
-            copies.append((sharding.local(tensor), part))
-        with torch.no_grad():
-            for place, value in copies:
-                place.copy_(value)
-        sharding.reshard(model)
-        return file.header
-
-
-def _room(rows: Sequence[Row]) -> Iterator[Tensor]:
-    """Empty tensors for these rows, in one piece of memory.
-
-    Taken one by one they would end up between a decoder's working memory and keep that from being given back: up to
-    twice the model.
-    """
-    sizes = [DTYPES[row.dtype].itemsize * math.prod(row.shape) for row in rows]
-    starts = [0, *itertools.accumulate(-(-size // 64) * 64 for size in sizes)]
-    whole = torch.empty(starts[-1], dtype=torch.uint8)
-    for row, start, size in zip(rows, starts, sizes, strict=False):
-        yield whole[start : start + size].view(DTYPES[row.dtype]).reshape(row.shape)
-
-
-def _match(path: str | os.PathLike[str], held: _Held, head: Head) -> dict[str, str]:
-    """Name in the file of every tensor of the model.
-
-    Raises:
-        ValueError: the first one that is missing, unexpected, tied otherwise, or of another shape or dtype.
-    """
-    stored = {name: (row.dtype, row.shape) for name, row in head.rows.items()}
-    lookup = {**{name: name for name in stored}, **head.aliases}
-    sources = {}
-
-    def refuse(why: str) -> None:
-        raise ValueError(f"{path} does not fit this model, which was left as it is: {why}")
-
-    for first, tensor in held.tensors.items():
-        names = held.names(first)
-        found = [lookup[name] for name in names if name in lookup]
-        if len(found) < len(names):
-            missing = next(name for name in names if name not in lookup)
-            refuse(f"{missing!r} is in the model and not in the file")
-        if len(set(found)) > 1:
-            refuse(f"{names[0]!r} and {names[1]!r} are one tied tensor in the model and two in the file")
-        code, shape = stored[found[0]]
-        if tuple(tensor.shape) != shape:
-            refuse(f"{first!r} has shape {tuple(tensor.shape)} in the model and {shape} in the file")
-        if tensor.dtype != DTYPES[code]:
-            refuse(f"{first!r} is {tensor.dtype} in the model and {DTYPES[code]} in the file; convert the model first")
-        if tensor.is_inference() or any(n > 1 and step == 0 for n, step in zip(shape, tensor.stride(), strict=True)):
-            refuse(f"{first!r} cannot be written (an inference tensor, or one that repeats its memory)")
-        sources[first] = found[0]
-    known = {*held.tensors, *held.aliases}
-    for name in lookup:
-        if name not in known:
-            refuse(f"{name!r} is in the file and not in the model")
-    return sources
 
 
 def sizes(path: str | os.PathLike[str]) -> dict[str, int]:
@@ -330,8 +186,8 @@ def sizes(path: str | os.PathLike[str]) -> dict[str, int]:
         OSError: the file cannot be opened.
 
     Example:
-        >>> import tempfile, detent as dt
-        >>> run = dt.compress(nn.Linear(8, 8), dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=3))]))
+        >>> import tempfile, torch, detent as dt
+        >>> run = dt.compress(torch.nn.Linear(8, 8), dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=3))]))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     total = save(run, f"{folder}/model.detent", life="compressed", coding="bitpacked")
         ...     found = sizes(f"{folder}/model.detent")
@@ -339,7 +195,7 @@ def sizes(path: str | os.PathLike[str]) -> dict[str, int]:
         (True, 24, 4, 32, 192)
     """
     with Reader(path) as file:
-        size, head = file._opened.size, file._head
+        size, head = file.size, file._head
         found = {"codes": 0, "params": 0, "rest": 0, "full": 0}
         nominal = 0
         coded = {row.compressed: len(row.code.params) for row in head.rows.values() if row.code is not None}

@@ -18,6 +18,7 @@ from detent.batchnorm import Statistics, statistics_of
 from detent.engine import Run
 from detent.pack import FormatError, Inspection, Reader, Writer, inspect, load
 from detent.pack.coding import Coding
+from detent.pack.container import opened
 from detent.pack.header import Life, first_line
 from detent.recipe import Recipe, Rule
 from detent.report.card import Card, card_of
@@ -98,16 +99,16 @@ def collect_file(
     with Reader(path) as file:
         header, both = file.header, file.header.life == "both"
         if model is not None and evaluate is not None:
-            load(path, model, "compressed")
+            load(file, model, "compressed")
             scores["compressed"] = scores_of(evaluate, model)
         if model is not None and both and sensitivity is not None:
-            load(path, model, "full")
+            load(file, model, "full")
             alone = ((name, file.tensor(name)) for name in file.targets)
             losses = sensitivities(model, alone, len(file.targets), sensitivity, watch)
         if model is not None and both and evaluate is not None:
-            load(path, model, "full")
+            load(file, model, "full")
             scores = {"full": scores_of(evaluate, model), **scores}
-            widths, unfit = widths_of(run_of_file(path, model), evaluate, bits, watch)
+            widths, unfit = widths_of(run_of_file(file, model), evaluate, bits, watch)
         tensors = header.tensors.values()
         return assemble(
             header=header,
@@ -115,7 +116,7 @@ def collect_file(
             order=file.names,
             raw=sum(math.prod(t["shape"]) * getattr(torch, t["dtype"]).itemsize for t in tensors),
             written=_written(file, watch),
-            both=os.path.getsize(path) if both else None,
+            both=file.size if both else None,
             scores=scores,
             widths=widths,
             unfit=unfit,
@@ -181,14 +182,14 @@ def card_of_file(path: str | os.PathLike[str]) -> Card:
         return card_of(file.header, file.targets, file.names)
 
 
-def run_of_file(path: str | os.PathLike[str], model: nn.Module, life: Life = "both") -> Run:
+def run_of_file(path: str | os.PathLike[str] | Reader, model: nn.Module, life: Life = "both") -> Run:
     """A run with the targets and the fitted numbers of a file, on a model that gets one of its lives.
 
     As after `dt.compress`, but nothing is fitted again: the compressed life is the file's, and so are its BatchNorm
     statistics where the file has a second set.
 
     Args:
-        path: a file that `dt.save` wrote.
+        path: a file that `dt.save` wrote, or a `Reader` of it.
         model: built by the same code; overwritten.
         life: "both" puts the full life into the model, "compressed" the compressed one.
 
@@ -206,8 +207,8 @@ def run_of_file(path: str | os.PathLike[str], model: nn.Module, life: Life = "bo
         >>> torch.equal(again.encoded()["weight"].decode(), run.encoded()["weight"].decode())
         True
     """
-    load(path, model, "full" if life == "both" else "compressed")
-    with Reader(path) as file:
+    with opened(path) as file:
+        load(file, model, "full" if life == "both" else "compressed")
         encoded = {name: file.encoded(name) for name in file.targets}
         reasons, source = _reasons(file), file.header.card["batchnorm"]
         second = {n: file.tensor(n) for n in statistics_of(model)} if source not in ("none", "own") else {}
@@ -231,7 +232,7 @@ def run_of_file(path: str | os.PathLike[str], model: nn.Module, life: Life = "bo
             params = item.target.restored(sharding.whole(entry.param), item.params, item.codes)
         # Whatever a target makes of codes that it did not write itself: the file is at fault.
         except Exception as error:
-            raise FormatError(f"{path}: {entry.name!r} cannot be decoded: {first_line(error)}") from error
+            raise FormatError(f"{file.path}: {entry.name!r} cannot be decoded: {first_line(error)}") from error
         entry.params = entry.pull_params = params.to(entry.param.device)
     run._adopt()
     if second:
