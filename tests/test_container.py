@@ -125,7 +125,7 @@ def test_a_state_dict_goes_in_and_out_tensor_by_tensor(tmp_path: Path, form: str
         ("a\nb", {"value": torch.ones(2)}, "line break"),
         ("x", {"value": None}, "neither values nor codes"),
         ("x", {"value": None, "encoded": encoded(torch.ones(2))}, "neither values nor codes"),
-        ("x", {"value": torch.ones(2, dtype=torch.complex128)}, "is torch.complex64"),
+        ("x", {"value": torch.ones(2, dtype=torch.complex128)}, "is torch.complex128"),
         ("x", {"value": torch.ones(2), "second": torch.ones(2, device="meta")}, "meta device"),
         ("x", {"value": torch.ones(2), "second": torch.ones(3)}, "another shape or dtype in its other life"),
         ("x", {"value": torch.ones(2), "encoded": encoded(torch.ones(2).half())}, "another shape or dtype"),

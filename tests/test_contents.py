@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import detent as dt
+from detent import pack
 from detent.contents import contents_of
 
 RECIPE = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.PSG())])
@@ -48,7 +49,7 @@ class Renamed(Net):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "old.weight"] = self[0].weight.detach()
+        destination[prefix + "old.weight"] = self[0].get_parameter("weight").detach()
 
 
 class Parts(Net):
@@ -66,7 +67,7 @@ def hooked() -> nn.Module:
 def packed() -> nn.Module:
     """torch's own dynamic quantization: its weights are packed objects."""
     net = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Linear(4, 4)).eval()
-    return torch.ao.quantization.quantize_dynamic(net, {nn.Linear})  # type: ignore[no-any-return]
+    return torch.ao.quantization.quantize_dynamic(net, {nn.Linear})
 
 
 def buffered(value: Tensor) -> Callable[[], nn.Module]:
@@ -110,7 +111,7 @@ def test_what_a_file_cannot_hold_is_refused_before_training(
         path = tmp_path / f"{who}.detent"
         dt.save(run, path)
         run.detach()
-        assert name not in dt.pack.read_header(path).tensors
+        assert name not in pack.read_header(path).tensors
         with pytest.raises(ValueError, match=f"'{name}' is in the model and not in the file"):
             dt.load(path, net)
         assert dt.load(path, net, strict=False).missing == (name,)
@@ -135,10 +136,11 @@ def test_unsigned_and_complex_buffers_come_back_to_the_bit(tmp_path: Path, dtype
     bits = torch.randint(0, 256, (5, 3, dtype.itemsize), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     net = buffered(bits.view(dtype).squeeze(-1))()
     dt.save(dt.compress(net, RECIPE), tmp_path / form, coding=coding)
-    for life in ("full", "compressed"):
+    lives: Any = ("full", "compressed")
+    for life in lives:
         twin: Any = buffered(torch.zeros(5, 3, dtype=dtype))()
-        dt.load(tmp_path / form, twin, life)  # type: ignore[arg-type]
-        assert torch.equal(twin.odd.view(torch.uint8), net.odd.view(torch.uint8))  # type: ignore[operator]
+        dt.load(tmp_path / form, twin, life)
+        assert torch.equal(twin.odd.view(torch.uint8), net.get_buffer("odd").view(torch.uint8))
     dt.unpack(tmp_path / form, tmp_path / "plain.safetensors")
     import safetensors.torch
 
