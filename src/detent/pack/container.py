@@ -367,7 +367,7 @@ class Reader:
 
     Example:
         >>> import tempfile, detent as dt
-        >>> run = dt.compress(nn.Linear(8, 8), dt.Recipe([dt.Rule(match="weight", target=dt.Binary())]))
+        >>> run = dt.compress(torch.nn.Linear(8, 8), dt.Recipe([dt.Rule(match="weight", target=dt.Binary())]))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = dt.save(run, f"{folder}/model.detent")
         ...     with Reader(f"{folder}/model.detent") as reader:
@@ -603,7 +603,7 @@ def unpack(
 
     Example:
         >>> import safetensors.torch, tempfile, detent as dt
-        >>> run = dt.compress(nn.Linear(8, 8), dt.Recipe([dt.Rule(match="weight", target=dt.Binary())]))
+        >>> run = dt.compress(torch.nn.Linear(8, 8), dt.Recipe([dt.Rule(match="weight", target=dt.Binary())]))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = dt.save(run, f"{folder}/model.detent")
         ...     _ = dt.unpack(f"{folder}/model.detent", f"{folder}/model.safetensors", "compressed")
