@@ -211,6 +211,10 @@ def _yaml(rule: str) -> dt.Recipe:
 
 _U4 = dt.Uniform(bits=4)
 
+# What grows tenfold with each line: a billion values in a kilobyte.
+ALIASES = "a0: &a0 [a]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
+MERGES = "a0: &a0 {a: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 10))
+
 ERRORS: dict[str, ErrorCase] = {
     "bits too few": ErrorCase(make=lambda: dt.Uniform(bits=1), says="Uniform(bits=1)"),
     "bits too many": ErrorCase(make=lambda: dt.Uniform(bits=9), says="Uniform(bits=9)"),
@@ -582,6 +586,45 @@ ERRORS: dict[str, ErrorCase] = {
     "yaml: a mechanism as target": ErrorCase(
         make=lambda: _yaml("{match: a, target: {kind: PSG}}"),
         says="rules[0].target: must be a Target, not PSG",
+    ),
+    "yaml: aliases ten wide and nine deep": ErrorCase(
+        make=lambda: dt.Recipe.from_yaml(ALIASES + "rules: *a9"), says="recipe: holds more than 65536 values"
+    ),
+    "yaml: merges ten wide and nine deep": ErrorCase(
+        make=lambda: dt.Recipe.from_yaml(MERGES + "rules: [*a9]"), says="recipe: holds more than 65536 values"
+    ),
+    "yaml: a list of itself": ErrorCase(
+        make=lambda: dt.Recipe.from_yaml("rules: &a [*a]"), says="recipe: nests deeper than 32"
+    ),
+    "yaml: a target of itself": ErrorCase(
+        make=lambda: _yaml("{match: a, target: &a {kind: SparseLevels, sparse: *a, survivors: *a}}"),
+        says="recipe: nests deeper than 32",
+    ),
+    "yaml: forty deep": ErrorCase(
+        make=lambda: dt.Recipe.from_yaml("rules: " + "[" * 40 + "]" * 40), says="recipe: nests deeper than 32"
+    ),
+    "yaml: five thousand deep": ErrorCase(
+        make=lambda: dt.Recipe.from_yaml("rules: " + "[" * 5000), says="recipe: not YAML"
+    ),
+    "yaml: too long": ErrorCase(
+        make=lambda: dt.Recipe.from_yaml("rules: []\n#" + " " * 2**18), says="recipe: longer than 262144 characters"
+    ),
+    "yaml: a number of many digits": ErrorCase(
+        make=lambda: _yaml("{match: a, target: {kind: Uniform, bits: " + "9" * 5000 + "}}"), says="recipe: not YAML"
+    ),
+    "yaml: a number beyond floats": ErrorCase(
+        make=lambda: _yaml("{match: a, target: {kind: TopK, keep: 0.5}, weight_decay: 1" + "0" * 400 + "}"),
+        says="weight_decay",
+    ),
+    "yaml: a day that is none": ErrorCase(
+        make=lambda: _yaml("{match: a, fit_every: 2001-99-99}"), says="recipe: not YAML"
+    ),
+    "yaml: a list as a key": ErrorCase(make=lambda: _yaml("{? [a] : b}"), says="recipe: not YAML"),
+    "a repetition beyond counting": ErrorCase(
+        make=lambda: dt.Rule(match="a{1,4294967295}", keep=True), says="not a regular expression"
+    ),
+    "a thousand brackets": ErrorCase(
+        make=lambda: dt.Rule(match="(" * 5000 + ")" * 5000, keep=True), says="not a regular expression"
     ),
     "a name with @ that is none": ErrorCase(
         make=lambda: dt.Rule(match="@frist", keep=True), says="did you mean '@first'"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import resource
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +346,52 @@ def test_long_patterns_take_several_streams_or_a_bitmap(n: int, m: int, widths: 
     assert [stream.width for stream in codes.streams] == widths
     assert sum(widths) == (math.comb(m, n) - 1).bit_length() or widths == [1]
     assert torch.equal(sparse._unranked("p", codes, 50, m, n), masks)
+
+
+def test_patterns_are_numbered_by_their_last_place_first() -> None:
+    """The combinatorial number system, counted out: files of any release mean the same pattern."""
+    m, n = 9, 3
+    by_last = sorted(itertools.combinations(range(m), n), key=lambda kept: kept[::-1])
+    masks = torch.tensor([[i in kept for i in range(m)] for kept in by_last])
+    assert sparse._ranked("p", masks, n)[0].values.tolist() == list(range(math.comb(m, n)))
+    # Of the rarer kind: six of nine are numbered by the three that are not there.
+    assert sparse._ranked("p", ~masks, m - n)[0].values.tolist() == list(range(math.comb(m, n)))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        dt.NM(n=1, m=2**31),
+        dt.NM(n=3, m=500_000),
+        dt.NM(n=2, m=2**31, along="columns"),
+        dt.Uniform(bits=2, granularity=dt.Group(size=2**62)),
+        dt.LearnedLevels(k=256, granularity=dt.Group(size=10**400)),
+        dt.Structured(group="block", keep=0.5, block=(10**400, 2**62)),
+        dt.TopK(keep=0.5),
+        dt.VectorCodebook(block=1, size=65536, sample=10**400),
+    ],
+    ids=repr,
+)
+def test_a_field_takes_no_more_than_the_tensor(target: dt.Target) -> None:
+    """Blocks, groups and codebooks longer than a line are as long as the line, in memory and in time."""
+    w = torch.randn(30, 90, generator=torch.Generator().manual_seed(0))
+    tracemalloc.start()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    params = target.fit(w)
+    codes = target.encode(w, params)
+    assert torch.equal(target.decode(codes, params, w.dtype), target.project(w, params))
+    assert target.bits_on_disk(params) >= 8 * codes.nbytes
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert time.process_time() - start < 10
+    assert taken < 1 << 25 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 17  # KiB
+
+
+def test_a_group_longer_than_its_channel_is_the_channel() -> None:
+    w = torch.randn(5, 7, 3)
+    long, whole = (dt.Uniform(bits=3, granularity=g) for g in (dt.Group(size=2**40), dt.Channel()))
+    assert torch.equal(long.fit(w)["scale"], whole.fit(w)["scale"])
+    assert torch.equal(long.project(w, long.fit(w)), whole.project(w, whole.fit(w)))
 
 
 def test_two_of_four_costs_three_bits_a_block() -> None:

@@ -279,17 +279,19 @@ class Group(Granularity):
         if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1:
             raise ValueError(f"Group(size={self.size!r}): must be a whole number >= 1 of weights")
 
-    def _runs(self, layout: Layout) -> tuple[int, int]:
+    def _runs(self, layout: Layout) -> tuple[int, int, int]:
+        """(weights of a channel, runs in it, weights of a run): a run is no longer than its channel."""
         fan_in = max(layout.numel // max(layout.channels, 1), 1)
-        return fan_in, -(-fan_in // self.size)
+        size = min(self.size, fan_in)
+        return fan_in, -(-fan_in // size), size
 
     def cut(self, x: Tensor, layout: Layout, fill: float) -> Tensor:
-        fan_in, runs = self._runs(layout)
+        fan_in, runs, size = self._runs(layout)
         matrix = layout.by_channel(x)
-        missing = runs * self.size - fan_in
+        missing = runs * size - fan_in
         if missing:
             matrix = torch.nn.functional.pad(matrix, (0, missing), value=fill)
-        return matrix.reshape(layout.channels * runs, self.size)
+        return matrix.reshape(layout.channels * runs, size)
 
     def count(self, layout: Layout) -> int:
         return layout.channels * self._runs(layout)[1]
@@ -304,13 +306,14 @@ class Group(Granularity):
         return self.cut(x, layout, 0.0).sum(dim=1, dtype=torch.float64)
 
     def sizes(self, layout: Layout) -> Tensor:
-        fan_in, runs = self._runs(layout)
-        last = fan_in - (runs - 1) * self.size
-        return torch.tensor([self.size] * (runs - 1) + [last]).repeat(layout.channels)
+        fan_in, runs, size = self._runs(layout)
+        of_channel = torch.full((runs,), size)
+        of_channel[-1] = fan_in - (runs - 1) * size
+        return of_channel.repeat(layout.channels)
 
     def expand(self, values: Tensor, layout: Layout) -> Tensor:
-        fan_in, runs = self._runs(layout)
-        matrix = values.reshape(layout.channels, runs).repeat_interleave(self.size, dim=1)[:, :fan_in]
+        fan_in, runs, size = self._runs(layout)
+        matrix = values.reshape(layout.channels, runs).repeat_interleave(size, dim=1)[:, :fan_in]
         whole = layout.whole().from_channels(matrix)
         return whole if layout.rows is None else whole[slice(*layout.rows)]
 

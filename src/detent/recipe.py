@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
 from pathlib import Path
@@ -18,7 +18,7 @@ from detent.parameters import canonical_name
 from detent.plan import Plan, resolve
 from detent.presets import PRESETS
 from detent.schedules import Moment, check_moment, is_number, is_whole, moments_of
-from detent.specs import build, nearest, to_spec
+from detent.specs import build, check_size, nearest, to_spec
 from detent.targets import Target
 
 __all__ = ["Plan", "Recipe", "Rule", "Stage", "refuse_no_recipe"]
@@ -89,7 +89,7 @@ class Rule:
                 raise ValueError(f"Rule({name}={pattern!r}): names with @ are {names}{hint}")
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:  # a repetition of 2^32, a thousand brackets
                 raise ValueError(f"Rule({name}={pattern!r}): not a regular expression: {error}") from None
         for name in ("keep", "pinned", "optional"):
             if not isinstance(getattr(self, name), bool):
@@ -366,10 +366,7 @@ class Recipe:
                 raise FileNotFoundError(f"cannot open {source}: No such file or directory") from None
             except ValueError as error:
                 raise ValueError(f"{source}: {error}") from None
-        try:
-            data = yaml.load(source, _OnceLoader)
-        except yaml.YAMLError as error:
-            raise ValueError(f"recipe: not YAML: {error}") from None
+        data = _plain(source)
         for key in data if isinstance(data, dict) else ():
             if key not in ("rules", "stages"):
                 near = nearest(str(key), ["rules", "stages"])
@@ -464,20 +461,69 @@ def refuse_no_recipe(recipe: Any, who: str) -> None:
 # --- Stages as plain data ---------------------------------------------------------------------------------------------
 
 
+_LONGEST = 1 << 18  # characters of a recipe: some three thousand rules
+
+
 class _OnceLoader(yaml.SafeLoader):
     """YAML's safe loader, which takes the last of several values for one key, and with it a typing error."""
 
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        check_size(_outline(node), "recipe")  # before merge keys and aliases are written out
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = []
+        seen: set[Any] = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":  # what it brings may be overwritten
                 continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # refused by the loader itself
             if key in seen:
                 line = key_node.start_mark.line + 1
                 raise ValueError(f"recipe: line {line}: the key {key!r} stands twice in one mapping")
-            seen.append(key)
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _outline(node: yaml.Node | None) -> Any:
+    """The nodes of a document as lists within lists, shared and looping where aliases are."""
+    made: dict[int, list[Any]] = {}
+
+    def of(node: yaml.Node) -> Any:
+        if not isinstance(node, yaml.CollectionNode):
+            return None
+        if id(node) not in made:
+            made[id(node)] = []
+            todo.append(node)
+        return made[id(node)]
+
+    todo: list[yaml.CollectionNode] = []
+    whole = None if node is None else of(node)
+    while todo:
+        here = todo.pop()
+        parts = [part for pair in here.value for part in pair] if isinstance(here, yaml.MappingNode) else here.value
+        made[id(here)] += [of(part) for part in parts]
+    return whole
+
+
+def _plain(text: str) -> Any:
+    """YAML as plain data, in bounded time.
+
+    Raises:
+        ValueError: text that is no YAML, or too long, too deep or too large to be a recipe.
+    """
+    if len(text) > _LONGEST:
+        raise ValueError(f"recipe: longer than {_LONGEST} characters")
+    try:
+        data = yaml.load(text, _OnceLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"recipe: not YAML: {error}") from None
+    except ValueError as error:  # numbers and dates that are none
+        raise ValueError(str(error) if str(error).startswith("recipe: ") else f"recipe: not YAML: {error}") from None
+    check_size(data, "recipe")
+    return data
 
 
 def _stage(values: Any, where: str) -> Stage:

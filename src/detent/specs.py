@@ -14,9 +14,11 @@ from detent.mechanisms import Mechanism, MirrorMap
 from detent.schedules import Schedule
 from detent.targets import Target
 
-__all__ = ["build", "from_spec", "nearest", "short", "to_spec"]
+__all__ = ["build", "check_size", "from_spec", "nearest", "short", "to_spec"]
 
 _BASES: tuple[type, ...] = (Target, Mechanism, Schedule, Granularity, MirrorMap)
+_DEEPEST = 32  # what stands within what: a recipe is six deep
+_MOST_VALUES = 1 << 16  # of a recipe; what stands there twice by reference counts twice
 
 
 def _kinds() -> dict[str, type]:
@@ -72,6 +74,33 @@ def to_spec(obj: Any) -> Any:
     return spec
 
 
+def check_size(spec: Any, where: str) -> None:
+    """Refuse plain data that nests without end, or that references make too large to walk.
+
+    Raises:
+        ValueError: more than 65536 values, or deeper than 32.
+
+    Example:
+        >>> loop = []
+        >>> loop.append(loop)
+        >>> check_size(loop, "recipe")
+        Traceback (most recent call last):
+        ...
+        ValueError: recipe: nests deeper than 32
+    """
+    todo, seen = [(spec, 0)], 0
+    while todo:
+        value, depth = todo.pop()
+        if not isinstance(value, (list, tuple, dict)):
+            continue
+        if depth == _DEEPEST:
+            raise ValueError(f"{where}: nests deeper than {_DEEPEST}")
+        seen += len(value)
+        if seen > _MOST_VALUES:
+            raise ValueError(f"{where}: holds more than {_MOST_VALUES} values")
+        todo += [(inner, depth + 1) for inner in (value.values() if isinstance(value, dict) else value)]
+
+
 def from_spec(spec: Any, where: str = "spec", bases: tuple[type, ...] = _BASES) -> Any:
     """The inverse of `to_spec`, checked.
 
@@ -89,8 +118,13 @@ def from_spec(spec: Any, where: str = "spec", bases: tuple[type, ...] = _BASES) 
         ...
         ValueError: spec: Uniform has no field 'bit'; did you mean 'bits'?
     """
+    check_size(spec, where)
+    return _from_spec(spec, where, bases)
+
+
+def _from_spec(spec: Any, where: str, bases: tuple[type, ...]) -> Any:
     if isinstance(spec, (list, tuple)):
-        return [from_spec(value, f"{where}[{i}]", bases) for i, value in enumerate(spec)]
+        return [_from_spec(value, f"{where}[{i}]", bases) for i, value in enumerate(spec)]
     if not isinstance(spec, dict):
         return spec
     kinds, kind = _kinds(), spec.get("kind")
@@ -121,14 +155,14 @@ def _adapter(cls: type) -> pydantic.TypeAdapter[Any]:
 
 
 def build(cls: type, values: Any, where: str) -> Any:
-    """A dataclass from a mapping of its fields; what `from_spec` makes of one that names its kind."""
+    """A dataclass from a mapping of its fields, as large as `check_size` lets it be."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: must be a mapping, not {type(values).__name__}")
     known = {f.name for f in dataclasses.fields(cls)}
     for key in values:
         if key not in known:
             raise ValueError(f"{where}: {cls.__name__} has no field {key!r}{nearest(str(key), known)}")
-    built = {key: from_spec(value, f"{where}.{key}", _bases_of(cls, key)) for key, value in values.items()}
+    built = {key: _from_spec(value, f"{where}.{key}", _bases_of(cls, key)) for key, value in values.items()}
     try:
         made = _adapter(cls).validate_python(built)
     except pydantic.ValidationError as error:

@@ -13,19 +13,44 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Coder", "Meter", "Reader", "Writer"]
+__all__ = ["Coder", "Meter", "Reader", "Writer", "most_turns"]
 
 PRECISION = 24
+_LEAST_TURNS, _TURNS_A_BYTE = 1 << 11, 32  # what the bytes of a blob may cost to decode
+_PER_TURN = 1 << 12  # symbols of one table that take about as long as a turn, and so are one
+_PER_TABLE = 1 << 11  # weights of a table, likewise
 _BLOCK = 1 << 20  # symbols that go through the coder at a time: bounds the memory of its 32-bit copies
 
 
 # --- the coder ----------------------------------------------------------------------------------------------------
 
 
+def most_turns(size: int) -> int:
+    """Turns of the coder that a blob of `size` bytes may take, besides one for every 4096 values.
+
+    A stream of no bytes is a stream of zeros without end: what bounds the time of a reader is not what it decodes.
+    """
+    return _LEAST_TURNS + _TURNS_A_BYTE * size
+
+
 class Coder(abc.ABC):
-    """Takes or gives symbols of known probabilities."""
+    """Takes or gives symbols of known probabilities.
+
+    Attributes:
+        turns: what has been done so far, in calls that each cost a little time whatever they decode, less the values
+            that account for them.
+    """
 
     reads: bool
+    turns: int = 0
+
+    def spend(self, turns: int) -> None:
+        """Count turns; a reader refuses more than its bytes may take."""
+        self.turns += turns
+
+    def expect(self, values: int) -> None:
+        """Count the turns that so many values may take however few bytes they are."""
+        self.turns -= values // _PER_TURN
 
     @abc.abstractmethod
     def symbols(self, weights: np.ndarray, values: np.ndarray | None, count: int) -> np.ndarray:
@@ -88,12 +113,14 @@ class Writer(Coder):
 
     def symbols(self, weights: np.ndarray, values: np.ndarray | None, count: int) -> np.ndarray:
         assert values is not None and values.size == count, count
+        self.spend(1 + weights.size // _PER_TABLE)
         if count:
             self._todo.append((values, _table(weights)))
         return values
 
     def decisions(self, ones: np.ndarray, values: np.ndarray | None) -> np.ndarray:
         assert values is not None and values.size == ones.size, ones.size
+        self.spend(1)
         if ones.size:
             self._todo.append((values, _pairs(ones)))
         return values
@@ -130,6 +157,7 @@ class Meter(Coder):
 
     def symbols(self, weights: np.ndarray, values: np.ndarray | None, count: int) -> np.ndarray:
         assert values is not None
+        self.spend(1 + weights.size // _PER_TABLE)
         if count:
             shares = np.maximum(weights, float(weights.sum()) / (1 << PRECISION))
             found = np.bincount(values, minlength=weights.size)
@@ -139,6 +167,7 @@ class Meter(Coder):
 
     def decisions(self, ones: np.ndarray, values: np.ndarray | None) -> np.ndarray:
         assert values is not None
+        self.spend(1)
         self.bits += PRECISION * ones.size - float(np.log2(np.where(values, ones, (1 << PRECISION) - ones)).sum())
         return values
 
@@ -165,8 +194,15 @@ class Reader(Coder):
         self._coder = _library().stack.AnsCoder(words.astype(np.uint32, copy=False))
         self._raw = raw
         self._first = 0
+        self._most = most_turns(raw.nbytes + coded.nbytes)
+
+    def spend(self, turns: int) -> None:
+        self.turns += turns
+        if self.turns > self._most:
+            raise ValueError(f"the data take more than the {self._most} turns of the coder that their bytes allow")
 
     def symbols(self, weights: np.ndarray, values: np.ndarray | None, count: int) -> np.ndarray:
+        self.spend(1 + weights.size // _PER_TABLE)
         narrow = np.uint8 if weights.size <= 256 else np.uint16
         out = np.empty(count, dtype=narrow)
         model = _table(weights) if count else None
@@ -176,6 +212,7 @@ class Reader(Coder):
         return out
 
     def decisions(self, ones: np.ndarray, values: np.ndarray | None) -> np.ndarray:
+        self.spend(1)
         if not ones.size:
             return np.empty(0, dtype=np.uint8)
         return self._coder.decode(_bits(), _pairs(ones)).astype(np.uint8)

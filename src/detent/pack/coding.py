@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from detent.pack.bits import pack_bits, unpack_bits
-from detent.pack.coder import Reader, Writer
+from detent.pack.coder import Reader, Writer, most_turns
 from detent.pack.models import Grid, patterns, whole_numbers
 
 __all__ = ["CODINGS", "Coding", "Kind", "Piece", "Spec", "decode_tensor", "encode_tensor"]
@@ -113,7 +113,7 @@ def encode_tensor(pieces: Sequence[Piece], *, shape: Sequence[int], coding: Codi
     packed = 1 + sum(-(-piece.values.size * _width(piece.kind) // 8) for piece in pieces)
     if coding == "entropy":
         coded = _encode(pieces, tuple(shape))
-        if len(coded) < packed:
+        if coded is not None and len(coded) < packed:
             return coded
     return b"".join([bytes([_PACKED]), *(_plain(piece, _PACKED) for piece in pieces)])
 
@@ -238,7 +238,8 @@ def _count(spec: Spec, specs: Sequence[Spec], found: Sequence[np.ndarray]) -> in
 # --- coded forms --------------------------------------------------------------------------------------------------
 
 
-def _encode(pieces: Sequence[Piece], shape: tuple[int, ...]) -> bytes:
+def _encode(pieces: Sequence[Piece], shape: tuple[int, ...]) -> bytes | None:
+    """The coded form, or `None` where reading it would take longer than its bytes may."""
     writer = Writer()
     mask = None
     for piece in pieces:
@@ -253,6 +254,8 @@ def _encode(pieces: Sequence[Piece], shape: tuple[int, ...]) -> bytes:
         if piece.kind == 1:
             mask = values
     raw, coded = writer.finish()
+    if writer.turns > most_turns(len(raw) + len(coded)):
+        return None
     if not raw:
         return bytes([_CODED]) + coded
     return b"".join([bytes([_CODED_AND_PLAIN]), _length(len(raw)), raw, coded])

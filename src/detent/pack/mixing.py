@@ -19,7 +19,8 @@ FOLDS = (1, 4, 9, 16, 25, 36, 49, 64)  # inner positions that the inputs of a ma
 _MOST_ROWS = 1 << 12
 _MOST_COLUMNS = 1 << 14
 _MOST_CELLS = 1 << 20
-_MOST_ROUNDS = 1 << 14  # bounds the time of a reader
+_MOST_ROUNDS = 1 << 14
+_TURNS = 3  # that a round takes beyond the coder's own: bounds the time of a reader by the bytes it has
 _ROUNDS = 2048  # a mask is coded in about this many rounds, or one a row and inner position if these are more
 _PRIOR = 6  # sixteenths that both counts of a context start with
 _LIMIT = 4000  # a context's counts are halved above this sum, so that old rows fade
@@ -78,6 +79,7 @@ class _Mixer:
         logits = _log()[16 * counts + _PRIOR]
         logits = (logits[1] - logits[0]).astype(np.int64)
         seen = counts[0] + counts[1]
+        coder.spend(_TURNS)
         weights = self._row + _bucket()[seen]
         mixed = (self._weights[weights] * logits).sum(axis=0) >> 16
         guess = _squash()[np.minimum(np.maximum(mixed + _RANGE, 1), 2 * _RANGE - 1)]
@@ -124,6 +126,7 @@ def _core(coder: Coder, values: np.ndarray | None, rows: int, alive: np.ndarray)
     columns = np.zeros((inputs, inner), dtype=np.int64)
     above = two_above = columns
     for r in range(rows):
+        coder.spend(1)
         row, kernel, ones, seen = np.zeros((inputs, inner), dtype=np.int64), np.zeros(inputs, dtype=np.int64), 0, 0
         old = 4 * above + 2 * two_above + int(first[3])
         dense = 16 * _density(columns, r) + int(first[4])

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from detent.pack.coder import PRECISION, Coder, Meter
+from detent.pack.coder import PRECISION, Coder, Meter, most_turns
 from detent.pack.mixing import FOLDS, sparse_mask, takes, within_limits
 
 __all__ = ["Grid", "patterns", "whole_numbers"]
@@ -162,6 +162,7 @@ def whole_numbers(
     """
     if size < 2 or not count:
         return np.zeros(count, dtype=np.uint8 if size <= 256 else np.uint16)
+    coder.expect(count)
     if values is not None:
         plan = plan or _best(values, size, grid, part)
     model = coder.number(plan and plan.model, 5)
@@ -422,7 +423,12 @@ def _plans(values: np.ndarray, size: int, grid: Grid, part: bool = False) -> lis
 def _measured(values: np.ndarray, size: int, grid: Grid, plan: _Plan) -> float:
     meter = Meter()
     whole_numbers(meter, values, values.size, size, grid, plan)
-    return meter.bits
+    return _readable(meter.bits, meter.turns)
+
+
+def _readable(bits: float, turns: int) -> float:
+    """The size, or infinite where a reader would refuse to take so long for so few bits."""
+    return bits if turns <= most_turns(int(bits / 8)) else math.inf
 
 
 def _split_plan(values: np.ndarray, size: int, grid: Grid, pivot: int) -> _Plan:
@@ -553,7 +559,8 @@ def _distance_plans(values: np.ndarray, grid: Grid) -> list[_Plan]:
             _line_ones(meter, ones, ones.size, length)
             numbers, many = np.unique(ones, return_counts=True)
             chosen = sum(n * _patterns_of(length, int(k)) for k, n in zip(numbers, many.tolist(), strict=True))
-            plans.append(_Plan(model=_GAPS, way=way, bits=meter.bits + chosen + 5))
+            bits = meter.bits + chosen + 5
+            plans.append(_Plan(model=_GAPS, way=way, bits=_readable(bits, meter.turns + length)))
     return plans
 
 

@@ -630,8 +630,13 @@ def _patterns(m: int, n: int) -> int:
     return math.comb(m, n)
 
 
-def _binomials(m: int, k: int) -> list[list[int]]:
-    return [[math.comb(p, i) for i in range(k + 1)] for p in range(m)]
+def _binomials(m: int, k: int, device: torch.device | None) -> Tensor:
+    """C(p, i) for i from 1 to k in row i - 1 and p from 0 to m - 1, each row the running sum of the one before."""
+    rows, last = [], torch.ones(m, dtype=torch.int64, device=device)
+    for _ in range(k):
+        last = torch.cat([last.new_zeros(1), last[:-1].cumsum(0)])
+        rows.append(last)
+    return torch.stack(rows)
 
 
 def _ranked(name: str, mask: Tensor, n: int) -> tuple[Stream, ...]:
@@ -642,13 +647,13 @@ def _ranked(name: str, mask: Tensor, n: int) -> tuple[Stream, ...]:
     if _patterns(m, n) > _LONGEST_RANK:
         return (Stream(name=name, values=mask.reshape(-1).to(torch.uint8), width=1),)
     few = min(n, m - n)  # counting the rarer kind keeps every number below that of the patterns
-    table = torch.tensor(_binomials(m, few), device=mask.device)
-    rank = torch.zeros(rows, dtype=torch.int64, device=mask.device)
-    seen = torch.zeros_like(rank)
-    for p in range(m):
-        hit = mask[:, p] if few == n else ~mask[:, p]
-        seen += hit
-        rank += torch.where(hit, table[p][seen], 0)
+    table = _binomials(m if rows else 0, few, mask.device)  # a block longer than a line is one that there is not
+    rank = torch.empty(rows, dtype=torch.int64, device=mask.device)
+    step = max(1, _PIECE // m)
+    for first in range(0, rows, step):
+        part = mask[first : first + step]
+        hits = (part if few == n else ~part).nonzero()[:, 1].reshape(-1, few)
+        rank[first : first + step] = table.gather(1, hits.t()).sum(dim=0)
     widths = _rank_widths(m, n)
     return tuple(
         Stream(name=_part(name, i), values=(rank >> 16 * i & (1 << width) - 1).to(torch.int32), width=width)
@@ -663,24 +668,21 @@ def _unranked(name: str, codes: Codes, rows: int, m: int, n: int) -> Tensor:
         ValueError: a number that stands for no pattern.
     """
     device = codes.streams[-1].values.device if codes.streams else None
-    if n >= m:
+    if n >= m or not rows:
         return torch.ones(rows, m, dtype=torch.bool, device=device)
     if _patterns(m, n) > _LONGEST_RANK:
         return codes[name].bool().reshape(rows, m)
     few = min(n, m - n)
-    table = torch.tensor(_binomials(m, few), device=device)
     rank = torch.zeros(rows, dtype=torch.int64, device=device)
     for i in range(len(_rank_widths(m, n))):
         rank += codes[_part(name, i)].to(torch.int64) << 16 * i
-    left = torch.full_like(rank, few)
-    mask = torch.empty(rows, m, dtype=torch.bool, device=device)
-    for p in reversed(range(m)):
-        hit = (left > 0) & (table[p][left] <= rank)
-        rank -= torch.where(hit, table[p][left], 0)
-        left -= hit.to(left.dtype)
-        mask[:, p] = hit
-    if bool(((rank != 0) | (left != 0)).any()):
+    if int(rank.max()) >= _patterns(m, n):
         raise ValueError(f"{name!r} holds a number of no pattern of {n} in {m}")
+    mask = torch.zeros(rows, m, dtype=torch.bool, device=device)
+    for row in _binomials(m, few, device).flip(0):  # the place of the last hit is the largest p with C(p, few) <= rank
+        place = torch.searchsorted(row, rank, right=True) - 1
+        rank = rank - row[place]
+        mask.scatter_(1, place[:, None], True)
     return mask if few == n else ~mask
 
 
