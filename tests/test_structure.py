@@ -29,7 +29,7 @@ SRC = ROOT / "src" / "detent"
 _TARGETS = {"schedules", "grouping"}
 _MECHANISMS = _TARGETS | {"targets"}
 _SPECS = _MECHANISMS | {"mechanisms"}
-_RECIPE = _SPECS | {"sharding", "specs", "parameters", "plan", "contents"}
+_RECIPE = _SPECS | {"sharding", "specs", "parameters", "ends", "plan", "contents"}
 _LIVES = _RECIPE | {"recipe"}
 _ENGINE = _LIVES | {"batchnorm", "claimed", "drivers", "lives", "optimizers", "states"}
 _PACK = _ENGINE | {"engine"}
@@ -43,7 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "specs": _SPECS,
     "presets": _SPECS,
     "parameters": {"grouping"},
-    "plan": _SPECS | {"parameters", "specs", "recipe"},  # of recipe only the types: a recipe resolves to a plan
+    "ends": {"parameters"},
+    "plan": _SPECS | {"parameters", "specs", "ends", "recipe"},  # of recipe only the types: a recipe resolves to a plan
     "recipe": _RECIPE | {"presets"},
     "contents": {"parameters", "sharding"},
     "batchnorm": {"parameters"},

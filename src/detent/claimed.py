@@ -38,6 +38,7 @@ __all__ = [
     "refuse_retyped",
     "refuse_split_rules",
     "refuse_stages",
+    "refuse_unpulled",
     "rehearse",
     "retyped",
     "still_fits",
@@ -527,6 +528,20 @@ def refuse_split_rules(owner: Mapping[str, int], entries: list[Entry]) -> None:
                 f"{first.name!r} and {other.name!r} sit in two optimizers, but {short(first.pull)} is fitted to all "
                 f"its weights at once, and {type(first.mechanism).__name__} {wants}; give each optimizer a rule of its "
                 "own"
+            )
+
+
+def refuse_unpulled(plan: Plan) -> None:
+    """Refuse a weight that training moves and nothing pulls: without a mechanism its target would go stale.
+
+    Raises:
+        ValueError: naming rule and parameter.
+    """
+    for claim in (claim for stage in plan.stages for claim in stage if claim.claimed and not claim.frozen):
+        if plan.rule_of(claim).mechanism is None:
+            raise ValueError(
+                f"{plan.recipe.called(claim.rule or 0)} has no mechanism, and {claim.name!r} is trained: give it one; "
+                "only frozen weights and detent.compress need none"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from detent.recipe import Recipe, refuse_no_recipe
 __all__ = ["compress"]
 
 
-def compress(model: nn.Module, recipe: Recipe, *, leave_out: str | Sequence[str] = ()) -> Run:
+def compress(model: nn.Module, recipe: Recipe, *, leave_out: str | Sequence[str] = (), example: Any = None) -> Run:
     """Apply the targets of a recipe to a trained model, with no optimizer and no data: post-training compression.
 
     The model keeps its weights; `run.compressed()` shows the compressed life, `run.finalize()` makes it permanent.
@@ -24,6 +25,7 @@ def compress(model: nn.Module, recipe: Recipe, *, leave_out: str | Sequence[str]
         model: a trained model.
         recipe: rules whose mechanisms, if any, are ignored.
         leave_out: as for `attach`.
+        example: as for `Recipe.resolve`.
 
     Returns:
         A run without optimizers.
@@ -44,7 +46,7 @@ def compress(model: nn.Module, recipe: Recipe, *, leave_out: str | Sequence[str]
     refuse_no_recipe(recipe, "compress")
     claimed.refuse_stages(recipe, "compress")
     # A file of this run must not say that weights were pulled.
-    run = Run(model, recipe.without_mechanisms().resolve(model), [], None, "raise")
+    run = Run(model, recipe.without_mechanisms().resolve(model, example=example), [], None, "raise")
     run.leave(leave_out, "compress")
     fit_target(run._entries)
     run._adopt()

@@ -101,6 +101,16 @@ class Driver:
         first, past = self.bounds[stage]
         return self.total_steps if past is None else past - first
 
+    def unfinished(self) -> str:
+        """What of the recipe has not come yet, in words; empty if all has."""
+        if self.stage + 1 < len(self.bounds):
+            return f"stage {self.stage + 1} of {len(self.bounds)} is not over"
+        ends = [entry.mechanism.mapping(entry.target, self.clock) for entry in self.entries]
+        late = max((end for end in ends if end is not None), default=(0, ""))
+        if late[0] <= self.clock.step:
+            return ""
+        return f"{late[1]} is at step {late[0]}" + (" of its stage" if self.stage else "")
+
     def frozen(self, entry: Entry) -> bool:
         """Whether the fit of an entry is over."""
         until = entry.cadence(self.steps_of(self.stage))[1]

@@ -39,6 +39,7 @@ def attach(
     hooks: bool = True,
     nonfinite: Literal["raise", "ignore"] = "raise",
     leave_out: str | Sequence[str] = (),
+    example: Any = None,
 ) -> Run:
     """Attach a recipe to a training script: from now on every optimizer step pulls the weights to their targets.
 
@@ -57,13 +58,15 @@ def attach(
             reduction a step); "ignore" does not look.
         leave_out: regular expressions of names in `model.state_dict()` that files of this run need not hold, such as
             extra state, which they cannot. Save those yourself.
+        example: as for `Recipe.resolve`.
 
     Returns:
         The run, whose `compressed()`, `recalibrate()`, `finalize()` and `state_dict()` are the rest of the interface.
 
     Raises:
-        ValueError: a rule that claims nothing or has no mechanism; a claimed parameter that is frozen, all zero, or
-            in no attached optimizer or in two; an optimizer that keeps a second copy of the weights; something in
+        ValueError: a rule that claims nothing, or frozen weights alone (without a mechanism it may: its target is
+            fitted once); a trained weight whose rule has no mechanism; a claimed parameter that is all zero, or in no
+            attached optimizer or in two; an optimizer that keeps a second copy of the weights; something in
             `model.state_dict()` that no file could hold.
 
     Example:
@@ -92,10 +95,8 @@ def attach(
     refuse_no_recipe(recipe, "attach")
     sharding.refuse_flattened(model)
     sharding.reshard(model)
-    plan = recipe.resolve(model)
-    for i, rule in enumerate(recipe.rules):
-        if rule.target is not None and rule.mechanism is None:
-            raise ValueError(f"{recipe.called(i)} has no mechanism; only detent.compress needs none")
+    plan = recipe.resolve(model, example=example)
+    claimed.refuse_unpulled(plan)
     run = Run(model, plan, [optimizers.unwrap(each) for each in given], total_steps, nonfinite)
     run.leave(leave_out, "attach")
     run._start(hooks)
@@ -131,14 +132,12 @@ class Run(Lives):
         bounds = plan.recipe.bounds(total_steps) if attached else []
         self._drivers = [Driver(optimizer=each, bounds=bounds, total_steps=total_steps) for each in attached]
         if attached:
-            self._all = [e for i in range(len(plan.stages)) for e in claimed.entries_of(model, plan, {}, stage=i)]
-            for entry in self._all:
-                if not entry.param.requires_grad:
-                    name = entry.name
-                    raise ValueError(f"{name!r} is frozen (requires_grad=False), so nothing can pull it; keep it")
+            staged = [e for i in range(len(plan.stages)) for e in claimed.entries_of(model, plan, {}, stage=i)]
+            self._all = [entry for entry in staged if entry.rule.mechanism is not None]
+            self._frozen = [e for e in claimed.entries_of(model, plan, {}) if e.rule.mechanism is None]
             self._assign(self._owners({entry.name: entry.param for entry in self._all}))
         else:
-            self._all = claimed.entries_of(model, plan, {})
+            self._all, self._frozen = claimed.entries_of(model, plan, {}), []
         self._refresh()
 
     def __repr__(self) -> str:
@@ -183,7 +182,8 @@ class Run(Lives):
 
     def _refresh(self) -> None:
         """What the compressed life of this moment consists of, in the model's order."""
-        found = {e.name: e for e in ([x for d in self._drivers for x in d.standing] if self._drivers else self._all)}
+        pulled = [entry for driver in self._drivers for entry in driver.standing] if self._drivers else self._all
+        found = {entry.name: entry for entry in [*pulled, *self._frozen]}
         self._entries = [found[claim.name] for claim in self.plan.claims if claim.name in found]
 
     def _start(self, hooks: bool) -> None:
@@ -199,6 +199,7 @@ class Run(Lives):
                 entry.check_moments(self._drivers[0].steps_of(entry.stage))
             if not any(entry.param.is_meta for entry in self._all):
                 claimed.rehearse(self._all, self.plan)
+                self._fit_frozen()
                 self._open(self._drivers)
             for entry, value in kept:
                 entry.keep_before(value)
@@ -532,6 +533,8 @@ class Run(Lives):
         claimed.refuse_replaced(self.model, self._entries, attached=bool(self._drivers))
         claimed.refuse_retyped(self._entries)
         self._refuse_unresumed()
+        if not self._closed:
+            self._fit_frozen()
         if not self._drivers and not all(entry.is_ours for entry in self._entries):
             if claimed.still_fits(self._entries):
                 self._adopt()
@@ -582,13 +585,13 @@ class Run(Lives):
         model = self.model if model is None else model
         refuse_no_model(model, "run.rebind")
         sharding.reshard(model)
-        params = claimed.found_again(self._all, model)
+        params = claimed.found_again([*self._all, *self._frozen], model)
         attached = bool(self._drivers) and not self._closed
         owners = self._owners(params) if attached else []
         plan = claimed.retyped(self.plan, named_parameters(model)) if adopt else self.plan
         # Nothing is taken over before everything has been looked at: a refused call leaves the run as it was.
         self.model, self.plan = model, plan
-        for entry in self._all:
+        for entry in (*self._all, *self._frozen):
             entry.follow(params[entry.name])
             if adopt:
                 entry.claim = replace(entry.claim, dtype=entry.param.dtype)
@@ -736,14 +739,9 @@ class Run(Lives):
     def _warn_early(self, who: str) -> None:
         """Say so if the recipe has not come to its end: what it does in the end is what makes this life a good one."""
         for driver in self._drivers:
-            if driver.stage + 1 < len(driver.bounds):
-                why = f"stage {driver.stage + 1} of {len(driver.bounds)} is not over"
-            else:
-                ends = [e.mechanism.mapping(e.target, driver.clock) for e in driver.entries]
-                late = max((end for end in ends if end is not None), default=(0, ""))
-                if late[0] <= driver.clock.step:
-                    continue
-                why = f"{late[1]} is at step {late[0]}" + (" of its stage" if driver.stage else "")
+            why = driver.unfinished()
+            if not why:
+                continue
             total = "" if driver.total_steps is None else f" of {driver.total_steps}"
             warnings.warn(
                 f"{who} after {driver.step}{total} steps: {why}, so the weights are projected from where they are now",

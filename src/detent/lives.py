@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from detent import sharding
 from detent.batchnorm import Statistics, reestimate, rounded, swapped_buffers
 from detent.claimed import Entry, entries_of, fingerprint, fit_target, refuse_nonfinite, refuse_stages
-from detent.plan import Plan
+from detent.plan import Plan, resolve
 from detent.recipe import Recipe, refuse_no_recipe
 from detent.targets import Codes, Params, Target
 
@@ -78,6 +78,7 @@ class Lives(abc.ABC):
     model: nn.Module
     plan: Plan
     _entries: list[Entry]
+    _frozen: list[Entry]
     _statistics: dict[str, Statistics]
     _inside: bool
     _found_for: bytes = b""
@@ -94,6 +95,15 @@ class Lives(abc.ABC):
     @abc.abstractmethod
     def _adopt(self) -> None:
         """Take the weights as they are for our own writing."""
+
+    def _fit_frozen(self) -> None:
+        """Fit to frozen weights again what was fitted to others: they have no other memory than themselves."""
+        stale = {entry.claim.rule for entry in self._frozen if entry.params is None or not entry.is_ours}
+        mine = [entry for entry in self._frozen if entry.claim.rule in stale]
+        if mine and not any(entry.param.is_meta for entry in mine):
+            fit_target(mine)
+            for entry in mine:
+                entry.adopt()
 
     def _refuse_inside(self, what: str) -> None:
         if self._inside:
@@ -148,7 +158,9 @@ class Lives(abc.ABC):
     def _life_of(self, recipe: Recipe) -> list[tuple[Entry, Target, Params]]:
         refuse_stages(recipe, "compressed")
         sharding.reshard(self.model)
-        entries = entries_of(self.model, recipe.resolve(self.model), {e.name: e.state for e in self._entries})
+        entries = entries_of(
+            self.model, resolve(recipe, self.model, trained=False), {e.name: e.state for e in self._entries}
+        )
         fit_target(entries)
         return [(entry, entry.target, entry.params) for entry in entries if entry.params is not None]
 

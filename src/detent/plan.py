@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from detent.ends import by_execution, by_registration
 from detent.grouping import Layout
 from detent.parameters import Parameter, census, refuse_no_model
 from detent.specs import short
@@ -39,6 +40,7 @@ class Claim:
         reason: why it stays full precision (empty when claimed).
         note: what a reader would not expect of a claimed tensor: its axes, a pruning mask.
         is_weight: whether it is a weight by structure, as "@weights" takes them.
+        frozen: whether it requires no gradient.
 
     Example:
         >>> Claim(name="fc.bias", layout=Layout(shape=(4,)), dtype=torch.float32, rule=None, reason="bias").claimed
@@ -53,6 +55,7 @@ class Claim:
     reason: str = ""
     note: str = ""
     is_weight: bool = True
+    frozen: bool = False
 
     @property
     def claimed(self) -> bool:
@@ -68,6 +71,7 @@ class Plan:
         recipe: the recipe.
         claims: one entry a parameter, in the model's order; with stages, where the parameter stands in the end.
         stages: the claims of every stage (one if the recipe has none).
+        ends: which layers are first and last, and how that was found; empty if no rule asks.
 
     Example:
         >>> import detent as dt
@@ -79,6 +83,7 @@ class Plan:
     recipe: Recipe
     claims: tuple[Claim, ...]
     stages: tuple[tuple[Claim, ...], ...]
+    ends: str = ""
 
     @property
     def claimed(self) -> tuple[Claim, ...]:
@@ -161,6 +166,8 @@ class Plan:
         total = sum(claim.layout.numel for claim in self.claims)
         mine = sum(claim.layout.numel for claim in self.claimed)
         lines.append(f"{mine} of {total} weights claimed ({100 * mine / max(total, 1):.1f} %)")
+        if self.ends:
+            lines.append(self.ends)
         if left := self.left():
             lines.append(f"left in full precision: {left}")
         return "\n".join(line.rstrip() for line in lines)
@@ -175,8 +182,15 @@ def merged(stages: Sequence[Sequence[Claim]]) -> tuple[Claim, ...]:
     )
 
 
-def resolve(recipe: Recipe, model: nn.Module) -> Plan:
-    """Decide for every parameter of a model; `Recipe.resolve` says more."""
+def resolve(recipe: Recipe, model: nn.Module, *, example: Any = None, trained: bool = True) -> Plan:
+    """Decide for every parameter of a model; `Recipe.resolve` says more.
+
+    Args:
+        recipe: the recipe.
+        model: the model.
+        example: what the model takes, to find the first and the last layer by.
+        trained: its mechanisms are to pull, so that they pass over frozen parameters.
+    """
     refuse_no_model(model, "Recipe.resolve")
     found = list(census(model))
     for odd in [name for name, times in Counter(p.name for p in found).items() if times > 1][:1]:
@@ -184,17 +198,18 @@ def resolve(recipe: Recipe, model: nn.Module) -> Plan:
     weights = [p for p in found if p.is_weight]
     layers = [p for p in weights if p.is_layer] or weights
     special: dict[str, set[str]] = {}
-    ends = {"@first": layers[:1], "@last": sorted(layers, key=lambda p: p.order)[-1:]}
+    ends, said = _ends(recipe, model, layers, example)
     for where, end in (*ends.items(), ("@weights", weights)):
         owners = {id(p.owner) for p in (found if where == "@weights" else end)}
         special[where] = {p.name for p in end}
         special[f"beside {where}"] = {p.name for p in found if p.passed_over and id(p.owner) in owners}
     special["@kernels"] = {p.name for p in layers if p.layout.kernel > 1}
     matched, taken = [0] * len(recipe.rules), [0] * len(recipe.rules)
+    frozen: list[list[str]] = [[] for _ in recipe.rules]
     # Once for all parameters: Python's own memory of patterns is shorter than a long recipe.
     patterns = [(re.compile(rule.match), re.compile(_included(rule))) for rule in recipe.rules]
     by_stage = [
-        tuple(_decide(recipe, p, mine, patterns, special, matched, taken) for p in found)
+        tuple(_decide(recipe, p, mine, patterns, special, matched, taken, frozen if trained else None) for p in found)
         for mine in recipe.stage_rules()
     ]
     names = [name for p in found for name in (p.name, *p.aliases)]
@@ -203,6 +218,11 @@ def resolve(recipe: Recipe, model: nn.Module) -> Plan:
             continue
         if rule.match in ends and any(other.match in ends for other in recipe.rules[:i]) and matched[i]:
             continue  # one tensor is both ends, as the table of a language model that is also its head
+        if frozen[i]:
+            raise ValueError(
+                f"{frozen[i][0]!r} is frozen (requires_grad=False), so nothing can pull it, and {recipe.called(i)} "
+                "finds nothing else: leave out mechanism=, and its target is fitted to it once, or unfreeze it first"
+            )
         if matched[i]:
             why = f"only matches parameters that are passed over or claimed by earlier rules ({matched[i]} matched)"
         else:
@@ -217,8 +237,28 @@ def resolve(recipe: Recipe, model: nn.Module) -> Plan:
             hint = _nearest_name(rule.include, names)
             raise ValueError(f"{recipe.called(i, 'include')} names no parameter of this model{hint}")
     if not any(taken):
-        raise ValueError("every rule of this recipe is optional, and none finds a parameter in this model")
-    return Plan(recipe=recipe, claims=merged(by_stage), stages=tuple(by_stage))
+        raise ValueError(
+            "every rule of this recipe is optional, and none finds a parameter in this model"
+            + (" that training moves: they are frozen (requires_grad=False)" if any(frozen) else "")
+        )
+    return Plan(recipe=recipe, claims=merged(by_stage), stages=tuple(by_stage), ends=said)
+
+
+def _ends(
+    recipe: Recipe, model: nn.Module, layers: Sequence[Parameter], example: Any
+) -> tuple[dict[str, list[Parameter]], str]:
+    """The first and last layers, and a sentence on how they were found; none if no rule asks."""
+    wanted = [end for end in ("@first", "@last") if any(rule.match == end for rule in recipe.rules)]
+    found = by_execution(model, example, layers) if wanted and example is not None else None
+    how = "by execution of the example"
+    if found is None and example is None:
+        how = "by order of registration; an example= goes by execution"
+    elif found is None:
+        how = "by order of registration: the example left no graph from an input to an output"
+    first, last = found or by_registration(model, layers)
+    ends = {"@first": first, "@last": last}
+    parts = [f"{end.removeprefix('@')}: {', '.join(p.name for p in ends[end]) or 'none'}" for end in wanted]
+    return ends, f"{'; '.join(parts)} ({how})" if parts else ""
 
 
 def _decide(
@@ -229,6 +269,7 @@ def _decide(
     special: Mapping[str, set[str]],
     matched: list[int],
     taken: list[int],
+    frozen: list[list[str]] | None,
 ) -> Claim:
     decided: tuple[int | None, str] | None = None
     passed, layout = "", p.layout
@@ -253,6 +294,10 @@ def _decide(
         if p.passed_over and not named:
             passed = passed or f"passed over: {p.passed_over}; name it in include= to claim it"
             continue
+        if p.frozen and rule.mechanism is not None and frozen is not None:
+            frozen[i].append(p.name)
+            passed = passed or "passed over: frozen, so nothing can pull it; a rule without mechanism= may claim it"
+            continue
         assert rule.target is not None
         layout = _placed(p, rule, recipe.called(i))
         reason = rule.target.accepts(p.layout.shape, p.dtype, layout)
@@ -275,6 +320,7 @@ def _decide(
         reason=reason,
         note="" if rule_index is None else _note(p, layout, recipe.rules[rule_index]),
         is_weight=p.is_weight,
+        frozen=p.frozen,
     )
 
 

@@ -427,8 +427,15 @@ class Recipe:
             for decay, parameters in groups.items()
         ]
 
-    def resolve(self, model: nn.Module) -> Plan:
+    def resolve(self, model: nn.Module, *, example: Any = None) -> Plan:
         """Decide for every parameter of a model; touches no weights, works on the meta device.
+
+        Args:
+            model: the model.
+            example: a tensor, a tuple of arguments or a mapping of keyword arguments that the model takes. Where it is
+                given, "@first" and "@last" go by execution: every layer that the example reaches through no other, and
+                every layer that an output sees through no other. Else they go by the order of registration, and for a
+                language model of transformers by its head.
 
         Raises:
             ValueError: a rule that claims nothing, a target that refuses a parameter, or an embedding with `max_norm`,
@@ -440,7 +447,7 @@ class Recipe:
             ...
             ValueError: rule 0 (match='wieght') matches no parameter of this model; the nearest name is 'weight'
         """
-        return resolve(self, model)
+        return resolve(self, model, example=example)
 
 
 def refuse_no_recipe(recipe: Any, who: str) -> None:

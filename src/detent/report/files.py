@@ -222,7 +222,9 @@ def run_of_file(path: str | os.PathLike[str] | Reader, model: nn.Module, life: L
     rules = [Rule(match=f"^({'|'.join(map(re.escape, names))})$", target=t, include=".") for t, names in alike]
     plan = Recipe(rules).resolve(model)
     claims = tuple(
-        claim if claim.claimed else replace(claim, reason=reasons.get(claim.name, claim.reason))
+        replace(claim, layout=encoded[claim.name].params.layout)
+        if claim.claimed
+        else replace(claim, reason=reasons.get(claim.name, claim.reason))
         for claim in plan.claims
     )
     run = Run(model, replace(plan, claims=claims), [], None, "raise")
