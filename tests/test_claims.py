@@ -360,6 +360,11 @@ def frozen_backbone() -> nn.Sequential:
     return net
 
 
+def held(model: nn.Module) -> Tensor:
+    """The weight of the frozen layer."""
+    return next(model.parameters())
+
+
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
 
@@ -394,29 +399,29 @@ def test_a_rule_that_finds_frozen_weights_alone_says_both_ways_out() -> None:
 
 def test_a_frozen_weight_has_a_target_without_a_mechanism(tmp_path: Path) -> None:
     model = frozen_backbone()
-    kept = model[0].weight.detach().clone()
+    kept = held(model).detach().clone()
     optimizer = sgd(model)
     run = dt.attach(model, optimizer, dt.Recipe([dt.Rule(match="^0", target=ROWS), PULLED]), total_steps=4)
     params = run.encoded()["0.weight"].params["scale"]
     train(model, optimizer, 4)
-    assert torch.equal(model[0].weight, kept) and torch.equal(run.encoded()["0.weight"].params["scale"], params)
+    assert torch.equal(held(model), kept) and torch.equal(run.encoded()["0.weight"].params["scale"], params)
     with run.compressed():
-        shown = model[0].weight.detach().clone()
+        shown = held(model).detach().clone()
     assert torch.equal(shown, _one(ROWS, kept))
-    assert len(shown[0].unique()) <= 15 and torch.equal(model[0].weight, kept)
+    assert len(shown[0].unique()) <= 15 and torch.equal(held(model), kept)
     dt.save(run, tmp_path / "f", "compressed")
     twin = frozen_backbone()
     dt.load(tmp_path / "f", twin, life="compressed")
-    assert torch.equal(twin[0].weight, shown)
+    assert torch.equal(held(twin), shown)
     resumed = frozen_backbone()
     again = sgd(resumed)
     other = dt.attach(resumed, again, dt.Recipe([dt.Rule(match="^0", target=ROWS), PULLED]), total_steps=4)
     resumed.load_state_dict(model.state_dict())
     again.load_state_dict(optimizer.state_dict())
     with other.compressed():
-        assert torch.equal(resumed[0].weight, shown)
+        assert torch.equal(held(resumed), shown)
     run.finalize()
-    assert torch.equal(model[0].weight, shown)
+    assert torch.equal(held(model), shown)
 
 
 def test_what_is_fitted_to_a_frozen_weight_follows_it() -> None:
@@ -425,7 +430,7 @@ def test_what_is_fitted_to_a_frozen_weight_follows_it() -> None:
     run = dt.attach(model, sgd(model), dt.Recipe([dt.Rule(match="^0", target=ROWS), PULLED]), total_steps=4)
     scale = run.encoded()["0.weight"].params["scale"]
     with torch.no_grad():
-        model[0].weight.mul_(2)
+        held(model).mul_(2)
     assert torch.equal(run.encoded()["0.weight"].params["scale"], 2 * scale)
 
 
