@@ -351,7 +351,8 @@ def _note(p: Parameter, layout: Layout, rule: Rule) -> str:
     """What a reader of the plan would not expect of a claimed tensor."""
     said = []
     assumed = not p.kind and rule.axis is None and (len(layout.shape) > 2 or not p.is_layer)
-    if assumed or not layout.is_row_major or layout.batch_axes:
+    expected = isinstance(p.owner, nn.modules.conv._ConvNd)  # transposed or not, torch's own pages say it
+    if assumed or not (expected or layout.is_row_major) or layout.batch_axes:
         said.append(channels_of(layout) + (" (assumed; axis= and batch_axes= say otherwise)" if assumed else ""))
     if p.pruned:
         said.append(
