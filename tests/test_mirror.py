@@ -608,6 +608,7 @@ def _slot(target: dt.Target, w: Tensor, rows: tuple[int, int] | None, whole: Ten
     used: dict[str, Any] = {
         "name": "weight",
         "weight": w,
+        "seen": w,
         "target": target,
         "params": here,
         "project": lambda x: target.project(x, here),

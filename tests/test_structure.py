@@ -31,7 +31,7 @@ _MECHANISMS = _TARGETS | {"targets"}
 _SPECS = _MECHANISMS | {"mechanisms"}
 _RECIPE = _SPECS | {"sharding", "specs", "parameters", "ends", "plan", "contents"}
 _LIVES = _RECIPE | {"recipe"}
-_ENGINE = _LIVES | {"batchnorm", "claimed", "drivers", "lives", "optimizers", "states"}
+_ENGINE = _LIVES | {"batchnorm", "claimed", "drivers", "lives", "optimizers", "standins", "states"}
 _PACK = _ENGINE | {"engine"}
 _CORE = _PACK | {"pack", "compression"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -51,7 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "claimed": _LIVES,
     "lives": _LIVES | {"batchnorm", "claimed"},
     "optimizers": {"sharding"},
-    "drivers": _LIVES | {"claimed", "optimizers"},
+    "standins": _LIVES | {"claimed", "optimizers"},
+    "drivers": _LIVES | {"claimed", "optimizers", "standins"},
     "states": _LIVES | {"claimed", "drivers"},
     "engine": _ENGINE,
     "pack": _PACK,

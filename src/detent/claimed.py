@@ -75,6 +75,7 @@ class Entry:
     state: dict[str, Tensor] = field(default_factory=dict)
     version: int = -1
     fitted_at: int = -1
+    lent: nn.Parameter | None = None  # what the optimizer is given in this step in place of a half-precision weight
     before: Tensor | None = None  # what attach wrote over, until training begins
     loaded: Tensor | None = None  # a number a row of the weights that a loaded state belongs to, until training goes on
 
@@ -143,6 +144,8 @@ class Entry:
             sharding.local(self.param).masked_fill_(self.zeros, 0.0)
             if "latent" in self.state:
                 self.state["latent"].masked_fill_(self.zeros, 0.0)
+            if self.lent is not None:
+                self.lent.data.masked_fill_(self.zeros, 0.0)
 
     def map_into_target(self) -> None:
         """The stage is over: the weight goes to its nearest place, and the zeros of a target that prunes are held."""
@@ -161,6 +164,22 @@ class Entry:
     def adopt(self) -> None:
         """Take the weight as it is now for our own writing."""
         self.version = _version_of(self.param)
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the weight is half precision, but what the optimizer moves in its place is not."""
+        moves = self.rule.mechanism.moves if self.rule.mechanism else None
+        return moves is not None and self.param.dtype != compute_dtype(self.param.dtype)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the optimizer moves a float32 memory in place of this half-precision weight now."""
+        return self.is_narrow and self.mechanism.moves in self.state
+
+    @property
+    def moved(self) -> Tensor:
+        """What the optimizer of the step at hand moves."""
+        return self.param if self.lent is None else self.lent
 
     def disown(self) -> None:
         """Take the weight as it is for somebody else's writing."""
@@ -187,7 +206,7 @@ class Entry:
 
     def mark(self) -> tuple[int, bool]:
         """What a closure that is evaluated too late would find changed: the weight, and whether it has a gradient."""
-        return self.param._version, self.param.grad is None
+        return self.moved._version, self.moved.grad is None
 
     def cadence(self, total_steps: int | None) -> tuple[int, int | None]:
         """(steps between fits, step from which the fit is frozen)."""
@@ -257,8 +276,8 @@ class Entry:
             self.loaded = sharding.from_whole(self.loaded, param, self.name).clone()
 
     def hidden(self) -> Tensor:
-        """What is held here of the weights that are fitted and projected."""
-        return self.state.get("latent", sharding.local(self.param))
+        """What is held here of the weights that are fitted and projected, in the dtype of the weight."""
+        return self.state.get("latent", sharding.local(self.param)).to(self.param.dtype)
 
     def write(self, value: Tensor) -> None:
         """Write what is held here of the weight."""
@@ -267,7 +286,9 @@ class Entry:
     def hidden_whole(self) -> Tensor:
         """The whole tensor that the compressed life is fitted to and projected from (a collective under sharding)."""
         latent = self.state.get("latent")
-        return sharding.whole(self.param if latent is None else sharding.as_sharded(latent, self.param))
+        if latent is None:
+            return sharding.whole(self.param)
+        return sharding.whole(sharding.as_sharded(latent.to(self.param.dtype), self.param))
 
     def pulled_whole(self) -> Tensor:
         """The whole tensor that the pull is fitted to: the hidden one, with a mechanism's offset."""
@@ -292,8 +313,9 @@ class Entry:
         """
         held = {name: str(self.state[name].dtype) if name in self.state else "" for name in self.mechanism.memory}
         memory = dict(self.state)
+        wide = compute_dtype(self.param.dtype)  # as some memory is, and a template may not be narrower
         for name in held if complete else ():
-            memory.setdefault(name, torch.zeros_like(sharding.local(self.param)))
+            memory.setdefault(name, torch.zeros_like(sharding.local(self.param), dtype=wide))
         return {
             "params": dict(self.params.tensors) if self.params else {},
             "pull": dict(self.pull_params.tensors) if self.pull_params else {},

@@ -13,6 +13,7 @@ from torch import Tensor
 from detent import optimizers, sharding
 from detent.claimed import Entry, Held
 from detent.mechanisms import Clock, Slot
+from detent.standins import StandIns
 
 __all__ = ["Driver", "owners_of"]
 
@@ -46,6 +47,7 @@ class Driver:
     spent: dict[str, tuple[Any, int, dict[str, Tensor]]] = field(default_factory=dict)
     probed: dict[Any, bool] = field(default_factory=dict)
     riding: Mapping[str, Any] | None = None
+    given: Mapping[str, Any] | None = None  # the optimizer's own part of a state that is being loaded
     awaiting: str = ""  # what is missing of a checkpoint, in a sentence
     groups: list[Mapping[str, Any]] = field(default_factory=list)
     group_of: dict[int, Mapping[str, Any]] = field(default_factory=dict)
@@ -88,6 +90,9 @@ class Driver:
     def stage_of(self, step: int) -> int:
         """The stage that a step belongs to."""
         return max(i for i, (first, _) in enumerate(self.bounds) if first <= step)
+
+    def __post_init__(self) -> None:
+        self.stand_ins = StandIns(self.optimizer)
 
     # --- the clock ------------------------------------------------------------------------------------------------
 
@@ -148,7 +153,8 @@ class Driver:
 
         return Slot(
             name=entry.name,
-            weight=sharding.local(entry.param),
+            weight=sharding.local(entry.moved),
+            seen=sharding.local(entry.param),
             grad=None if grad is None else sharding.local(grad),
             fill=fill,
             target=target,
@@ -183,6 +189,7 @@ class Driver:
 
     def end(self) -> None:
         """A step is over, or nobody asks for it any more."""
+        self.stand_ins.drop()
         self.slots, self.copies, self.undo, self.spent, self.pending = [], [], [], {}, False
 
     def roll_back(self) -> None:
@@ -194,6 +201,7 @@ class Driver:
         for entry, slot in self.slots:
             entry.mechanism.undo(replace(self.slot(entry), scratch=slot.scratch), self.clock)
         self.hold()
+        self.stand_ins.drop()
         self.slots, self.copies, self.undo, self.pending = [], [], [], False
 
     def hold(self) -> None:

@@ -21,6 +21,7 @@ from detent.lives import Lives
 from detent.mechanisms import Mechanism
 from detent.parameters import named_parameters, refuse_no_model
 from detent.recipe import Plan, Recipe, refuse_no_recipe
+from detent.standins import refuse_narrow_shards
 
 __all__ = ["Run", "attach"]
 
@@ -221,6 +222,7 @@ class Run(Lives):
     def _open(self, drivers: list[Driver]) -> None:
         """First fit of a stage, and the first look of its latent mechanisms at their weights."""
         for entry in (entry for driver in drivers for entry in driver.entries):
+            refuse_narrow_shards(entry)
             # What an earlier stage pruned away altogether is no mistake.
             if entry.zeros is None and not bool(sharding.whole(entry.param).any()):
                 raise ValueError(
@@ -285,7 +287,7 @@ class Run(Lives):
         def look(opt: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
             self._refuse_inside("loading a state")
             self._repair(driver)
-            driver.riding = state_dict.get(_STATE_KEY)
+            driver.riding, driver.given = state_dict.get(_STATE_KEY), state_dict
             if driver.riding is not None:
                 states.check_state(driver, driver.riding)
             return optimizers.unmarked({key: value for key, value in state_dict.items() if key != _STATE_KEY})
@@ -366,6 +368,8 @@ class Run(Lives):
             driver.clean = [entry for entry in driver.standing if entry.is_ours]
             if driver.holds_all:  # no gradient comes to tensors that the model has let go of
                 claimed.refuse_replaced(self.model, driver.standing, attached=True)
+            driver.stand_ins.make(driver.entries)
+            driver.stand_ins.lend(watched=False)
             return replay
         self._follow(driver)
         driver.look_up()
@@ -386,6 +390,7 @@ class Run(Lives):
         driver.begin(self._drivers)
         with torch.no_grad():
             self._fit_due(driver)
+            driver.stand_ins.make(active)
             driver.slots = [(entry, driver.slot(entry)) for entry in active]
             driver.copies = [(e, sharding.local(e.param).clone()) for e in driver.kept if e.is_fixed]
             for entry in driver.standing:
@@ -395,6 +400,7 @@ class Run(Lives):
             for entry, slot in driver.slots:
                 driver.first_moment(entry, slot, clock)
             driver.clip_norm()
+            driver.stand_ins.lend(watched=not driver.checked_copies)
         driver.begun = [(entry, entry.mark()[0]) for entry in driver.entries] if driver.by_hand else []
         seen += [(entry, *entry.mark()) for entry in driver.entries]
         return replay
@@ -405,8 +411,10 @@ class Run(Lives):
         if driver.nested:
             driver.nested -= 1
             return
+        driver.stand_ins.take_back()
         if driver.skip:
             driver.skip = False
+            driver.stand_ins.drop()
             for entry in driver.clean:
                 entry.adopt()
             driver.clean = []
@@ -417,6 +425,7 @@ class Run(Lives):
             # Before any mechanism moves a weight away from its copy.
             named = [(e.name, e.param, driver.options_of(e)) for e in driver.entries]
             optimizers.refuse_copies_in_state(driver.optimizer, named)
+            driver.stand_ins.refuse_blind()
             driver.checked_copies = True
         clock = driver.clock
         with torch.no_grad():
@@ -520,7 +529,9 @@ class Run(Lives):
     def _repair(self, driver: Driver) -> None:
         """Put the weights back as a forward pass may see them if the step before raised half-way."""
         driver.nested = 0
+        driver.stand_ins.take_back()
         if not driver.pending:
+            driver.stand_ins.drop()
             return
         with torch.no_grad():
             driver.roll_back()
@@ -689,7 +700,9 @@ class Run(Lives):
         return states.saved_state(driver, complete=complete)
 
     def _load_riding(self, driver: Driver) -> None:
-        state, driver.riding = driver.riding, None
+        (state, driver.riding), (given, driver.given) = (driver.riding, None), (driver.given, None)
+        if given is not None:
+            driver.stand_ins.load(given, driver.all_entries)
         if state is not None:
             self._load_driver(driver, state)
         elif self.plan.recipe.stages or any(entry.mechanism.memory for entry in driver.entries):
@@ -752,6 +765,7 @@ class Run(Lives):
     def detach(self) -> None:
         """Remove all hooks: the optimizers are again what they were. The weights stay as they are."""
         for driver in self._drivers:
+            driver.stand_ins.end()
             for handle in driver.handles:
                 handle.remove()
             if driver.handles:

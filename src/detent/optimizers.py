@@ -147,6 +147,33 @@ def unmarked(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "param_groups": plain}
 
 
+def cast_state(optimizer: Any, param: Tensor, dtype: torch.dtype) -> None:
+    """Bring an optimizer's state of a parameter to a dtype, as torch does on loading: all floats but the step count."""
+    own: dict[str, Any] = optimizer.state.get(param, {})
+    for key, value in own.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
+            own[key] = value.to(dtype)
+
+
+def load_wide(optimizer: Any, state_dict: Mapping[str, Any], params: Sequence[Tensor]) -> list[Tensor]:
+    """Take a saved state of half-precision parameters as it was saved, where torch has just rounded it to their dtype.
+
+    Returns:
+        The parameters of which a wider state was saved.
+    """
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    own = [param for group in optimizer.param_groups for param in group["params"]]
+    saved = {id(param): state_dict["state"].get(key, {}) for key, param in zip(keys, own, strict=True)}
+    found = []
+    for param in params:
+        for name, value in saved.get(id(param), {}).items():
+            floats = isinstance(value, Tensor) and value.is_floating_point() and name != "step"
+            if floats and value.element_size() > param.element_size():
+                optimizer.state[param][name] = value.to(param.device, copy=True)
+                found.append(param)
+    return found
+
+
 def take_mark(optimizer: Any) -> int:
     """How many steps Detent had done in a state that was loaded before attach; asked once."""
     return max([int(group.pop(_MARK, 0)) for group in optimizer.param_groups], default=0)

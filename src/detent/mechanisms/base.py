@@ -37,7 +37,9 @@ class Slot:
 
     Args:
         name: canonical parameter name.
-        weight: the values, written in place.
+        weight: what the optimizer moves, written in place: the weight, or in half precision a float32 copy in its place
+            where the mechanism `moves` a memory.
+        seen: the weight itself, which the forward pass sees, written in place.
         grad: the gradient, written in place; `None` if the parameter got none.
         fill: gives a parameter that got no gradient one of zeros, for the optimizer too, and returns it.
         target: where the weight may end.
@@ -64,6 +66,7 @@ class Slot:
 
     name: str
     weight: Tensor
+    seen: Tensor
     grad: Tensor | None
     fill: Callable[[], Tensor]
     target: Target
@@ -100,6 +103,9 @@ class Mechanism(abc.ABC):
             life is still that of the weights alone. `None` for no offset.
         weighing: name of the memory that the weights (and the offset) are multiplied with before anything is fitted to
             them: how much each weight matters to which of them survive. `None` for no weighing.
+        moves: name of the memory that the optimizer moves in place of the weights (a latent). It is float32 where
+            weights are narrower, so that small steps are not lost in rounding; only what the forward pass sees is
+            rounded. `None` where the weights themselves are moved.
         ties: weights share one value and must be moved alike, which only an optimizer that treats every weight by
             itself does (SGD, Adam; not Muon).
         own_cadence: fields of a rule (`fit_every`, `fit_until`) that are refused, as the mechanism says itself when its
@@ -116,6 +122,7 @@ class Mechanism(abc.ABC):
     memory: ClassVar[tuple[str, ...]] = ()
     offset: ClassVar[str | None] = None
     weighing: ClassVar[str | None] = None
+    moves: ClassVar[str | None] = None
     fits_after: ClassVar[bool] = False
     ties: ClassVar[bool] = False
     own_cadence: ClassVar[tuple[str, ...]] = ()

@@ -12,6 +12,7 @@ from torch import Tensor
 from detent.mechanisms.base import Clock, Mechanism, Slot
 from detent.schedules import Moment, is_whole, step_at
 from detent.targets import Target
+from detent.targets.base import compute_dtype
 
 __all__ = ["CodebookLearning"]
 
@@ -68,6 +69,7 @@ class CodebookLearning(Mechanism):
     reassign_until: Moment = 1 / 3
 
     keeps_full_life: ClassVar[bool] = False
+    moves: ClassVar[str | None] = "codewords"
     ties: ClassVar[bool] = True
     own_cadence: ClassVar[tuple[str, ...]] = ("fit_every", "fit_until")
 
@@ -114,7 +116,8 @@ class CodebookLearning(Mechanism):
         _refuse_shards(slot)
         index = slot.target.assign(slot.weight, slot.params)
         slot.state["index"] = index.to(torch.int32)
-        slot.state["codewords"] = slot.target.codebook(slot.params).to(slot.weight.dtype, copy=True)
+        wide = compute_dtype(slot.weight.dtype)
+        slot.state["codewords"] = slot.target.codebook(slot.params).to(wide, copy=True)
         if self.reassign_every is not None:
             slot.state["original"] = slot.weight.clone()
         self._show(slot, clock.step, clock)
@@ -122,8 +125,8 @@ class CodebookLearning(Mechanism):
     def _show(self, slot: Slot, step: int, clock: Clock) -> None:
         """Write the weights that the forward pass of a step sees."""
         stored = self._stored(step, clock)
-        table = slot.target.codebook(slot.params).to(slot.weight.dtype) if stored else slot.state["codewords"]
-        slot.weight.copy_(_spread(slot, table))
+        table = slot.target.codebook(slot.params).to(slot.seen.dtype) if stored else slot.state["codewords"]
+        slot.seen.copy_(_spread(slot, table))
 
     def before_together(self, slots: Sequence[Slot], clock: Clock) -> None:
         for group in _groups(slots):
@@ -158,7 +161,7 @@ class CodebookLearning(Mechanism):
         moved = [(group, self._moved(group)) for group in _groups(slots)]
         for group, codewords in moved:
             first = group[0]
-            fresh = first.target.with_codebook(first.params, codewords, first.weight.dtype).tensors
+            fresh = first.target.with_codebook(first.params, codewords, first.seen.dtype).tensors
             fresh = {name: value for name, value in fresh.items() if value is not first.params.tensors.get(name)}
             for slot in group:
                 slot.state["codewords"] = codewords

@@ -83,6 +83,7 @@ class _Latent(Mechanism):
 
     keeps_full_life: ClassVar[bool] = False
     memory: ClassVar[tuple[str, ...]] = ("latent",)
+    moves: ClassVar[str | None] = "latent"
 
     def __post_init__(self) -> None:
         if self.clip_latent is not None and not (is_finite(self.clip_latent) and self.clip_latent > 0):
@@ -107,8 +108,12 @@ class _Latent(Mechanism):
 
     def open(self, slot: Slot, clock: Clock) -> None:
         if self.active(clock):
-            slot.state["latent"] = self._first_latent(slot, clock, clock.step)
+            self._begin(slot, clock, clock.step)
             self._show(slot, clock, clock.step)
+
+    def _begin(self, slot: Slot, clock: Clock, step: int) -> None:
+        first = self._first_latent(slot, clock, step)
+        slot.state["latent"] = first.to(compute_dtype(first.dtype))
 
     def before_step(self, slot: Slot, clock: Clock) -> None:
         if "latent" in slot.state:
@@ -120,7 +125,7 @@ class _Latent(Mechanism):
         if "latent" in slot.state:
             slot.state["latent"].copy_(slot.weight)
         else:
-            slot.state["latent"] = self._first_latent(slot, clock, clock.step + 1)
+            self._begin(slot, clock, clock.step + 1)
         self._show(slot, clock, clock.step + 1)
 
     def undo(self, slot: Slot, clock: Clock) -> None:
@@ -131,7 +136,8 @@ class _Latent(Mechanism):
         latent = slot.state["latent"]
         if self.clip_latent is not None:
             latent.clamp_(-self.clip_latent, self.clip_latent)
-        slot.weight.copy_(self._seen(slot, latent, step, clock.total_steps))
+        # Rounded first: the compressed life is that of the rounded latent, and the forward pass must see the same.
+        slot.seen.copy_(self._seen(slot, latent.to(slot.seen.dtype), step, clock.total_steps))
 
     def _never(self, clock: Clock) -> bool:
         """Whether it does not begin in this training."""
@@ -366,7 +372,8 @@ class MirrorDescent(_Mapped):
 
     The dual form keeps a. The primal form keeps only w, and steps by `P(P^-1(w) - lr g)`: when beta changes it does not
     sharpen, its later steps only grow. In float32 it freezes near `|beta a| = 8.3` (in units of the cell), where w
-    rounds to its level: from there no step moves it. It exists for study, for two levels only.
+    rounds to its level: from there no step moves it. It exists for study, for two levels only; in half
+    precision small steps are lost in rounding w.
 
     Args:
         map: "tanh", "softmax", any `MirrorMap` object that `check_map` passes, or "relax" for `target.relax`, which is
