@@ -37,6 +37,17 @@ LATENTS: dict[str, tuple[dt.Target, dt.Mechanism]] = {
 }
 
 
+class Falls(torch.optim.AdamW):
+    """Raises when told to."""
+
+    fall = False
+
+    def step(self, closure: Any = None) -> Any:
+        if self.fall:
+            raise ArithmeticError("on the way")
+        return super().step(closure)
+
+
 def attached(
     dtype: torch.dtype, make: Callable[[nn.Module], torch.optim.Optimizer], target: dt.Target, mechanism: dt.Mechanism
 ) -> tuple[nn.Linear, torch.optim.Optimizer, dt.Run]:
@@ -92,14 +103,6 @@ def test_latents_of_exact_gradients_are_those_of_float32(name: str) -> None:
 @pytest.mark.parametrize("name", LATENTS)
 def test_half_precision_resumes_and_repeats_bitwise(name: str) -> None:
     """State of float32 behind weights of bfloat16 goes through a file in every order, and through steps that raise."""
-
-    class Falls(torch.optim.AdamW):
-        fall = False
-
-        def step(self, closure: Any = None) -> Any:
-            if self.fall:
-                raise ArithmeticError("on the way")
-            return super().step(closure)
 
     make = lambda m: Falls(m.parameters(), lr=1e-3)  # noqa: E731
     model, optimizer, run = attached(torch.bfloat16, make, *LATENTS[name])
@@ -161,16 +164,9 @@ def test_training_comes_to_where_float32_comes() -> None:
 
 
 def test_after_a_step_that_raised_zero_grad_and_a_new_gradient_are_what_they_seem() -> None:
-    class Falls(torch.optim.SGD):
-        fall = False
-
-        def step(self, closure: Any = None) -> Any:
-            if self.fall:
-                raise ArithmeticError("on the way")
-            return super().step(closure)
-
     for set_to_none in (True, False):
         model, optimizer, _ = attached(torch.bfloat16, lambda m: Falls(m.parameters(), lr=0.1), *LATENTS["ste"])
+        assert isinstance(optimizer, Falls)
         model.weight.grad = torch.full((32, 32), 3.0, dtype=torch.bfloat16)
         optimizer.fall = True
         with pytest.raises(ArithmeticError):
@@ -189,7 +185,7 @@ def test_an_optimizer_that_moves_its_own_list_is_refused() -> None:
             self.mine = list(params)
             super().__init__(self.mine, {"lr": 0.1})
 
-        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        def step(self, closure: Any = None) -> Any:
             with torch.no_grad():
                 for p in self.mine:
                     if p.grad is not None:
