@@ -460,6 +460,21 @@ def fuzz(record: dict[str, Any]) -> str:
     return text
 
 
+@simple("resume")
+def resume(record: dict[str, Any]) -> str:
+    """Whether a resumed run is the unbroken one, by mechanism and way."""
+    results = record["results"]
+    ways = list(next(iter(results.values())))
+
+    def said(found: dict[str, float]) -> str:
+        if not any(found.values()):
+            return "bitwise"
+        return f"off by {found['first_forward']:.1g}, then {found['end']:.1g}"
+
+    rows = [[name, *(said(found[way]) for way in ways)] for name, found in results.items()]
+    return markdown(["mechanism", *ways], rows)
+
+
 @simple("training_memory")
 def training_memory(record: dict[str, Any]) -> str:
     """Multiples of the model."""
