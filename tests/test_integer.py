@@ -21,8 +21,9 @@ from torch import Tensor, nn
 import detent as dt
 from detent.demo import LeNet5
 from detent.export.activations import Activations
-from detent.export.integer import IntegerModel, Step, to_integer
+from detent.export.integer import to_integer
 from detent.export.integer_onnx import integers_to_onnx
+from detent.export.integer_steps import IntegerModel, Step
 from detent.grouping import Group
 from papers.models import SmallConvNet, resnet8
 
@@ -130,6 +131,20 @@ def average(n: dict[str, Any], q: np.ndarray) -> np.ndarray:
     return out.reshape(out.shape[:2]) if n["flat"] else out
 
 
+def pad(n: dict[str, Any], q: np.ndarray) -> np.ndarray:
+    """Every axis but the first: positions in front and behind, negative ones are cut off."""
+    for axis, (front, behind) in enumerate(n["sides"], start=1):
+        side, parts = q.shape[axis], []
+        for at in range(-front, side + behind):
+            if not 0 <= at < side and n["mode"] == "constant":
+                parts.append(np.full_like(q.take(0, axis), n["value"]))
+                continue
+            at = {"reflect": abs(at) if at < side else 2 * (side - 1) - at, "circular": at % side}.get(n["mode"], at)
+            parts.append(q.take(min(max(at, 0), side - 1), axis))
+        q = np.stack(parts, axis)
+    return q
+
+
 def by_the_letter(steps: tuple[Step, ...], q: np.ndarray) -> np.ndarray:
     """Runs the steps in Python's own integers."""
     values = {steps[0].name: q.astype(object)}
@@ -139,6 +154,8 @@ def by_the_letter(steps: tuple[Step, ...], q: np.ndarray) -> np.ndarray:
             found = pooled(n, given_[0], max)
         elif step.op == "clamp":
             found = np.vectorize(lambda v, n=n: clamp(v, n["low"], n["high"]), otypes=[object])(*given_)
+        elif step.op == "pad":
+            found = pad(n, given_[0])
         elif step.op == "flatten":
             found = given_[0].reshape(len(q), -1)
         else:
@@ -293,6 +310,106 @@ def test_other_integers_times_a_scale(target: dt.Target | None) -> None:
     with run.compressed(), torch.no_grad():
         wanted = model.eval()(x)
     assert float((found(x) - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
+
+
+# --- padding, wrappers, flags -------------------------------------------------------------------------------------
+
+
+class Padded(nn.Module):
+    def __init__(self, pad: Callable[[Tensor], Tensor], conv: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first, self.pad = nn.Conv2d(2, 3, 3), pad
+        self.conv = conv or nn.Conv2d(3, 4, 3, 2)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv(self.pad(self.first(x))))
+        x = F.max_pool2d(x, 2, stride=1)
+        return self.fc(F.avg_pool2d(x, 2).mean((2, 3)))
+
+
+PADS: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros in a module": nn.ZeroPad2d((0, 1, 0, 1)),
+    "zeros in a function": lambda x: F.pad(x, (2, 0, 1, 1)),
+    "one axis": lambda x: F.pad(x, (0, 1)),
+    "cut off": lambda x: F.pad(x, (-1, 2, 0, -1)),
+    "a constant": nn.ConstantPad2d((1, 0, 0, 1), 0.7),
+    "a constant beyond the range": nn.ConstantPad2d((1, 0, 0, 1), -40.0),
+    "reflected": nn.ReflectionPad2d((2, 1, 0, 1)),
+    "reflected by a function": lambda x: F.pad(x, (0, 0, 1, 2), mode="reflect"),
+    "replicated": nn.ReplicationPad2d((0, 2, 1, 0)),
+    "round": nn.CircularPad2d((1, 2, 0, 1)),
+}
+
+
+def check_padded(model: nn.Module, x: Tensor) -> IntegerModel:
+    run = compressed(model, 6, "channel")  # few enough bits for kernels that add pairs in 16
+    found = to_integer(run, [x], activations=Activations(symmetric=False))
+    assert found.steps[0].zero not in (0, 128)  # asymmetric: 0 lies somewhere
+    equal(found, x[:2])
+    equal_in_onnxruntime(found, x[:3])
+    with run.compressed(), torch.no_grad():
+        wanted = model.eval()(x)
+    assert float((found(x) - wanted).abs().max()) < 0.04 * float(wanted.abs().max())
+    return found
+
+
+@pytest.mark.parametrize("pad", PADS.values(), ids=PADS.keys())
+def test_padding_of_any_kind_is_exact(pad: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(3)
+    found = check_padded(Padded(pad), torch.randn(6, 2, 11, 11) + 0.6)
+    step = next(step for step in found.steps if step.op == "pad")
+    if "Zero" in type(pad).__name__:
+        assert step.numbers["value"] == step.zero
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # PyTorch's own, once a process
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("size", [(2, "same"), ((4, 3), "same"), (3, (0, 1))], ids=["2", "4 and 3", "by hand"])
+def test_a_convolution_may_pad_unevenly_and_in_any_mode(mode: str, size: tuple[Any, Any]) -> None:
+    torch.manual_seed(4)
+    conv = nn.Conv2d(3, 4, size[0], padding=size[1], padding_mode=mode)  # type: ignore[arg-type]
+    check_padded(Padded(lambda x: x, conv), torch.randn(6, 2, 9, 9) - 0.4)
+
+
+def test_features_and_channels_may_be_padded_with_zeros() -> None:
+    torch.manual_seed(5)
+    pad = Pad(lambda x: F.pad(x, (0, 0, 0, 0, 1, 0)))
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), pad, nn.Conv2d(4, 2, 1), nn.Flatten(), nn.Linear(18, 2))
+    check_padded(model, torch.randn(4, 2, 5, 5) + 0.5)
+
+
+class Pad(nn.Module):
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x)
+
+
+def test_wrappers_are_taken_off_and_flags_keep_their_defaults() -> None:
+    class Flagged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 4, 3), nn.Linear(4 * 9, 2)
+
+        def forward(self, x: Tensor, embed: bool = False) -> Tensor:
+            x = torch.relu(self.a(x))
+            return x if embed else self.b(x.view(x.size(0), -1))
+
+    torch.manual_seed(6)
+    model, x = Flagged().eval(), torch.randn(4, 2, 5, 5)
+    plain = to_integer(compressed(model, 6), [x])
+    equal(plain, x)
+    equal_in_onnxruntime(plain, x)
+    for wrapped in (
+        torch.compile(model, backend="eager"),
+        nn.DataParallel(model),
+        torch.optim.swa_utils.AveragedModel(model),
+    ):
+        found = to_integer(compressed(wrapped, 6), iter([x]))  # type: ignore[arg-type]
+        assert torch.equal(found(x), plain(x))
 
 
 def random_net(draw: Callable[[Any], Any]) -> nn.Module:
@@ -498,7 +615,7 @@ def test_what_has_no_integer_form_is_named(model: nn.Module, why: str) -> None:
 @pytest.mark.parametrize(
     ("layers", "why"),
     [
-        ([nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect")], "pads in a way"),
+        ([nn.Conv2d(1, 2, 3), nn.ConstantPad2d(1, -float("inf")), nn.MaxPool2d(2)], "pads with -inf"),
         ([nn.Conv2d(1, 2, 3), nn.AvgPool2d(2, padding=1, count_include_pad=False)], "windows of different sizes"),
         ([nn.Conv2d(1, 2, 3), nn.AvgPool2d(2, ceil_mode=True)], "windows of different sizes"),
         ([nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(4)], "windows of different sizes"),

@@ -1,15 +1,14 @@
 """Inference in integers alone: 8-bit activations, our codes as weights, 32-bit sums, a multiplier and a shift.
 
-The result is a list of `Step`s, each a few integers and one formula (docs/export.md has them all), and a model that
-runs them exactly in PyTorch. Everything that must not overflow is checked when the steps are made, from bounds and not
-from data.
+The result is a list of `Step`s (`export.integer_steps`; docs/export.md has every formula). Everything that must not
+overflow is checked when the steps are made, from bounds and not from data.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,112 +17,37 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
 from detent.export.activations import Activations, ranges_from_data
+from detent.export.calling import bind, unwrapped
 from detent.export.forms import on_cpu
+from detent.export.integer_steps import IntegerModel, Step
+from detent.export.trace import Op, Padding, classify, padding_of, trace
 from detent.grouping import Channel, PerTensor, granularity_of
 from detent.lives import Encoded, Lives
 from detent.parameters import canonical_name
 
-__all__ = ["IntegerModel", "Step", "to_integer"]
+__all__ = ["to_integer"]
 
 INT32 = 2**31 - 1
-_CONVS = (nn.Conv1d, nn.Conv2d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-_SAME = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+_STEP_OF = {
+    Op.CONV: "conv", Op.LINEAR: "linear", Op.BATCHNORM: "scale", Op.RELU: "clamp", Op.MAXPOOL: "max",
+    Op.AVGPOOL: "average", Op.ADAPTIVE_AVGPOOL: "average", Op.MEAN: "average", Op.FLATTEN: "flatten", Op.SAME: "same",
+    Op.ADD: "add", Op.PAD: "pad",
+}  # fmt: skip
+_POOLS = (Op.MAXPOOL, Op.AVGPOOL, Op.ADAPTIVE_AVGPOOL)
+_NONE = (nn.Conv3d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d)
 # Axes of what a layer reads here, batch and channels among them.
 _RANKS: tuple[tuple[Any, int], ...] = (
     (nn.Linear, 2),
     ((nn.Conv1d, nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d), 3),
     ((nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d), 4),
 )
-_RANKS_OF_FUNCTIONS: dict[Any, int] = {F.adaptive_avg_pool1d: 3, F.adaptive_avg_pool2d: 4}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One integer operation.
-
-    Args:
-        op: "input", "conv", "linear", "scale", "add", "average", "max", "clamp" or "flatten".
-        name: of its result, the node of the traced model.
-        inputs: names of the results it reads.
-        numbers: its integers, by the names that docs/export.md uses: whole numbers, tuples of them, int64 arrays.
-        scale: what one unit of its result is worth; not needed to compute.
-        zero: the integer that stands for 0.
-
-    Example:
-        >>> Step(op="clamp", name="relu", inputs=("conv",), numbers={"low": 128, "high": 255}, scale=0.1, zero=128).op
-        'clamp'
-    """
-
-    op: str
-    name: str
-    inputs: tuple[str, ...]
-    numbers: Mapping[str, Any]
-    scale: float
-    zero: int
-
-
-class IntegerModel:
-    """A network in integers; made by `to_integer`. It runs on the CPU, and moves there what it is given.
-
-    Attributes:
-        steps: the program, in order; the first is the input, the last the output.
-
-    Example:
-        >>> import detent as dt
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=8))]))
-        >>> x = torch.randn(64, 4)
-        >>> integers = to_integer(run, [x])
-        >>> [step.op for step in integers.steps]
-        ['input', 'linear', 'linear']
-        >>> bool((integers(x) - model.eval()(x)).abs().max() < 0.05)
-        True
-    """
-
-    def __init__(self, steps: Sequence[Step]) -> None:
-        self.steps = tuple(steps)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of weights and shifts (one each), multipliers (four) and offsets (eight)."""
-        return sum(
-            value.size * {"multiplier": 4, "offset": 8}.get(key, 1)
-            for step in self.steps
-            for key, value in step.numbers.items()
-            if isinstance(value, np.ndarray)
-        )
-
-    def quantize(self, x: Tensor) -> Tensor:
-        """The input's integers: `clamp(rint(x / scale) + zero, low, high)`, divided in float32.
-
-        Raises:
-            ValueError: another number of axes than the calibration had.
-        """
-        step = self.steps[0]
-        if x.dim() != len(step.numbers["shape"]) + 1:
-            raise ValueError(f"x has shape {tuple(x.shape)}; calibration had a batch of {step.numbers['shape']}")
-        q = torch.round(x.detach().cpu().float() / torch.tensor(step.scale, dtype=torch.float32)).double() + step.zero
-        return q.clamp_(step.numbers["low"], step.numbers["high"]).to(torch.int64)
-
-    @torch.no_grad()
-    def integers(self, q: Tensor) -> Tensor:
-        """The output's integers for the input's integers: no floating-point number takes part but as an exact integer.
-
-        Args:
-            q: int64, from `quantize`.
-        """
-        values = {self.steps[0].name: q.cpu()}
-        for step in self.steps[1:]:
-            values[step.name] = _STEPS[step.op](step.numbers, *(values[name] for name in step.inputs))
-        return values[self.steps[-1].name]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The output as real numbers: `scale * (q - zero)` of the last step."""
-        last = self.steps[-1]
-        return ((self.integers(self.quantize(x)) - last.zero).double() * last.scale).float()
+_RANKS_OF_FUNCTIONS: dict[Any, int] = {
+    F.adaptive_avg_pool1d: 3, F.avg_pool1d: 3, F.max_pool1d: 3, torch.max_pool1d: 3,
+    F.adaptive_avg_pool2d: 4, F.avg_pool2d: 4, F.max_pool2d: 4, torch.max_pool2d: 4,
+}  # fmt: skip
 
 
 def to_integer(
@@ -132,15 +56,17 @@ def to_integer(
     """The compressed life of a run as a network in integers alone.
 
     Convolutions (1-D and 2-D) and linear layers whose weights are a scale a tensor or channel times our integers;
-    BatchNorm after them goes into multiplier and bias, alone it is a step of its own; ReLU, ReLU6, pooling, flattening,
-    sums. Activations are unsigned integers with fixed ranges, the result is 32-bit.
+    BatchNorm after them goes into multiplier and bias, alone it is a step of its own; ReLU, ReLU6, pooling, padding (of
+    any mode, uneven too), flattening, sums. Activations are unsigned integers with fixed ranges, the result is 32-bit.
 
         acc = sum of weight * (q - zero_in)                                     in 32 bits
         q_out = clamp((acc * multiplier + offset) >> shift, low, high)          in 64 bits
 
     Args:
-        run: its compressed life is taken, with its BatchNorm statistics.
+        run: its compressed life is taken, with its BatchNorm statistics. Wrappers (torch.compile, DataParallel,
+            AveragedModel) are taken off.
         calibration: batches (inputs, or tuples that start with inputs) to find the ranges of activations with.
+            Arguments of `forward` beyond the input keep their defaults.
         activations: how ranges are found, and their bits; not method="batchnorm".
         bits: the width of this life, as in `run.compressed(bits=...)`.
 
@@ -164,79 +90,19 @@ def to_integer(
     if settings.method == "batchnorm":
         raise ValueError('to_integer(activations=...): method="batchnorm" is for ONNX only; give calibration data')
     encoded = {name: on_cpu(item) for name, item in run.encoded(bits=bits).items()}
-    with run.compressed(bits=bits):
-        model = copy.deepcopy(run.model).cpu().eval()
-    return _Builder(model, encoded, settings).build(calibration)
+    with run.compressed(bits=bits), unwrapped(run.model) as bare:
+        model = copy.deepcopy(bare).cpu().eval()
+    batches = iter(calibration)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("calibration: the loader gave no batches")
+    if batches is calibration:  # which can be read but once
+        calibration = itertools.chain([first], batches)
+    return _Builder(model, encoded, settings, _inputs(first)).build(calibration)
 
 
-# --- what the steps compute ---------------------------------------------------------------------------------------
-
-
-def _rescaled(acc: Tensor, numbers: Mapping[str, Any]) -> Tensor:
-    """`clamp((acc * multiplier + offset) >> shift, low, high)`, by channel (axis 1)."""
-    shape = (-1,) + (1,) * (acc.dim() - 2)
-    m, c, n = (torch.as_tensor(numbers[key]).reshape(shape) for key in ("multiplier", "offset", "shift"))
-    # An arithmetic shift to the right is a division rounded down.
-    return ((acc * m + c) >> n).clamp_(numbers["low"], numbers["high"])
-
-
-def _conv(numbers: Mapping[str, Any], q: Tensor) -> Tensor:
-    # Sums of products of integers below 2^53 are exact in float64 in whatever order they are added.
-    conv = F.conv1d if q.dim() == 3 else F.conv2d
-    weight = torch.as_tensor(numbers["weight"]).double()
-    options = {key: numbers[key] for key in ("stride", "padding", "dilation", "groups")}
-    return _rescaled(conv((q - numbers["zero_in"]).double(), weight, **options).to(torch.int64), numbers)
-
-
-def _linear(numbers: Mapping[str, Any], q: Tensor) -> Tensor:
-    weight = torch.as_tensor(numbers["weight"]).double()
-    return _rescaled(F.linear((q - numbers["zero_in"]).double(), weight).to(torch.int64), numbers)
-
-
-def _scale(numbers: Mapping[str, Any], q: Tensor) -> Tensor:
-    return _rescaled(q - numbers["zero_in"], numbers)
-
-
-def _add(numbers: Mapping[str, Any], a: Tensor, b: Tensor) -> Tensor:
-    n = numbers["shift"]
-    first, second = numbers["multipliers"]
-    total = (a - numbers["zeros_in"][0]) * first + (b - numbers["zeros_in"][1]) * second
-    return (((total + (1 << (n - 1))) >> n) + numbers["zero"]).clamp_(numbers["low"], numbers["high"])
-
-
-def _average(numbers: Mapping[str, Any], q: Tensor) -> Tensor:
-    size, stride, padding = (numbers[key] for key in ("kernel", "stride", "padding"))
-    pool = F.avg_pool1d if q.dim() == 3 else F.avg_pool2d
-    # The average times its count: rounding takes away what the division left.
-    mean = pool((q - numbers["zero_in"]).double(), size, stride, padding)
-    found = _rescaled((mean * math.prod(size)).round().to(torch.int64), numbers)
-    return found.flatten(1) if numbers["flat"] else found
-
-
-def _max(numbers: Mapping[str, Any], q: Tensor) -> Tensor:
-    pool = F.max_pool1d if q.dim() == 3 else F.max_pool2d
-    options = {key: numbers[key] for key in ("stride", "padding", "dilation")}
-    return pool(q.double(), numbers["kernel"], ceil_mode=numbers["ceil"], **options).to(torch.int64)
-
-
-def _clamp(numbers: Mapping[str, Any], q: Tensor) -> Tensor:
-    return q.clamp(numbers["low"], numbers["high"])
-
-
-def _flatten(numbers: Mapping[str, Any], q: Tensor) -> Tensor:
-    return q.flatten(1)
-
-
-_STEPS: dict[str, Any] = {
-    "conv": _conv,
-    "linear": _linear,
-    "scale": _scale,
-    "add": _add,
-    "average": _average,
-    "max": _max,
-    "clamp": _clamp,
-    "flatten": _flatten,
-}
+def _inputs(batch: Any) -> Tensor:
+    return (batch[0] if isinstance(batch, (tuple, list)) else batch).cpu()
 
 
 # --- making them --------------------------------------------------------------------------------------------------
@@ -291,18 +157,15 @@ class _Block:
 class _Builder:
     """Turns a traced model into steps."""
 
-    def __init__(self, model: nn.Module, encoded: Mapping[str, Encoded], settings: Activations) -> None:
+    def __init__(self, model: nn.Module, encoded: Mapping[str, Encoded], settings: Activations, x: Tensor) -> None:
         self.encoded = encoded
         self.settings = settings
-        try:
-            self.traced = fx.symbolic_trace(model)
-        except Exception as error:
-            raise ValueError(f"torch.fx cannot trace this {type(model).__name__}: {error}") from error
         self.modules = dict(model.named_modules())
+        found = trace(model, bind(model, x, "calibration"))
+        self.traced, self.graph, self.numbers, self.shapes = found.module, found, found.values, dict(found.shapes)
         self._refuse_hooks()
         self.steps: list[Step] = []
         self.grids: dict[fx.Node, _Grid] = {}
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self.source: dict[fx.Node, fx.Node] = {}  # nodes that change nothing, and what they stand for
 
     # What there is ...................................................................................................
@@ -347,38 +210,41 @@ class _Builder:
         Raises:
             ValueError: none, naming the node.
         """
-        module = self._module(node)
-        kinds: tuple[tuple[Any, str], ...] = (
-            (_CONVS, "conv"), (nn.Linear, "linear"), (_NORMS, "scale"), ((nn.ReLU, nn.ReLU6), "clamp"),
-            ((nn.MaxPool1d, nn.MaxPool2d), "max"), ((nn.AvgPool1d, nn.AvgPool2d), "average"),
-            ((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d), "average"), (nn.Flatten, "flatten"), (_SAME, "same"),
-        )  # fmt: skip
-        for types, op in kinds:
-            if module is not None and isinstance(module, types):
-                return op
-        functions: tuple[tuple[tuple[Any, ...], str], ...] = (
-            ((F.relu, torch.relu, F.relu6, "relu", "relu_"), "clamp"),
-            ((operator.add, operator.iadd, torch.add, "add", "add_"), "add"),
-            ((torch.flatten, "flatten"), "flatten"),
-            ((F.dropout, "contiguous"), "same"),
-            ((torch.mean, "mean", F.adaptive_avg_pool1d, F.adaptive_avg_pool2d), "average"),
-        )
-        for targets, op in functions:
-            if (
-                module is None
-                and node.op.startswith("call")
-                and any(node.target is t or node.target == t for t in targets)
-            ):
-                return op
+        module, op = self._module(node), classify(node, self.modules)
+        known = node.target in _RANKS_OF_FUNCTIONS or op not in _POOLS
+        known = known if module is None else not isinstance(module, _NONE)
+        if op in _STEP_OF and known:
+            return _STEP_OF[op]
+        if op is Op.MOVE and self._flattens(node):
+            return "flatten"
         what = type(module).__name__ if module is not None else getattr(node.target, "__name__", node.target)
         raise ValueError(f"to_integer: {node.name!r} is a {what}, which has no integer form here")
+
+    def _flattens(self, node: fx.Node) -> bool:
+        """Whether a view keeps the batch and puts all else in a row: `x.view(x.size(0), -1)`."""
+        if node.target not in ("view", "reshape", torch.reshape) or len(node.args) != 3 or node.args[2] != -1:
+            return False
+        count: Any = node.args[1]
+        if not isinstance(count, fx.Node) or tuple(count.args[1:]) != (0,):
+            return False
+        of = count.all_input_nodes[0]
+        of = of.all_input_nodes[0] if of in self.numbers else of  # x.shape[0] or x.size(0)
+        return of in self.shapes and self.numbers.get(count) == self.shapes[node.args[0]][0]  # type: ignore[index]
+
+    def _arguments(self, node: fx.Node, **defaults: Any) -> dict[str, Any]:
+        """Arguments of a pooling, of a module or a function, behind its input."""
+        module = self._module(node)
+        if module is not None:
+            return {name: getattr(module, name, default) for name, default in defaults.items()}
+        given = defaults | dict(zip(defaults, node.args[1:], strict=False)) | dict(node.kwargs)
+        return dict(map_arg(given, lambda n: self.numbers[n]))
 
     def _blocks(self) -> list[_Block]:
         """The model as blocks, in order; every node is in one, or stands for another."""
         blocks: list[_Block] = []
         taken: set[fx.Node] = set()
         for node in self.traced.graph.nodes:
-            if node in taken or node.op == "output":
+            if node in taken or node.op == "output" or node in self.numbers:
                 continue
             if node.op == "placeholder":
                 if not blocks:
@@ -401,7 +267,7 @@ class _Builder:
     def _next(self, node: fx.Node, op: str) -> fx.Node | None:
         """The only user of a node, if it is of a kind."""
         users = list(node.users)
-        if len(users) != 1 or users[0].op == "output":
+        if len(users) != 1 or users[0].op == "output" or users[0] in self.numbers:
             return None
         return users[0] if self._op(users[0]) == op else None
 
@@ -425,21 +291,36 @@ class _Builder:
 
     def _measure(self, nodes: Sequence[fx.Node], calibration: Iterable[Any]) -> None:
         def run(batch: Any) -> list[np.ndarray]:
-            x = batch[0] if isinstance(batch, (tuple, list)) else batch
             recorder = _Recorder(self.traced, nodes)
             with torch.no_grad():
-                recorder.run(x.cpu())
+                recorder.run(_inputs(batch))
             self.shapes = recorder.shapes
             return [recorder.found[node] for node in nodes]
 
         ranges = ranges_from_data(run, calibration, [node.name for node in nodes], self.settings)
+        around = self._surroundings()
         for node in nodes:
-            scale, zero = self.settings.grid(*ranges[node.name])
+            low, high = ranges[node.name]
+            values = around.get(node, [])
+            scale, zero = self.settings.grid(min(low, *values, low), max(high, *values, high))
             self.grids[node] = _Grid(float(scale), zero, 2**self.settings.bits - 1)
+
+    def _surroundings(self) -> dict[fx.Node, list[float]]:
+        """What paddings put beside an activation other than 0, so that its grid holds it."""
+        found: dict[fx.Node, list[float]] = {}
+        for block in self.blocks:
+            padding = padding_of(block.node, self.graph) if block.op == "pad" else None
+            if padding is not None and padding.mode == "constant" and math.isfinite(padding.value):
+                at = self._input(block.node)
+                while self._maker[at].op in ("max", "clamp", "flatten", "pad"):  # steps that keep the grid
+                    at = self._input(self._maker[at].node)
+                found.setdefault(at, []).append(padding.value)
+        return found
 
     def build(self, calibration: Iterable[Any]) -> IntegerModel:
         """The whole."""
-        blocks = self._blocks()
+        self.blocks = blocks = self._blocks()
+        self._maker = {block.last: block for block in blocks}
         out = next(node for node in self.traced.graph.nodes if node.op == "output").args[0]
         last = self._at(out)
         wide = blocks[-1] if blocks[-1].last is last and blocks[-1].op in ("conv", "linear") else None
@@ -465,17 +346,25 @@ class _Builder:
             self._sum(block)
         elif block.op == "average":
             self._mean(block)
+        elif block.op == "pad":
+            padding = padding_of(block.node, self.graph)
+            if padding is None:
+                raise ValueError(f"to_integer: {block.node.name!r} pads in a way that has no integer form here")
+            source = self._input(block.node)
+            rank = len(self.shapes[source])
+            self._pad(block.last.name, source, padding, [padding.of(axis, rank) for axis in range(rank)])
+            self.grids[block.last] = self.grids[source]
         else:
             self._shape(block)
 
-    def _step(self, block: _Block, inputs: Sequence[fx.Node], numbers: Mapping[str, Any], grid: _Grid) -> None:
+    def _step(self, block: _Block, inputs: Sequence[fx.Node | str], numbers: Mapping[str, Any], grid: _Grid) -> None:
         name = block.last.name
         self.grids[block.last] = grid
         self.steps.append(
             Step(
                 op=block.op,
                 name=name,
-                inputs=tuple(node.name for node in inputs),
+                inputs=tuple(each if isinstance(each, str) else each.name for each in inputs),
                 numbers=numbers,
                 scale=grid.scale,
                 zero=grid.zero,
@@ -488,6 +377,23 @@ class _Builder:
             return 0, grid.most
         six = isinstance(self._module(relu), nn.ReLU6) or relu.target is F.relu6
         return grid.zero, min(grid.most, grid.zero + int(np.rint(6 / grid.scale))) if six else grid.most
+
+    def _pad(self, name: str, source: fx.Node, padding: Padding, sides: Sequence[tuple[int, int]]) -> None:
+        """A step that surrounds an activation; 0 is the zero point, so it stays exact.
+
+        Raises:
+            ValueError: a padded batch, channels that are padded with one another, a value no integer stands for.
+        """
+        grid, constant = self.grids[source], padding.mode == "constant"
+        if sides[0] != (0, 0) or (not constant and (sides[1] != (0, 0) or min(min(each) for each in sides) < 0)):
+            raise ValueError(f"to_integer: {name!r} pads in a way that has no integer form here; pad positions only")
+        if not math.isfinite(padding.value):
+            raise ValueError(f"to_integer: {name!r} pads with {padding.value}, which no integer stands for")
+        value = int(np.clip(np.rint(padding.value / grid.scale) + grid.zero, 0, grid.most))
+        numbers = {"sides": tuple(sides[1:]), "mode": padding.mode, "value": value}
+        self.steps.append(
+            Step(op="pad", name=name, inputs=(source.name,), numbers=numbers, scale=grid.scale, zero=grid.zero)
+        )
 
     # Layers .........................................................................................................
 
@@ -519,10 +425,17 @@ class _Builder:
         numbers |= _fixed(unit / grid.scale, bias / grid.scale + grid.zero, node.name)
         if block.op != "scale":
             numbers["weight"] = weight
+        read = source.name
         if block.op == "conv":
-            numbers |= {"stride": tuple(module.stride), "padding": _padding(module, node.name)}
+            sides = _sides(module)
+            even = module.padding_mode == "zeros" and all(front == behind for front, behind in sides)
+            if not even:
+                read = f"{node.name}.padded"
+                mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+                self._pad(read, source, Padding(sides=(), mode=mode, value=0.0), [(0, 0), (0, 0), *sides])
+            numbers |= {"stride": tuple(module.stride), "padding": tuple(side[0] * even for side in sides)}
             numbers |= {"dilation": tuple(module.dilation), "groups": module.groups}
-        self._step(block, (source,), numbers, grid)
+        self._step(block, (read,), numbers, grid)
 
     def _weights(self, name: str, module: Any) -> tuple[np.ndarray, np.ndarray]:
         """(integers, one scale an output channel), from our codes.
@@ -597,12 +510,15 @@ class _Builder:
         module = self._module(node)
         spatial = tuple(self.shapes[source][2:])
         name = f"to_integer: {node.name!r}"
-        if isinstance(module, (nn.AvgPool1d, nn.AvgPool2d)):
-            uneven = module.ceil_mode or getattr(module, "divisor_override", None)
-            kernel, stride, padding = (
-                _pair(v, len(spatial)) for v in (module.kernel_size, module.stride, module.padding)
-            )
-            if uneven or (any(padding) and not module.count_include_pad):
+        if classify(node, self.modules) is Op.AVGPOOL:
+            given = self._arguments(
+                node, kernel_size=None, stride=None, padding=0, ceil_mode=False, count_include_pad=True,
+                divisor_override=None,
+            )  # fmt: skip
+            given["stride"] = given["stride"] or given["kernel_size"]
+            kernel, stride, padding = (_pair(given[key], len(spatial)) for key in ("kernel_size", "stride", "padding"))
+            uneven = given["ceil_mode"] or given["divisor_override"]
+            if uneven or (any(padding) and not given["count_include_pad"]):
                 raise ValueError(f"{name} averages windows of different sizes, which has no integer form here")
             return {"kernel": kernel, "stride": stride, "padding": padding}
         if node.target in (torch.mean, "mean"):
@@ -632,12 +548,15 @@ class _Builder:
                 raise ValueError(f"to_integer: {node.name!r} writes over what others read; use ReLU(inplace=False)")
         elif block.op == "max":
             dims = len(self.shapes[source]) - 2
-            if module.return_indices:
+            given = self._arguments(
+                node, kernel_size=None, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+            )  # fmt: skip
+            if given["return_indices"]:
                 raise ValueError(f"to_integer: {node.name!r} returns indices, which has no integer form here")
-            for key, value in (("kernel", module.kernel_size), ("stride", module.stride), ("padding", module.padding)):
-                numbers[key] = _pair(value, dims)
-            numbers |= {"dilation": _pair(module.dilation, dims), "ceil": bool(module.ceil_mode)}
-        else:
+            given["stride"] = given["stride"] or given["kernel_size"]
+            numbers = {"kernel": _pair(given["kernel_size"], dims), "ceil": bool(given["ceil_mode"])}
+            numbers |= {key: _pair(given[key], dims) for key in ("stride", "padding", "dilation")}
+        elif not self._flattens(node):
             ends = (module.start_dim, module.end_dim) if module is not None else (*node.args[1:], *node.kwargs.values())
             if ends not in ((1,), (1, -1)):
                 raise ValueError(f"to_integer: {node.name!r} must flatten all axes but the first")
@@ -648,20 +567,14 @@ def _pair(value: Any, dims: int) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,) * dims
 
 
-def _padding(module: Any, name: str) -> tuple[int, ...]:
-    """Zeros on both sides of every axis.
-
-    Raises:
-        ValueError: another kind of padding.
-    """
-    padding = module.padding
-    if padding == "valid":
-        padding = (0,) * len(module.kernel_size)
-    if padding == "same" and all(k % 2 for k in module.kernel_size):
-        padding = tuple(d * (k // 2) for d, k in zip(module.dilation, module.kernel_size, strict=True))
-    if module.padding_mode != "zeros" or isinstance(padding, str):
-        raise ValueError(f"to_integer: {name!r} pads in a way that has no integer form here; pad with zeros, evenly")
-    return tuple(padding)
+def _sides(module: Any) -> list[tuple[int, int]]:
+    """(in front, behind) of every axis of positions that a convolution pads, as PyTorch does: behind where uneven."""
+    if module.padding == "valid":
+        return [(0, 0)] * len(module.kernel_size)
+    if module.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(side, side) for side in module.padding]
 
 
 def _affine(norm: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from detent.export.integer import IntegerModel, Step
+from detent.export.integer_steps import IntegerModel, Step
 from detent.pack.atomic import destination, replace_file
 
 __all__ = ["integers_to_onnx"]
@@ -120,12 +120,35 @@ class _Writer:
         elif step.op == "max":
             sizes = {"kernel_shape": n["kernel"], "strides": n["stride"], "dilations": n["dilation"]}
             self.node("MaxPool", read, step.name, **sizes, pads=n["padding"] * 2, ceil_mode=int(n["ceil"]))
+        elif step.op == "pad":
+            self.padded(step, read[0])
         elif step.op == "clamp":
             self.bounded(read[0], n, step.name, "uint8")
         else:
             assert step.op == "flatten", step.op
             self.node("Flatten", read, step.name)
             self.ranks[step.name] = 2
+
+    def padded(self, step: Step, read: str) -> None:
+        """Padding with the zero point or another constant, or with the activation's own positions."""
+        n = step.numbers
+        sides = [(0, 0), *n["sides"]]
+        modes = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
+        if n["mode"] in modes:
+            pads = self.constant([*(side[0] for side in sides), *(side[1] for side in sides)], "int64", "pads")
+            value = [self.constant(n["value"], "uint8", "value")] if n["mode"] == "constant" else []
+            self.node("Pad", [read, pads, *value], step.name, mode=modes[n["mode"]])
+        else:  # no operator of this version goes round
+            for axis, (front, behind) in enumerate(sides):
+                ends = [self.sliced(read, -front, 2**31 - 1, axis)] * bool(front) + [read]
+                ends += [self.sliced(read, 0, behind, axis)] * bool(behind)
+                read = self.node("Concat", ends, axis=axis) if len(ends) > 1 else read
+            self.node("Identity", [read], step.name)
+        self.channels[step.name] += sum(sides[1])
+
+    def sliced(self, read: str, start: int, end: int, axis: int) -> str:
+        bounds = [self.constant([number], "int64", "bound") for number in (start, end, axis)]
+        return self.node("Slice", [read, *bounds])
 
     def convolution(self, step: Step, read: str) -> str:
         n = step.numbers

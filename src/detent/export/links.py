@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from detent.export.trace import Op, Traced, called, classify
+from detent.export.trace import Op, Traced, called, classify, padding_of
 from detent.export.units import Places
 
 __all__ = ["All", "Groups", "Linker", "Pairs", "Same", "Use", "Value"]
@@ -434,38 +434,24 @@ class Linker:
         return Use(kind="copy", links={read: Same()})
 
     def _pad(self, node: fx.Node) -> Use | None:
-        module, read = self.module_of(node), self._only(node)
-        if read is None:
+        read, padding = self._only(node), padding_of(node, self.traced)
+        if read is None or padding is None:
             return None
         source, rank = self.values[read], len(self.values[read].shape)
-        padding = self._argument(node, 1, "padding" if module is not None else "pad")
-        if module is not None:
-            mode = "constant" if type(module).__name__.startswith(("Zero", "Constant")) else "other"
-            value = getattr(module, "value", 0.0)
-            if rank != len(padding) // 2 + 2:
-                return None
-        else:
-            plain = getattr(node.target, "__name__", "") == "constant_pad_nd"
-            mode = "constant" if plain else self._argument(node, 2, "mode", "constant")
-            value = self._argument(node, 2 if plain else 3, "value") or 0.0
-        if not isinstance(padding, (tuple, list)) or not isinstance(value, (int, float)):
-            return None
-        padding = [self.traced.values.get(p, p) if isinstance(p, fx.Node) else p for p in padding]
-        back = 2 * (rank - 1 - source.axis)  # the last axis comes first
-        mine = padding[back : back + 2] if back < len(padding) else [0, 0]
-        others = [p for i, p in enumerate(padding) if i not in (back, back + 1)]
-        around = mode == "constant" and any(p > 0 for p in others)
-        if not any(mine):
+        front, behind = padding.of(source.axis, rank)
+        others = [side for axis in range(rank) if axis != source.axis for side in padding.of(axis, rank)]
+        around = padding.mode == "constant" and any(side > 0 for side in others)
+        if front == behind == 0:
             found = self._through(node, "padded" if around else "copy")
-        elif around or mode != "constant" or min(mine) < 0:
+        elif around or padding.mode != "constant" or min(front, behind) < 0:
             return None
         else:
             self._value(node, source.axis)
             where = torch.arange(source.channels, device=source.needed.device)
-            link = Pairs(where, where + mine[0], (source.channels, source.channels + sum(mine)))
+            link = Pairs(where, where + front, (source.channels, source.channels + front + behind))
             found = Use(kind="copy", links={read: link})
         if found is not None:
-            found.fill, found.why = float(value), f"{self.called(node)} surrounds it with {value:g}"
+            found.fill, found.why = padding.value, f"{self.called(node)} surrounds it with {padding.value:g}"
         return found
 
     def _glu(self, node: fx.Node) -> Use | None:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from detent.export.calling import Call
 
-__all__ = ["CONVS", "LAYERS", "TRANSPOSED", "Op", "Traced", "called", "classify", "trace"]
+__all__ = ["CONVS", "LAYERS", "TRANSPOSED", "Op", "Padding", "Traced", "called", "classify", "padding_of", "trace"]
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -187,6 +187,60 @@ def called(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
     if node.op == "call_module":
         return f"{node.target!r} ({type(modules[str(node.target)]).__name__})"
     return repr(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Padding:
+    """What a padding puts around a tensor.
+
+    Args:
+        sides: (in front, behind) of every axis that `F.pad` names, the last axis first; negative numbers cut off.
+        mode: "constant", "reflect", "replicate" or "circular".
+        value: of the constant.
+    """
+
+    sides: tuple[tuple[int, int], ...]
+    mode: str
+    value: float
+
+    def of(self, axis: int, rank: int) -> tuple[int, int]:
+        """(in front, behind) of an axis.
+
+        Example:
+            >>> Padding(sides=((0, 1), (2, 0)), mode="constant", value=0.0).of(2, 4)
+            (2, 0)
+        """
+        back = rank - 1 - axis
+        return self.sides[back] if back < len(self.sides) else (0, 0)
+
+
+_PADDINGS = {"Zero": "constant", "Constant": "constant", "Reflection": "reflect", "Replication": "replicate"}
+
+
+def padding_of(node: fx.Node, traced: Traced) -> Padding | None:
+    """What a node of `Op.PAD` does, or `None` where it is not a plain number of places on each side."""
+    value: Any
+    if node.op == "call_module":
+        module: Any = traced.modules[str(node.target)]
+        flat, value = module.padding, getattr(module, "value", 0.0)
+        kind = type(module).__name__
+        mode = next((mode for start, mode in _PADDINGS.items() if kind.startswith(start)), "circular")
+        if len(traced.shapes[node]) != len(flat) // 2 + 2:
+            return None  # without a batch
+    else:
+        plain = node.target is torch.constant_pad_nd
+        given = dict(
+            zip(("input", "pad", "value") if plain else ("input", "pad", "mode", "value"), node.args, strict=False)
+        )
+        given |= node.kwargs
+        flat, mode, value = given.get("pad"), given.get("mode", "constant"), given.get("value") or 0.0
+    if not isinstance(flat, (tuple, list)) or not isinstance(value, (int, float)) or not isinstance(mode, str):
+        return None
+    numbers = [traced.values.get(side) if isinstance(side, fx.Node) else side for side in flat]
+    if not all(isinstance(side, int) for side in numbers):
+        return None
+    sides: Any = tuple(zip(numbers[::2], numbers[1::2], strict=True))
+    return Padding(sides=sides, mode=mode, value=float(value))
 
 
 # --- tracing -------------------------------------------------------------------------------------------------------
