@@ -430,6 +430,36 @@ def test_the_plan_of_a_state_dict_is_that_of_the_model(tmp_path: Path) -> None:
     assert {row["parameter"] for row in rows} == set(expected), "running statistics are no parameters"
 
 
+def make_near_dead() -> nn.Module:
+    torch.manual_seed(0)
+    net = Net()
+    with torch.no_grad():
+        net.conv.weight[:3] *= 1e-9
+        net.middle.weight[2] = 0.0
+    return net
+
+
+def test_near_dead_units_are_counted_by_plan_and_inspect(tmp_path: Path) -> None:
+    net = make_near_dead()
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    words = (
+        "4 of 12 outputs of layers (33.3 %) have no weight above 1e-06 of their tensor's largest (conv.weight 3 of 4, "
+    )
+    words += "middle.weight 1 of 6): they do nothing"
+    for model in (f"{HERE}:make_near_dead", tmp_path / "net.safetensors"):
+        assert words in call("plan", model).stdout
+        near = json.loads(call("plan", model, "--json").stdout)["near_dead"]
+        assert near == {"outputs": 12, "near_dead": 4, "by_name": {"conv.weight": [3, 4], "middle.weight": [1, 6]}}
+    run = dt.compress(net, Recipe.preset("uniform-w8"))
+    for life in ("both", "compressed"):
+        save(run, tmp_path / "net.detent", life)
+        assert words in call("inspect", tmp_path / "net.detent").stdout
+        rows = {row["name"]: row for row in inspect(tmp_path / "net.detent").rows}
+        assert (rows["conv.weight"]["near_dead"], rows["conv.weight"]["outputs"]) == (3, 4)
+        assert rows["out.weight"]["near_dead"] == rows["norm.weight"]["outputs"] == 0
+    assert "have no weight above" not in call("plan", f"{HERE}:make_net").stdout
+
+
 def test_a_recipe_may_be_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("rules:\n- {match: middle.weight, target: {kind: Uniform, bits: 5}}\n")
@@ -491,8 +521,9 @@ def test_what_is_no_state_dict_is_refused(tmp_path: Path) -> None:
     assert "not a safetensors state dict" in refused(call("plan", tmp_path / "odd.safetensors"), 2)
 
 
-def test_the_plan_of_a_state_dict_reads_no_tensor(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = call("plan", weights).stdout
+def test_the_skeleton_of_a_state_dict_reads_no_tensor(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`plan` itself then reads them one at a time, to count units that do nothing."""
+    expected = str(Recipe.preset("psg-w4").resolve(cli_work.skeleton(weights)))
 
     class Shapes:
         def __init__(self, file: Any) -> None:
@@ -504,7 +535,7 @@ def test_the_plan_of_a_state_dict_reads_no_tensor(weights: Path, monkeypatch: py
             yield Shapes(file)
 
     monkeypatch.setattr(cli_work, "safe_open", opened)
-    assert call("plan", weights).stdout == expected != ""
+    assert str(Recipe.preset("psg-w4").resolve(cli_work.skeleton(weights))) == expected != ""
 
 
 def test_a_state_dict_of_numbers_that_no_file_holds_is_refused(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from safetensors import safe_open
+from torch import Tensor
 from typer.core import TyperGroup
 
 import detent
@@ -39,6 +41,7 @@ from detent.pack import Inspection, read_header
 from detent.pack import inspect as measured
 from detent.pack import unpack as write_plain
 from detent.pack.atomic import destination
+from detent.plan import near_dead_said
 from detent.report import card_of_file, write_html
 from detent.report.page import figures, summary
 
@@ -258,11 +261,24 @@ def plan(
     """Show what a recipe would do to every parameter of a model, and why some stay in full precision."""
     with _answer(as_json):
         is_file = model.endswith(".safetensors")
-        resolved = recipe_of(recipe).resolve(skeleton(Path(model)) if is_file else model_of(model))
+        net = skeleton(Path(model)) if is_file else model_of(model)
+        resolved = recipe_of(recipe).resolve(net)
+        dead = resolved.near_dead(_tensors(Path(model)) if is_file else net.named_parameters())
+        outputs = sum(c.layout.channels for c in resolved.claims if c.is_weight and len(c.layout.shape) > 1)
         if as_json:
-            _print_json({"recipe": recipe, "parameters": resolved.rows()})
+            near = {"outputs": outputs, "near_dead": sum(count for count, _ in dead.values()), "by_name": dead}
+            _print_json({"recipe": recipe, "parameters": resolved.rows(), "near_dead": near})
         else:
             Console(soft_wrap=True).print(Text(str(resolved)))
+            if said := near_dead_said(dead, outputs):
+                Console(soft_wrap=True).print(Text(said))
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Those of a state dict, one at a time."""
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  safe_open is not iterable
+            yield name, file.get_tensor(name)
 
 
 # --- compress -----------------------------------------------------------------------------------------------------
@@ -351,6 +367,9 @@ def inspect(
             + ", ".join(f"{value:.3f} bits a {name}" for name, value in bits.items() if value is not None)
             + f"; BatchNorm statistics: {card['batchnorm']}"
         )
+        dead = {row["name"]: (row["near_dead"], row["outputs"]) for row in found.rows if row["near_dead"]}
+        if said := near_dead_said(dead, total["all"]["outputs"]):
+            console.print(Text(said))
         for reason, names in card["full_precision"].items():
             console.print(Text(f"In full precision ({reason}): {', '.join(names)}"))
         for key, value in card["notes"].items():

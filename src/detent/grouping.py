@@ -16,8 +16,19 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["MOST_AXES", "Channel", "Granularity", "Group", "Layout", "PerTensor", "granularity_of"]
+__all__ = [
+    "MOST_AXES",
+    "NEAR_DEAD",
+    "Channel",
+    "Granularity",
+    "Group",
+    "Layout",
+    "PerTensor",
+    "granularity_of",
+    "near_dead",
+]
 
+NEAR_DEAD = 1e-6  # of the largest weight: what training with weight decay leaves of a unit that does nothing
 MOST_AXES = 16  # of a tensor whose channels lie along another axis than the first
 
 
@@ -338,3 +349,18 @@ def granularity_of(value: GranularityLike, field: str = "granularity") -> Granul
     if not isinstance(value, str) or value not in _NAMED:
         raise ValueError(f'{field}={value!r}: must be "tensor", "channel" or Group(size=...)')
     return _NAMED[value]
+
+
+def near_dead(w: Tensor, layout: Layout, share: float = NEAR_DEAD) -> int:
+    """Channels none of whose weights exceeds a share of the tensor's largest; those of zeros alone count too.
+
+    Example:
+        >>> near_dead(torch.tensor([[1.0, 2.0], [1e-9, 0.0], [0.0, 0.0]]), Layout(shape=(3, 2)))
+        2
+    """
+    if w.numel() == 0 or not w.is_floating_point():
+        return 0
+    w = w.float() if w.dtype.itemsize < 2 else w  # numbers of 8 bits have no extremes in PyTorch
+    low, high = layout.by_channel(w).aminmax(dim=1)
+    size = torch.maximum(-low, high)
+    return int((size <= share * size.max()).sum())

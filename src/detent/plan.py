@@ -5,22 +5,22 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from detent.ends import by_execution, by_registration
-from detent.grouping import Layout
-from detent.parameters import Parameter, census, refuse_no_model
+from detent.grouping import NEAR_DEAD, Layout, near_dead
+from detent.parameters import Parameter, canonical_name, census, refuse_no_model
 from detent.specs import short
 
 if TYPE_CHECKING:
     from detent.recipe import Recipe, Rule
 
-__all__ = ["Claim", "Plan", "merged", "resolve"]
+__all__ = ["Claim", "Plan", "merged", "near_dead_said", "resolve"]
 
 _UNMATCHED = "no rule matches"
 _KEPT = "kept by "
@@ -111,6 +111,34 @@ class Plan:
                 parts.append((part, f"{claims[0].name}{more} ({100 * part:.1f} % of the weights; {reason})"))
         return ", ".join(said for _, said in sorted(parts, key=lambda each: -each[0]))
 
+    def near_dead(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[int, int]]:
+        """Outputs of layers none of whose weights exceeds a millionth of their tensor's largest.
+
+        They do nothing, yet every format of a fixed width spends its full width on them.
+
+        Args:
+            weights: the tensors by name, such as `model.named_parameters()`.
+
+        Returns:
+            By name of the tensors that have such outputs: (how many, of how many).
+
+        Example:
+            >>> import detent as dt
+            >>> net = nn.Linear(4, 8)
+            >>> with torch.no_grad():
+            ...     net.weight[2:5] *= 1e-9
+            >>> dt.Recipe.preset("uniform-w4").resolve(net).near_dead(net.named_parameters())
+            {'weight': (3, 8)}
+        """
+        claims = {name: claim for claim in self.claims for name in (claim.name, *claim.aliases) if claim.is_weight}
+        found: dict[str, tuple[int, int]] = {}
+        for name, w in weights:
+            claim = claims.get(canonical_name(name))
+            if claim is not None and not w.is_meta and len(claim.layout.shape) > 1:
+                count = near_dead(w.detach(), claim.layout)
+                found |= {claim.name: (count, claim.layout.channels)} if count else {}
+        return found
+
     def rule_of(self, claim: Claim) -> Rule:
         """The rule that claimed a parameter."""
         assert claim.rule is not None
@@ -171,6 +199,30 @@ class Plan:
         if left := self.left():
             lines.append(f"left in full precision: {left}")
         return "\n".join(line.rstrip() for line in lines)
+
+
+def near_dead_said(found: Mapping[str, tuple[int, int]], outputs: int) -> str:
+    """Near-dead units in a sentence, with what to do; empty if there are none.
+
+    Args:
+        found: by tensor, (how many, of how many outputs).
+        outputs: of all tensors.
+
+    Example:
+        >>> near_dead_said({"fc": (1, 4)}, 8).partition(":")[0]
+        "1 of 8 outputs of layers (12.5 %) have no weight above 1e-06 of their tensor's largest (fc 1 of 4)"
+    """
+    count = sum(dead for dead, _ in found.values())
+    if not count:
+        return ""
+    most = sorted(found.items(), key=lambda item: -item[1][0])
+    names = ", ".join(f"{name} {dead:,} of {all_:,}" for name, (dead, all_) in most[:3]) + ", ..." * (len(most) > 3)
+    return (
+        f"{count:,} of {outputs:,} outputs of layers ({100 * count / outputs:.1f} %) have no weight above "
+        f"{NEAR_DEAD:g} of their tensor's largest ({names}): they do nothing and take their full width. Before "
+        f"compression, detent.export.fold_dead_units(model, example, tolerance={NEAR_DEAD:g}) sets them to zero, and "
+        "slim takes them out"
+    )
 
 
 def merged(stages: Sequence[Sequence[Claim]]) -> tuple[Claim, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detent.grouping import near_dead
 from detent.pack.coding import Coding, Piece, encode_tensor
 from detent.pack.container import Reader, opened
 from detent.pack.header import BUFFER, Row
@@ -37,7 +38,9 @@ class Inspection:
             nominal_bits (codes at true width, or the tensor in its own dtype);
             entropy_bits (codes at their zero-order entropy; raw numbers as nominal);
             bytes (written for the compressed life), index_bytes (of these, where survivors of a sparse target are),
-            index_share, bits_per_weight; and for coded tensors in files with both lives
+            index_share, bits_per_weight; outputs of coded tensors of two or more axes (else 0) and near_dead, how many
+            of them have no weight above a millionth of the tensor's largest, in the full life if the file has it;
+            and for coded tensors in files with both lives
             error (|w - q|^2 / |w|^2) and wasserstein (1-Wasserstein distance of the values), else `None`.
         total: file, header and full (bytes), the same columns summed over all rows, `coded` and `raw` apart;
             bits_per_weight of the coded ones and of all; bits_per_conv_weight (weights of three and more dimensions,
@@ -119,9 +122,12 @@ def _row(file: Reader, name: str, row: Row) -> dict[str, Any]:
         target, skipped = head.targets[row.code.target], len(row.code.params)
         found |= {"becomes": short(target), "coded": True, "_conv": len(row.shape) >= 3}
         found |= _codes(file, row.compressed, skipped, target)
+        layout, own = row.code.layout, compressed
         if row.full is not None:
-            full = file.value(row, "full", view=True)
+            own = full = file.value(row, "full", view=True)
             found["error"], found["wasserstein"], found["_energy"] = distances(full, compressed)
+        if len(row.shape) > 1:
+            found |= {"outputs": layout.channels, "near_dead": near_dead(own, layout)}
     found["bits_per_weight"] = 8 * blob.length / found["weights"] if found["weights"] else None
     found["index_share"] = found["index_bytes"] / blob.length if blob.length else 0.0
     return found
@@ -141,6 +147,8 @@ def _blank(name: str, shape: Sequence[int], length: int) -> dict[str, Any]:
         "index_bytes": 0,
         "index_share": 0.0,
         "bits_per_weight": None,
+        "outputs": 0,
+        "near_dead": 0,
         "error": None,
         "wasserstein": None,
         "_energy": 0.0,
@@ -218,7 +226,7 @@ def distances(w: Tensor, q: Tensor) -> tuple[float, float, float]:
 
 
 def _summed(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    keys = ("weights", "kept", "nominal_bits", "entropy_bits", "bytes", "index_bytes")
+    keys = ("weights", "kept", "nominal_bits", "entropy_bits", "bytes", "index_bytes", "outputs", "near_dead")
     found: dict[str, Any] = {key: sum(row[key] for row in rows) for key in keys}
     found["index_share"] = found["index_bytes"] / found["bytes"] if found["bytes"] else 0.0
     found["bits_per_weight"] = 8 * found["bytes"] / found["weights"] if found["weights"] else None
