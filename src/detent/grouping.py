@@ -120,7 +120,7 @@ class Layout:
         axis, batch = code % MOST_AXES, code // MOST_AXES
         if axis >= max(len(shape), 1) or batch >> len(shape) or batch >> axis & 1:
             return None
-        if conv_groups != 1 and (code != 1 or conv_groups < 1):
+        if conv_groups != 1 and (code != 1 or conv_groups < 1 or shape[0] % conv_groups):
             return None
         batch_axes = tuple(i for i in range(len(shape)) if batch >> i & 1)
         return cls(shape=shape, channel_dim=axis, conv_groups=conv_groups, batch_axes=batch_axes)

@@ -8,7 +8,6 @@ from detent.pack.container import Reader as Reader
 from detent.pack.container import Writer as Writer
 from detent.pack.container import unpack as unpack
 from detent.pack.header import FormatError as FormatError
-from detent.pack.header import Header as Header
 from detent.pack.inspection import Inspection as Inspection
 from detent.pack.inspection import inspect as inspect
 from detent.pack.loading import Loaded as Loaded
@@ -16,3 +15,4 @@ from detent.pack.loading import load as load
 from detent.pack.runs import read_header as read_header
 from detent.pack.runs import save as save
 from detent.pack.runs import sizes as sizes
+from detent.pack.shown import Header as Header

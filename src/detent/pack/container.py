@@ -41,7 +41,6 @@ from detent.pack.header import (
     CodedForm,
     Columns,
     FormatError,
-    Header,
     Life,
     ParamRow,
     RawForm,
@@ -52,10 +51,10 @@ from detent.pack.header import (
     plain_bytes,
     raw_spec,
     read_head,
-    shown,
     specs_of,
     write_head,
 )
+from detent.pack.shown import Header, shown
 from detent.specs import to_spec
 from detent.targets import Codes, Params, Stream, Target
 
@@ -441,7 +440,9 @@ class Reader:
         row = self._row(name)
         if row.code is None:
             raise ValueError(f"{self._opened.path} holds {name!r} as it is, not as codes")
-        return self._encoded(row, row.code)
+        item = self._encoded(name, row, row.code)
+        self._decoded(name, row, item)  # codes that nothing can be made of stop here, whoever asks for them
+        return item
 
     def _row(self, name: str) -> Row:
         row = self._head.rows.get(self._head.aliases.get(name, name))
@@ -511,18 +512,27 @@ class Reader:
             self._shared[code.shared] = _as_tensors(row.params, row.streams, self.pieces(row.blob))
         return self._shared[code.shared]
 
-    def _encoded(self, row: Row, code: Code) -> Encoded:
+    def _encoded(self, name: str, row: Row, code: Code) -> Encoded:
         numbers, streams = _as_tensors(code.params, code.streams, self.pieces(row.compressed))
         more_numbers, more_streams = self._common(code)
+        numbers, streams = numbers | more_numbers, streams + more_streams
+        if code.pieces is not None:
+            try:
+                code.pieces.check(numbers, {stream.name: stream.values for stream in streams})
+            except ValueError as error:
+                raise FormatError(f"{self._opened.path}: {name!r} cannot be decoded: {error}") from None
         return Encoded(
             target=self._head.targets[code.target],
-            params=Params(tensors=numbers | more_numbers, layout=code.layout),
-            codes=Codes(streams=streams + more_streams),
+            params=Params(tensors=numbers, layout=code.layout),
+            codes=Codes(streams=streams),
             dtype=DTYPES[row.dtype],
         )
 
     def _decode(self, name: str, row: Row, code: Code) -> Tensor:
-        item, path = self._encoded(row, code), self._opened.path
+        return self._decoded(name, row, self._encoded(name, row, code))
+
+    def _decoded(self, name: str, row: Row, item: Encoded) -> Tensor:
+        path = self._opened.path
         try:
             value = item.decode()
         # Whatever a target makes of codes that it did not write itself: the file is at fault.

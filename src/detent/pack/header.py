@@ -1,4 +1,4 @@
-"""The header of a file: what it declares, how that is written, read and checked, and what a reader is shown of it."""
+"""The header of a file: what it declares, and how that is written, read and checked."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from detent.contents import DTYPES
 from detent.grouping import Layout
 from detent.pack.coding import Spec
 from detent.pack.dictionary import DICTIONARY
-from detent.specs import from_spec, short
+from detent.specs import from_spec
 from detent.targets import Target
+from detent.targets.declared import Declared, Pieces
 
 __all__ = [
     "BUFFER",
@@ -32,7 +33,6 @@ __all__ = [
     "Columns",
     "FormatError",
     "Head",
-    "Header",
     "Life",
     "ParamRow",
     "RawForm",
@@ -44,7 +44,6 @@ __all__ = [
     "plain_bytes",
     "raw_spec",
     "read_head",
-    "shown",
     "specs_of",
     "write_head",
 ]
@@ -62,6 +61,9 @@ _LIVES: tuple[Life, ...] = ("compressed", "both")
 _STATISTICS = re.compile(r"none|(own|re-estimated)(, rounded to (float16|bfloat16|float8_e4m3fn|float8_e5m2))?")
 _LEAST_UNPACKED, _MOST_PACKING = 1 << 20, 32  # a header may unpack to so many bytes, and so many times its length more
 _LEAST_DECLARED, _MOST_DECLARED = 1 << 30, 1 << 16  # all tensors of a file together, likewise
+_LEAST_MEMORY, _MOST_MEMORY = 1 << 27, 64  # and take so many bytes of memory, and so many times the file's length
+_A_NUMBER, _A_TEXT, _A_CHARACTER, _A_JSON, _A_TENSOR = 32, 64, 2, 32, 1 << 10  # bytes of memory, about
+_A_TARGET = 1 << 14  # in memory a tenth of that, but it takes as long to build
 _MOST_A_WEIGHT = 256  # values of one piece for each weight of its tensor
 _RANK, _LENGTH = 64, 1 << 48
 _SHORT = 1 << 10  # characters of a target that is kept once it is built
@@ -111,13 +113,17 @@ class SharedRow(NamedTuple):
 
 
 class Code(NamedTuple):
-    """How a tensor's codes are to be read; `target` and `shared` point into the lists of `Head`."""
+    """How a tensor's codes are to be read; `target` and `shared` point into the lists of `Head`.
+
+    `pieces`: what their values must be, or `None` where the target does not say.
+    """
 
     target: int
     layout: Layout
     params: tuple[ParamRow, ...]
     streams: tuple[StreamRow, ...]
     shared: int | None
+    pieces: Pieces | None
 
 
 class Blob(NamedTuple):
@@ -339,52 +345,58 @@ def _flat_streams(streams: Sequence[FlatStream]) -> Iterator[int | str]:
 
 
 class _Values:
-    """The values of a header, taken one after another, each checked."""
+    """The values of a header, taken one after another, each checked.
 
-    def __init__(self, plain: bytes) -> None:
+    What becomes of a value takes more memory than the value: each is charged with that, and the file's length says how
+    much there may be in all.
+    """
+
+    def __init__(self, plain: bytes, most: int) -> None:
         import msgpack
 
         # Numbers and text are all there is: nothing that nests, so nothing that reserves more than it takes.
         limits = {f"max_{kind}_len": 0 for kind in ("bin", "array", "map", "ext")}
-        unpacker = msgpack.Unpacker(max_str_len=len(plain), max_buffer_size=len(plain) or 1, **limits)
-        unpacker.feed(plain)
-        self._values: list[int | str] = []
-        for value in unpacker:
-            if type(value) is not int and type(value) is not str:
-                raise ValueError(f"a {type(value).__name__} where only numbers and text may be")
-            self._values.append(value)
-        if unpacker.tell() != len(plain):
-            raise ValueError("its last value is cut short")
-        self._at = 0
+        self._unpacker = msgpack.Unpacker(max_str_len=len(plain), max_buffer_size=len(plain) or 1, **limits)
+        self._unpacker.feed(plain)
+        self._size, self._left = len(plain), most
 
     def number(self, below: int, what: str) -> int:
         value = self._next(what)
         if type(value) is not int or not 0 <= value < below:
             raise ValueError(f"{what} is {value!r}: must be a number from 0 to {below - 1}")
+        self.charge(_A_NUMBER)
         return value
 
     def text(self, what: str) -> str:
         value = self._next(what)
         if type(value) is not str:
             raise ValueError(f"{what} is {value!r}: must be text")
+        self.charge(_A_TEXT + _A_CHARACTER * len(value))
         return value
 
+    def charge(self, size: int) -> None:
+        """Count bytes of memory."""
+        self._left -= size
+        if self._left < 0:
+            raise ValueError("it declares more than a file of this length may")
+
     def many(self, what: str, read: Callable[[], _T]) -> tuple[_T, ...]:
-        """A count, and so many of something; each takes a value at least."""
-        return tuple(read() for _ in range(self.number(len(self._values) - self._at + 1, f"the number of {what}")))
+        """A count, and so many of something; each takes a byte at least."""
+        left = self._size - self._unpacker.tell()
+        return tuple(read() for _ in range(self.number(left + 1, f"the number of {what}")))
 
     def shape(self) -> tuple[int, ...]:
         return tuple(self.number(_LENGTH, "a dimension") for _ in range(self.number(_RANK + 1, "a rank")))
 
     def end(self) -> None:
-        if self._at != len(self._values):
-            raise ValueError(f"it has {len(self._values) - self._at} values too many")
+        if self._unpacker.tell() != self._size:
+            raise ValueError(f"it has {self._size - self._unpacker.tell()} bytes too many")
 
     def _next(self, what: str) -> int | str:
-        if self._at == len(self._values):
+        value = next(self._unpacker, None)
+        if value is None:
             raise ValueError(f"it ends before {what}")
-        self._at += 1
-        return self._values[self._at - 1]
+        return value
 
 
 def _inflate(unpacker: Any, data: bytes, most: int) -> bytes:
@@ -410,7 +422,8 @@ def read_head(data: bytes, size: int) -> Head:
     checks = unpacker.unused_data
     if len(checks) % 4:
         raise ValueError(f"its checksums take {len(checks)} bytes")
-    head = _parsed(_Values(plain), [int.from_bytes(checks[i : i + 4], "little") for i in range(0, len(checks), 4)])
+    values = _Values(plain, _LEAST_MEMORY + _MOST_MEMORY * size)
+    head = _parsed(values, [int.from_bytes(checks[i : i + 4], "little") for i in range(0, len(checks), 4)])
     _check_declared(head, size)
     return head
 
@@ -420,10 +433,11 @@ def _parsed(v: _Values, checks: list[int]) -> Head:
     if not _STATISTICS.fullmatch(batchnorm):
         raise ValueError(f"{batchnorm!r} is no kind of BatchNorm statistics")
     told = v.many("targets", lambda: (v.text("a target"), v.text("a mechanism")))
+    v.charge(sum(_A_TARGET + _A_JSON * len(text) for text, _ in told))
     why = v.many("reasons", lambda: v.text("a reason"))
     shared = v.many("shared pieces", lambda: (_params(v), _streams(v)))
     forms = v.many("forms", lambda: _form(v, why))
-    names = _names(v.text("the names"))
+    names = _names(v.text("the names"), v)
     mine = [forms[v.number(len(forms), "a form")] for _ in names]
     shapes = [v.shape() for _ in names]
     targets = tuple(_target(text) if len(text) > _SHORT else _short_target(text) for text, _ in told)
@@ -439,6 +453,7 @@ def _parsed(v: _Values, checks: list[int]) -> Head:
     if len(further) != len(aliases) or further & rows.keys() or not all(map(_is_name, further)):
         raise ValueError("an alias stands twice, is a tensor itself or is no name")
     notes = v.text("the notes")
+    v.charge(_A_JSON * len(notes))
     v.end()
     return Head(
         writer=writer,
@@ -483,7 +498,8 @@ def _is_name(name: str) -> bool:
     return bool(name) and name[0] != "." and "\n" not in name
 
 
-def _names(text: str) -> list[str]:
+def _names(text: str, v: _Values) -> list[str]:
+    v.charge(_A_TENSOR * (text.count("\n") + 1))
     names = text.split("\n") if text else []
     if len(set(names)) != len(names) or not all(map(_is_name, names)):
         raise ValueError("a name stands twice, is empty or starts with a dot")
@@ -589,23 +605,14 @@ class _Blobs:
             self._add_shared(shared, target)
         if shared is not None and shared >= len(self.shared):
             raise ValueError(f"{name!r} points at shared[{shared}], which does not come next")
-        common = () if shared is None else self.shared[shared][:2]
         params = _named(name, target, form.params, shared is not None, of_all=False)
         streams = tuple(StreamRow(name, kind, self._count(how, weights)) for name, kind, how in form.streams)
-        theirs = [stream.name for part in common[1:] for stream in part]
-        if [p.name for part in common[:1] for p in part] != [n for n in target.stored if n in target.shared and common]:
-            raise ValueError(f"{name!r} shares numbers that are not those of {type(target).__name__}")
-        mine = [stream.name for stream in streams]
-        if (
-            len({*mine, *theirs}) != len(mine) + len(theirs)
-            or {*theirs} - {*target.shared}
-            or {*mine} & {*target.shared}
-        ):
-            raise ValueError(f"{name!r} has streams that are not those of {type(target).__name__}")
+        common = SharedRow((), (), 0) if shared is None else self.shared[shared]
+        pieces = _compared(name, target, layout, form.dtype, (params, streams), common)
         for spec in specs_of(params, streams):
             if (spec.count or 0) > _MOST_A_WEIGHT * weights:
                 raise ValueError(f"{name!r}: {spec.count} values of {spec.name!r} for {weights} weights")
-        return Code(form.target, layout, params, streams, shared)
+        return Code(form.target, layout, params, streams, shared, pieces)
 
     def _add_shared(self, index: int, target: Target) -> None:
         flat, runs = self._shared[index]
@@ -635,6 +642,51 @@ def _named(
     return tuple(ParamRow(name, *param) for name, param in zip(names, params, strict=True))
 
 
+def _compared(
+    name: str,
+    target: Target,
+    layout: Layout,
+    dtype: str,
+    own: tuple[tuple[ParamRow, ...], tuple[StreamRow, ...]],
+    common: SharedRow,
+) -> Pieces | None:
+    """What a target says its pieces are, if those that a header declares are these; `None` where it does not say.
+
+    Raises:
+        ValueError: they are others.
+    """
+    kind = type(target).__name__
+    held = {p.name: math.prod(p.shape) for p in (*own[0], *common.params)}
+    held |= {s.name: s.numel or 0 for s in (*own[1], *common.streams)}
+    if len(held) != sum(map(len, (*own, *common[:2]))):
+        raise ValueError(f"{name!r} has two streams or params of one name")
+    if [p.name for p in common.params] != [n for n in target.stored if n in target.shared]:
+        raise ValueError(f"{name!r} shares numbers that are not those of {kind}")
+    if {s.name for s in common.streams} - {*target.shared} or {s.name for s in own[1]} & {*target.shared}:
+        raise ValueError(f"{name!r} has streams that are not those of {kind}")
+    pieces = target.declared(layout, DTYPES[dtype], held)
+    if pieces is None:
+        return None
+    for is_shared, params, streams in ((False, *own), (True, *common[:2])):
+        numbers = [p for p in pieces.params if (p.name in target.shared) == is_shared]
+        runs = [p for p in pieces.streams if (p.name in target.shared) == is_shared]
+        rows = [(p.name, p.dtype, p.shape) for p in params]
+        rows += [(s.name, s.kind, None if s.numel is None else (s.numel,)) for s in streams]
+        if [row[0] for row in rows] != [p.name for p in (*numbers, *runs)]:
+            raise ValueError(
+                f"{name!r} has {', '.join(repr(row[0]) for row in rows) or 'nothing'}, not what {kind} has"
+            )
+        for piece, row in zip((*numbers, *runs), rows, strict=True):
+            _fit(name, piece, row)
+    return pieces
+
+
+def _fit(name: str, piece: Declared, row: tuple[str, int | str, tuple[int, ...] | None]) -> None:
+    _, kind, shape = row
+    if not piece.fits(DTYPES[kind] if isinstance(kind, str) else kind, shape):
+        raise ValueError(f"{name!r}: {piece.name!r} is {kind} {shape or ''}, not {piece.kind} {piece.shape or ''}")
+
+
 def _check_declared(head: Head, size: int) -> None:
     """A file can be small because its tensors are all alike, but not without end."""
     total = sum(math.prod(row.shape) * DTYPES[row.dtype].itemsize for row in head.rows.values())
@@ -642,126 +694,3 @@ def _check_declared(head: Head, size: int) -> None:
         total += sum((spec.count or 0) * (2 if isinstance(spec.kind, int) else 8) for spec in blob.specs)
     if total > _LEAST_DECLARED + _MOST_DECLARED * size:
         raise ValueError(f"tensors of {total} bytes are more than a file of {size} bytes can hold")
-
-
-# --- what a reader is shown ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Header:
-    """What a file says about itself.
-
-    Attributes:
-        version: version of the format.
-        writer: version of Detent that wrote the file.
-        life: which lives it holds, "both" or "compressed".
-        plan: one row a parameter: parameter, shape, becomes, mechanism, note; claimed parameters first.
-        card: what was compressed and how, what stays full precision and why, where the BatchNorm statistics come
-            from, the user's notes.
-        tensors: by name: dtype, shape, becomes, bytes (in the compressed life) and, for claimed ones,
-            bits_per_weight (codes and params).
-
-    Example:
-        >>> import tempfile, detent as dt
-        >>> run = dt.compress(torch.nn.Linear(16, 4), dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=2))]))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = dt.save(run, f"{folder}/model.detent", notes={"author": "me"})
-        ...     header = dt.pack.read_header(f"{folder}/model.detent")
-        >>> header.card["notes"], header.tensors["weight"]["becomes"], header.tensors["weight"]["bytes"] < 22
-        ({'author': 'me'}, 'Uniform(bits=2)', True)
-    """
-
-    version: int
-    writer: str
-    life: Life
-    plan: tuple[Mapping[str, Any], ...]
-    card: Mapping[str, Any]
-    tensors: Mapping[str, Mapping[str, Any]]
-
-    def __repr__(self) -> str:
-        """In a line; a big model's rows are kilobytes."""
-        card, rows = self.card, self.card["compressed"]
-        kinds = [f"{row['tensors']} x {row['target']}" for row in rows[:3]]
-        kinds += [f"{len(rows) - 3} more targets"] if len(rows) > 3 else []
-        size = sum(tensor["bytes"] for tensor in self.tensors.values())
-        return (
-            f"<Header: format {self.version} by Detent {self.writer}, lives: {self.life}; {len(self.tensors)} tensors, "
-            f"compressed life {size:,} bytes; {card['compressed_weights']:,} of {card['weights']:,} parameters "
-            f"compressed: {', '.join(kinds) or 'none'}>"
-        )
-
-
-def shown(head: Head) -> Header:
-    """The header as a reader sees it."""
-    tensors: dict[str, dict[str, Any]] = {}
-    # Claimed parameters first: they are what one looks for.
-    for name, row in sorted(head.rows.items(), key=lambda item: item[1].code is None):
-        tensor: dict[str, Any] = {"dtype": str(DTYPES[row.dtype]).removeprefix("torch."), "shape": row.shape}
-        size = head.blobs[row.compressed].length
-        if row.code is not None:
-            becomes = short(head.targets[row.code.target])
-            tensor |= {"becomes": becomes, "bytes": size, "bits_per_weight": 8 * size / math.prod(row.shape)}
-        else:
-            tensor |= {"becomes": "buffer" if row.why == BUFFER else "full precision", "bytes": size}
-        tensors[name] = tensor
-    return Header(
-        version=VERSION,
-        writer=head.writer,
-        life=head.life,
-        plan=tuple(_plan(head, tensors)),
-        card=_card(head, tensors),
-        tensors=tensors,
-    )
-
-
-def _plan(head: Head, tensors: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    others: dict[str, list[str]] = {}
-    for alias, name in head.aliases.items():
-        others.setdefault(name, []).append(alias)
-    rows = []
-    for name, tensor in tensors.items():
-        if tensor["becomes"] == "buffer":
-            continue
-        row = head.rows[name]
-        why = row.why if row.code is None else ""
-        tied = f"tied: {', '.join(others[name])}" if name in others else ""
-        rows.append(
-            {
-                "parameter": name,
-                "shape": tensor["shape"],
-                "becomes": tensor["becomes"],
-                "mechanism": head.specs[row.code.target][1] if row.code else "",
-                "note": "; ".join(part for part in (why, tied) if part),
-            }
-        )
-    return rows
-
-
-def _card(head: Head, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    compressed = []
-    for i, target in enumerate(head.targets):
-        mine = [row for row in head.rows.values() if row.code is not None and row.code.target == i]
-        shared = {"global": "rule", "layer": "tensor"}.get(getattr(target, "book", ""), target.scope)
-        granularity = getattr(target, "granularity", shared)
-        compressed.append(
-            {
-                "target": short(target),
-                "granularity": granularity if isinstance(granularity, str) else short(granularity),
-                "mechanism": head.specs[i][1],
-                "tensors": len(mine),
-                "weights": sum(math.prod(row.shape) for row in mine),
-            }
-        )
-    full_precision: dict[str, list[str]] = {}
-    for name, tensor in tensors.items():
-        if tensor["becomes"] == "full precision":
-            full_precision.setdefault(head.rows[name].why, []).append(name)
-    parameters = [tensor for tensor in tensors.values() if tensor["becomes"] != "buffer"]
-    return {
-        "compressed": compressed,
-        "compressed_weights": sum(row["weights"] for row in compressed),
-        "weights": sum(math.prod(tensor["shape"]) for tensor in parameters),
-        "full_precision": full_precision,
-        "batchnorm": head.batchnorm,
-        "notes": dict(head.notes),
-    }

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from detent import sharding
 from detent.contents import DTYPES, Contents, contents_of, refuse_unsavable
 from detent.pack.container import Reader, opened
-from detent.pack.header import Head, Header, Row
+from detent.pack.header import Head, Row
+from detent.pack.shown import Header
 from detent.parameters import canonical_name, refuse_no_model
 
 __all__ = ["Loaded", "Rename", "load", "names_in_model"]

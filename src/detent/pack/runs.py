@@ -14,7 +14,8 @@ from detent.engine import Run
 from detent.pack.atomic import destination
 from detent.pack.coding import Coding
 from detent.pack.container import Reader, Writer, check_form
-from detent.pack.header import BUFFER, Header, Life
+from detent.pack.header import BUFFER, Life
+from detent.pack.shown import Header
 from detent.recipe import Recipe
 from detent.specs import short
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import JsonValue
 
 from detent.grouping import Layout
-from detent.pack.header import Header
+from detent.pack.shown import Header
 from detent.targets import Target
 
 __all__ = ["Card", "CardTarget", "card_of", "symmetry"]

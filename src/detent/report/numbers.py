@@ -22,8 +22,8 @@ from detent.engine import Run
 from detent.lives import Encoded
 from detent.pack import Inspection, inspect, read_header, save
 from detent.pack.coding import Coding
-from detent.pack.header import Header
 from detent.pack.inspection import distances
+from detent.pack.shown import Header
 from detent.parameters import named_parameters
 from detent.report.card import Card, card_of
 from detent.specs import short

@@ -13,9 +13,9 @@ from detent.targets.levels import LearnedLevels as LearnedLevels
 from detent.targets.levels import PowerOfTwo as PowerOfTwo
 from detent.targets.levels import Ternary as Ternary
 from detent.targets.levels import Uniform as Uniform
-from detent.targets.levels import Zero as Zero
 from detent.targets.rounding import Round as Round
 from detent.targets.sparse import NM as NM
 from detent.targets.sparse import Sparse as Sparse
 from detent.targets.sparse import Structured as Structured
 from detent.targets.sparse import TopK as TopK
+from detent.targets.zero import Zero as Zero

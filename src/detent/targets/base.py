@@ -13,6 +13,7 @@ from torch import Tensor
 
 from detent.grouping import Layout
 from detent.schedules import check_types
+from detent.targets.declared import Pieces
 
 __all__ = ["Codes", "Params", "Scope", "Stream", "Target", "check_finite", "compute_dtype"]
 
@@ -233,6 +234,21 @@ class Target(abc.ABC):
         """
         fitted = self.fit(w, params.layout)
         return replace(fitted, tensors={**fitted.tensors, **params.tensors})
+
+    def declared(self, layout: Layout, dtype: torch.dtype, held: Mapping[str, int]) -> Pieces | None:
+        """What a file may hold of a tensor, which its reader compares before anything is decoded.
+
+        `None`: unknown. Counts are then bounded by the tensor, and `decode` alone refuses what it does not understand.
+
+        Args:
+            layout: of the tensor.
+            dtype: of its weights.
+            held: how many values the file says it has of each piece, for sizes that only a fit knows (of a codebook).
+
+        Raises:
+            ValueError: sizes that no fit gives.
+        """
+        return None
 
     @abc.abstractmethod
     def bits_on_disk(self, params: Params) -> int:

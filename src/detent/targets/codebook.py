@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from detent.grouping import Layout
 from detent.schedules import is_whole
 from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite, compute_dtype
+from detent.targets.declared import Declared, Pieces
 from detent.targets.levels import _PARAM_DTYPES, Uniform
 
 __all__ = ["KernelCodebook", "VectorCodebook"]
@@ -274,11 +275,29 @@ class _Codebook(Target):
     def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
         shape = params.layout.shape
         book = self._written_book(codes, params, dtype)
+        if self.zero and bool(book[0].any()):
+            raise ValueError("a codebook whose first codeword is not zero")
         entries = self._entries(Params(tensors={"book": book}, layout=params.layout), dtype)
         units = math.prod(shape) // self._length(shape)
         several = len(entries) > 1
         index = codes["codes"].long() if several else torch.zeros(units, dtype=torch.long, device=book.device)
         return entries[index].reshape(shape)
+
+    def declared(self, layout: Layout, dtype: torch.dtype, held: Mapping[str, int]) -> Pieces:
+        length = self._length(layout.shape)
+        units = layout.numel // length
+        codewords, most = held.get("book", 0) // length, self._codewords(units) if self.book == "layer" else self.size
+        if not 1 <= codewords <= most:
+            raise ValueError(f"a codebook of {codewords} codewords, where 1 to {most} may be")
+        shape, index = (
+            (codewords, length),
+            Declared(name="codes", kind=_width(codewords), shape=(units,), below=codewords),
+        )
+        codes = (index,) if codewords > 1 else ()
+        if self.codebook_bits is None:
+            return Pieces((Declared(name="book", kind=_PARAM_DTYPES[self.param_dtype], shape=shape),), codes)
+        grid = self._grid().declared(Layout(shape=shape), dtype, {})
+        return Pieces(grid.params, (*codes, replace(grid.streams[0], name="book")))
 
     def _written_book(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
         """The codewords, from what is stored."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from detent.grouping import Granularity, Layout, PerTensor, granularity_of
 from detent.schedules import is_whole
 from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite
-from detent.targets.sparse import Sparse, padded, square_unit
+from detent.targets.declared import Pieces
+from detent.targets.sparse import Sparse, of_survivors, padded, square_unit
 
 __all__ = ["SparseLevels"]
 
@@ -211,16 +212,23 @@ class SparseLevels(Target):
 
     def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
         mask = self.sparse.unpattern(codes, params).reshape(-1)
-        count = int(torch.count_nonzero(mask))
         whole = []
         for stream in codes.streams:
             if not stream.name.startswith(_CODES):
                 continue
             values = torch.zeros(mask.shape, dtype=stream.values.dtype, device=stream.values.device)
-            values[mask] = stream.values[:count]
+            values[mask] = of_survivors(stream.values, mask)
             whole.append(Stream(name=stream.name.removeprefix(_CODES), values=values, width=stream.width))
         q = self.survivors.decode(Codes(streams=tuple(whole)), params, dtype)
         return q.masked_fill_(~mask.reshape(q.shape), 0.0)
+
+    def declared(self, layout: Layout, dtype: torch.dtype, held: Mapping[str, int]) -> Pieces | None:
+        pattern, levels = self.sparse.declared_pattern(layout), self.survivors.declared(layout, dtype, held)
+        if pattern is None or levels is None:
+            return None
+        shape = None if pattern[1] is None else (pattern[1],)
+        streams = [replace(piece, name=_CODES + piece.name, shape=shape) for piece in levels.streams]
+        return Pieces(levels.params, (*pattern[0], *streams))
 
     def restored(self, w: Tensor, params: Params, codes: Codes) -> Params:
         pattern = self.sparse.restored(w, params, codes)

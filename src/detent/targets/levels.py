@@ -1,9 +1,9 @@
-"""Targets whose values are levels: a scale times integers, powers of two, learned levels, the single level zero."""
+"""Targets whose values are levels: a scale times integers, powers of two, learned levels."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from detent.grouping import GranularityLike, Layout, granularity_of
 from detent.schedules import is_whole
 from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite, compute_dtype
+from detent.targets.declared import Declared, Pieces, scale_ends
 from detent.targets.kmeans import kmeans, ternary_scale
 
-__all__ = ["Binary", "LearnedLevels", "PowerOfTwo", "Ternary", "Uniform", "Zero"]
+__all__ = ["Binary", "LearnedLevels", "PowerOfTwo", "Ternary", "Uniform"]
 
 _MSE_RATIOS = torch.linspace(1.0, 0.1, 41, dtype=torch.float64).tolist()  # of the largest |w|: the search of the probes
 _INTERVAL_RATIOS = torch.linspace(1.1, 0.9, 201, dtype=torch.float64).tolist()  # ADMM-NN's: steps of a thousandth
@@ -59,14 +60,17 @@ class _Scaled(Target):
     def _rounded(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Round to `param_dtype`, far enough from underflow that projecting twice is projecting once."""
         store = _PARAM_DTYPES[self.param_dtype]
-        smallest = max(
-            torch.finfo(torch.float32).tiny,
-            torch.finfo(store).smallest_normal,
-            8 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps,
-        )
-        largest = min(torch.finfo(store).max, torch.finfo(dtype).max / self._n)
+        smallest, largest = scale_ends(store, dtype, self._n)
         live = scale.clamp(min=smallest, max=largest).to(store)
         return torch.where(scale > 0, live, torch.zeros_like(live))
+
+    def declared(self, layout: Layout, dtype: torch.dtype, held: Mapping[str, int]) -> Pieces:
+        store, groups = _PARAM_DTYPES[self.param_dtype], granularity_of(self.granularity).count(layout)
+        low, high = scale_ends(store, dtype, self._n)
+        scale = Declared(name="scale", kind=store, shape=(groups,), low=low, high=high, besides=0.0)
+        levels = 2 * self._n + self._has_zero
+        codes = Declared(name="codes", kind=self._width, shape=(layout.numel,), below=levels)
+        return Pieces((scale,) if self.stored else (), (codes,))
 
     def _least_error(
         self, x: Tensor, full: Tensor, ratios: Iterable[float], layout: Layout, dtype: torch.dtype
@@ -597,11 +601,20 @@ class PowerOfTwo(_Listed):
         middle = [torch.zeros_like(top)] if self.zero else []
         return torch.cat([-sizes, *middle, sizes.flip(1)], dim=1) + 0.0
 
+    def _ends(self, dtype: torch.dtype) -> tuple[int, int]:
+        """The tops with which every level is a number of the weight's dtype."""
+        return _SMALLEST_POWER.get(dtype, -126) + self._n - 1, 15 if dtype == torch.float16 else 127
+
     def _window(self, top: Tensor, dtype: torch.dtype) -> Tensor:
-        """Tops moved so that every level is a number of the weight's dtype; exact in float16, as they are stored."""
-        smallest = _SMALLEST_POWER.get(dtype, -126)
-        largest = 15 if dtype == torch.float16 else 127
-        return top.clamp(smallest + self._n - 1, largest).to(torch.float16)
+        """Tops moved between these; exact in float16, as they are stored."""
+        return top.clamp(*self._ends(dtype)).to(torch.float16)
+
+    def declared(self, layout: Layout, dtype: torch.dtype, held: Mapping[str, int]) -> Pieces:
+        (low, high), shape = self._ends(dtype), (granularity_of(self.granularity).count(layout),)
+        dead = None if self.zero else _DEAD
+        top = Declared(name="top", kind=torch.float16, shape=shape, low=low, high=high, besides=dead, whole=True)
+        levels = 2 * self._n + self.zero
+        return Pieces((top,), (Declared(name="codes", kind=self.bits, shape=(layout.numel,), below=levels),))
 
     def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
         layout = layout or Layout(shape=tuple(w.shape))
@@ -702,12 +715,26 @@ class LearnedLevels(_Listed):
         levels = kmeans(groups.cut(w.detach(), layout, torch.inf), groups.sizes(layout), self.k, self.zero)
         return Params(tensors={"levels": self._stored(levels, w.dtype)}, layout=layout)
 
-    def _stored(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
+    def _most(self, dtype: torch.dtype) -> float:
+        """The largest number that levels and weights share, so that a level stays where it is when it becomes one."""
         store = _PARAM_DTYPES[self.param_dtype]
-        # Numbers of both dtypes, so that a level stays where it is when it becomes a weight: 65280 is the largest
-        # number that float16 and bfloat16 share.
         most = min(torch.finfo(store).max, torch.finfo(dtype).max)
-        most = min(most, 65280.0) if {store, dtype} == {torch.float16, torch.bfloat16} else most
+        return min(most, 65280.0) if {store, dtype} == {torch.float16, torch.bfloat16} else most
+
+    def declared(self, layout: Layout, dtype: torch.dtype, held: Mapping[str, int]) -> Pieces:
+        store, most = _PARAM_DTYPES[self.param_dtype], self._most(dtype)
+        shape = (granularity_of(self.granularity).count(layout), self.k)
+        levels = Declared(name="levels", kind=store, shape=shape, low=-most, high=most, within=dtype)
+        codes = Declared(name="codes", kind=self._width, shape=(layout.numel,), below=self.k)
+        return Pieces((levels,), (codes,))
+
+    def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
+        if self.zero and not bool((params["levels"] == 0).any(dim=1).all()):
+            raise ValueError("levels without the 0 that is one of them")
+        return super().decode(codes, params, dtype)
+
+    def _stored(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
+        store, most = _PARAM_DTYPES[self.param_dtype], self._most(dtype)
         return levels.clamp(-most, most).to(dtype).to(store) + 0.0
 
     def assign(self, w: Tensor, params: Params) -> Tensor:
@@ -731,64 +758,3 @@ class LearnedLevels(_Listed):
 
     def held_codewords(self, params: Params) -> Tensor | None:
         return params["levels"].reshape(-1) == 0 if self.zero else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Zero(Target):
-    """The single level zero: what PSG pulls towards for sparse training.
-
-    Every weight may end only at 0, so the compressed life of a tensor on `Zero()` is empty. Use it as the
-    pull of a sparse target: `Rule(target=TopK(keep=0.1), mechanism=PSG(toward=Zero()))`.
-
-    Args:
-        granularity: weights that share a typical size (their mean absolute value).
-
-    Example:
-        >>> w = torch.tensor([0.5, -1.5])
-        >>> zero = Zero()
-        >>> zero.project(w, zero.fit(w)), zero.typical(zero.fit(w))
-        (tensor([0., 0.]), tensor(1.))
-
-    Reference: Kim et al., "Position-based Scaled Gradient", arXiv 2005.11035, section on sparse training.
-    """
-
-    granularity: GranularityLike = "tensor"
-
-    is_exact: ClassVar[bool] = True
-    stored: ClassVar[tuple[str, ...]] = ()
-
-    def __post_init__(self) -> None:
-        granularity_of(self.granularity, "Zero.granularity")
-        super().__post_init__()
-
-    @property
-    def scope(self) -> Scope:
-        return "element"
-
-    def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
-        layout = layout or Layout(shape=tuple(w.shape))
-        check_finite(w)
-        groups = granularity_of(self.granularity)
-        x = w.detach().abs().to(compute_dtype(w.dtype))
-        size = groups.sum(torch.ones_like(x), layout)
-        return Params(tensors={"mean": (groups.sum(x, layout) / size).float()}, layout=layout)
-
-    def project(self, w: Tensor, params: Params) -> Tensor:
-        return torch.zeros_like(w)
-
-    def encode(self, w: Tensor, params: Params) -> Codes:
-        check_finite(w)
-        return Codes()
-
-    def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(params.layout.shape, dtype=dtype)
-
-    def bits_on_disk(self, params: Params) -> int:
-        return 0
-
-    def typical(self, params: Params) -> Tensor:
-        mean = params["mean"].clamp_max(torch.finfo(torch.float32).max)
-        return granularity_of(self.granularity).expand(torch.where(mean > 0, mean, 1.0), params.layout)
-
-    def levels(self, params: Params) -> Tensor:
-        return torch.zeros(1, dtype=torch.float64, device=params["mean"].device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from detent.grouping import Layout
 from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite
+from detent.targets.declared import Declared, Pieces
 
 __all__ = ["Round"]
 
@@ -89,6 +91,11 @@ class Round(Target):
         if values.dtype != _STORE[self.dtype] or not bool(torch.isfinite(values).all()):
             raise ValueError(f"the values are {values.dtype} or not finite, where {self.dtype} belongs")
         return values.to(dtype).reshape(params.layout.shape)
+
+    def declared(self, layout: Layout, dtype: torch.dtype, held: Mapping[str, int]) -> Pieces:
+        most, store = self._most(dtype), _STORE[self.dtype]
+        values = Declared(name="values", kind=store, shape=(layout.numel,), low=-most, high=most, within=dtype)
+        return Pieces((), (values,))
 
     def bits_on_disk(self, params: Params) -> int:
         return 16 * params.layout.numel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from detent.grouping import Layout
 from detent.schedules import is_whole
 from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite, compute_dtype
+from detent.targets.declared import Declared, Pieces
 
 __all__ = ["NM", "Sparse", "Structured", "TopK", "square_unit"]
 
@@ -55,6 +56,21 @@ class Sparse(Target):
     @abc.abstractmethod
     def kept(self, params: Params) -> int:
         """Number of values written: that of the weights kept, or the largest possible one where it may differ."""
+
+    def declared_pattern(self, layout: Layout) -> tuple[tuple[Declared, ...], int | None] | None:
+        """What a file may hold of a pattern, and how many values follow it if that is always the same number.
+
+        `None`: unknown.
+        """
+        return None
+
+    def declared(self, layout: Layout, dtype: torch.dtype, held: Mapping[str, int]) -> Pieces | None:
+        found = self.declared_pattern(layout)
+        if found is None:
+            return None
+        streams, count = found
+        values = Declared(name="values", kind=dtype, shape=None if count is None else (count,))
+        return Pieces((), (*streams, values))
 
     def extend(self, gain: Tensor, zero: Tensor, params: Params) -> Tensor:
         """`choose` among the weights that are not zero already: what was pruned stays so, whatever it would gain.
@@ -103,7 +119,7 @@ class Sparse(Target):
         values = codes["values"]
         mask = self.unpattern(codes, params).reshape(-1)
         whole = torch.zeros(params.layout.numel, dtype=dtype, device=values.device)
-        whole[mask] = values[: int(torch.count_nonzero(mask))].to(dtype)
+        whole[mask] = of_survivors(values, mask).to(dtype)
         return whole.reshape(params.layout.shape)
 
     def bits_on_disk(self, params: Params) -> int:
@@ -237,7 +253,15 @@ class TopK(Sparse):
         return (Stream(name="mask", values=mask.reshape(-1).to(torch.uint8), width=1),)
 
     def unpattern(self, codes: Codes, params: Params) -> Tensor:
-        return codes["mask"].bool().reshape(params.layout.shape)
+        mask = codes["mask"].bool().reshape(params.layout.shape)
+        if self.scope == "tensor" and self.keep != "nonzero":
+            _check_kept(
+                "weights", int(torch.count_nonzero(mask)), _count_of("TopK", self.keep, mask.numel(), "weights")
+            )
+        return mask
+
+    def declared_pattern(self, layout: Layout) -> tuple[tuple[Declared, ...], None]:
+        return (Declared(name="mask", kind=1, shape=(layout.numel,)),), None
 
     def pattern_bits(self, params: Params) -> int:
         return 8 * -(-params.layout.numel // 8)
@@ -343,6 +367,14 @@ class NM(Sparse):
         blocks = _unranked("positions", codes, lines * full, self.m, self.n)
         rows = self._rows(blocks, _unranked("last", codes, lines, tail, self.n), params.layout)
         return params.layout.from_channels(rows)
+
+    def declared_pattern(self, layout: Layout) -> tuple[tuple[Declared, ...], int]:
+        lines, full, tail = self._shape(layout)
+        streams = (
+            *_declared_ranks("positions", lines * full, self.m, self.n),
+            *_declared_ranks("last", lines, tail, self.n),
+        )
+        return streams, self.kept(Params(layout=layout))
 
     def pattern_bits(self, params: Params) -> int:
         lines, full, tail = self._shape(params.layout)
@@ -499,7 +531,14 @@ class Structured(Sparse):
         return (Stream(name="mask", values=groups.to(torch.uint8), width=1),)
 
     def unpattern(self, codes: Codes, params: Params) -> Tensor:
-        return self._spread(codes["mask"].bool(), params.layout)
+        groups = codes["mask"].bool()
+        if self.scope == "tensor":
+            most = _count_of("Structured", self.keep, self._count(params.layout), "groups")
+            _check_kept("groups", int(torch.count_nonzero(groups)), most)
+        return self._spread(groups, params.layout)
+
+    def declared_pattern(self, layout: Layout) -> tuple[tuple[Declared, ...], None]:
+        return (Declared(name="mask", kind=1, shape=(self._count(layout),)),), None
 
     def pattern_bits(self, params: Params) -> int:
         return 8 * -(-self._count(params.layout) // 8)
@@ -538,6 +577,23 @@ def _matrix(layout: Layout) -> tuple[int, int]:
 def padded(values: Tensor, count: int) -> Tensor:
     """Filled up with zeros to `count` values."""
     return torch.nn.functional.pad(values, (0, count - values.numel())) if values.numel() < count else values
+
+
+def of_survivors(values: Tensor, mask: Tensor) -> Tensor:
+    """One value for each place of a mask, without the zeros that may fill them up.
+
+    Raises:
+        ValueError: fewer values, or more that are not zero.
+    """
+    count = int(torch.count_nonzero(mask))
+    if values.numel() < count or values.numel() > mask.numel() or bool(values[count:].any()):
+        raise ValueError(f"{values.numel()} values for {count} survivors")
+    return values[:count]
+
+
+def _check_kept(what: str, kept: int, most: int) -> None:
+    if kept > most:
+        raise ValueError(f"a pattern keeps {kept} {what}, its target {most}")
 
 
 def square_unit(*tensors: Tensor) -> float:
@@ -671,7 +727,10 @@ def _unranked(name: str, codes: Codes, rows: int, m: int, n: int) -> Tensor:
     if n >= m or not rows:
         return torch.ones(rows, m, dtype=torch.bool, device=device)
     if _patterns(m, n) > _LONGEST_RANK:
-        return codes[name].bool().reshape(rows, m)
+        mask = codes[name].bool().reshape(rows, m)
+        if bool((mask.sum(dim=1) != n).any()):
+            raise ValueError(f"{name!r} holds another pattern than {n} in {m}")
+        return mask
     few = min(n, m - n)
     rank = torch.zeros(rows, dtype=torch.int64, device=device)
     for i in range(len(_rank_widths(m, n))):
@@ -684,6 +743,14 @@ def _unranked(name: str, codes: Codes, rows: int, m: int, n: int) -> Tensor:
         rank = rank - row[place]
         mask.scatter_(1, place[:, None], True)
     return mask if few == n else ~mask
+
+
+def _declared_ranks(name: str, rows: int, m: int, n: int) -> tuple[Declared, ...]:
+    widths = _rank_widths(m, n)
+    if widths and _patterns(m, n) > _LONGEST_RANK:
+        return (Declared(name=name, kind=1, shape=(rows * m,)),)
+    below = _patterns(m, n) if len(widths) == 1 else None
+    return tuple(Declared(name=_part(name, i), kind=w, shape=(rows,), below=below) for i, w in enumerate(widths))
 
 
 def _part(name: str, index: int) -> str:
