@@ -18,7 +18,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -403,7 +403,7 @@ def work(seed: int, first: int, past: int) -> dict[str, Any]:
                 if outcome(path, sample.data, sample, life, twin, aloof) != "identical" or others(path):
                     raise AssertionError(f"the sound file {sample.name} does not load")
         before = process_peak()
-        _limit_memory()
+        limit_memory()
         counts: Counter[tuple[str, str]] = Counter()
         wrong: list[str] = []
         slowest, sound = 0.0, {sample.data for sample in pool}
@@ -438,7 +438,7 @@ def work(seed: int, first: int, past: int) -> dict[str, Any]:
     }
 
 
-def _limit_memory() -> None:
+def limit_memory() -> None:
     """From here on an allocation of more than the headroom fails, and counts as a wrong outcome."""
     if sys.platform == "linux":
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -496,12 +496,12 @@ def killed(trials: int, seed: int = 3) -> dict[str, Any]:
 # --- the record ---------------------------------------------------------------------------------------------------
 
 
-def batches(seed: int, count: int, size: int, jobs: int) -> Iterator[dict[str, Any]]:
+def batches(seed: int, count: int, size: int, jobs: int, part: str = "") -> Iterator[dict[str, Any]]:
     """All mutations, in processes of their own: a crash is counted and ends only its batch."""
 
     def one(first: int) -> dict[str, Any]:
         past = min(first + size, count)
-        command = [sys.executable, "-m", "benchmarks.fuzz", "--worker", f"{seed},{first},{past}"]
+        command = [sys.executable, "-m", "benchmarks.fuzz", "--worker", f"{part}{seed},{first},{past}"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             return {"counts": [["any", "CRASH", past - first]], "wrong": [f"{first}..{past}: {done.stderr[-500:]}"]}
@@ -511,18 +511,46 @@ def batches(seed: int, count: int, size: int, jobs: int) -> Iterator[dict[str, A
         yield from pool.map(one, range(0, count, size))
 
 
+def _summed(found: Iterator[dict[str, Any]], kinds: Iterable[str]) -> dict[str, Any]:
+    """What all batches found."""
+    counts: Counter[tuple[str, str]] = Counter()
+    wrong: list[str] = []
+    slowest = grown = 0.0
+    for part in found:
+        for kind, what, n in part["counts"]:
+            counts[kind, what] += n
+        wrong += part["wrong"]
+        slowest, grown = max(slowest, part.get("slowest_seconds", 0)), max(grown, part.get("grown_bytes", 0))
+    return {
+        "outcomes": {k: {what: n for (a, what), n in sorted(counts.items()) if a == k} for k in kinds},
+        "files": sum(counts.values()),
+        "wrong": wrong,
+        "slowest_cpu_seconds": slowest,
+        "most_grown_bytes": grown,
+    }
+
+
+def _meaning() -> Any:
+    """The part that knows structure; it builds on this one."""
+    from benchmarks import fuzz_meaning
+
+    return fuzz_meaning
+
+
 def main(
     count: Annotated[int, typer.Option(help="mutated files")] = 120_000,
     kills: Annotated[int, typer.Option(help="saves to kill")] = 500,
     seed: Annotated[int, typer.Option(help="of the mutations")] = 1,
     batch: Annotated[int, typer.Option(help="mutations a process")] = 10_000,
     jobs: Annotated[int, typer.Option(help="processes at a time")] = 1,
+    meanings: Annotated[int, typer.Option(help="files that are sound and mean what they cannot")] = 40_000,
     out: Annotated[Path | None, typer.Option(help="another record file")] = None,
     worker: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Mutates files and kills saves; writes the record, and fails if anything went wrong."""
     if worker:
-        print(json.dumps(work(*map(int, worker.split(",")))))
+        part, _, numbers = worker.rpartition(":")
+        print(json.dumps((_meaning().work if part else work)(*map(int, numbers.split(",")))))
         return
     with recording(
         "fuzz",
@@ -534,27 +562,19 @@ def main(
             "seconds_a_file": SECONDS,
             "headroom_bytes": HEADROOM,
             "kills": kills,
+            "meanings": meanings,
         },
         notes="Allowed are FormatError, ValueError for another model, or the same weights to the bit; a forged file "
         "(wrong in a value or a blob, right in every checksum) may also be a sound file of other weights. Every fourth "
-        "file is also read tensor by tensor without a model.",
+        "file is also read tensor by tensor without a model. Files of another meaning (benchmarks/fuzz_meaning.py) are "
+        "refused, or give a tensor that is a member of its target's set: projected again it is the same to the bit.",
         out=out,
     ) as results:
-        counts: Counter[tuple[str, str]] = Counter()
-        wrong: list[str] = []
-        slowest = grown = 0.0
-        for found in batches(seed, count, batch, jobs):
-            for kind, what, n in found["counts"]:
-                counts[kind, what] += n
-            wrong += found["wrong"]
-            slowest, grown = max(slowest, found.get("slowest_seconds", 0)), max(grown, found.get("grown_bytes", 0))
-        results["outcomes"] = {k: {what: n for (a, what), n in sorted(counts.items()) if a == k} for k in MUTATIONS}
-        results["files"] = sum(counts.values())
-        results["wrong"] = wrong
-        results["slowest_cpu_seconds"], results["most_grown_bytes"] = slowest, grown
+        results |= _summed(batches(seed, count, batch, jobs), MUTATIONS)
+        results["meaning"] = _summed(batches(seed, meanings, batch, jobs, "meaning:"), [*_meaning().MEANINGS, "any"])
         results["killed"] = killed(kills)
         print(json.dumps(results, indent=1))
-    if wrong or "WRONG" in results["killed"]["whole_file"]:
+    if results["wrong"] or results["meaning"]["wrong"] or "WRONG" in results["killed"]["whole_file"]:
         raise typer.Exit(1)
 
 
