@@ -286,7 +286,9 @@ class _Codebook(Target):
     def declared(self, layout: Layout, dtype: torch.dtype, held: Mapping[str, int]) -> Pieces:
         length = self._length(layout.shape)
         units = layout.numel // length
-        codewords, most = held.get("book", 0) // length, self._codewords(units) if self.book == "layer" else self.size
+        # A count that happens to be that of the ones in one-bit codes is written as such: there are two codewords then.
+        written = held.get("book", 0) or (2 * length if "codes" in held else 0)
+        codewords, most = written // length, self._codewords(units) if self.book == "layer" else self.size
         if not 1 <= codewords <= most:
             raise ValueError(f"a codebook of {codewords} codewords, where 1 to {most} may be")
         shape, index = (
