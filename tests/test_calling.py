@@ -67,9 +67,12 @@ def test_inputs_are_bound_by_name() -> None:
     call = bind(Net(), (a, b, c))
     assert list(call.arguments) == ["x", "others"] and call.arguments["others"] == (b, c)
     assert call.constants == {"flag": True} and call.tensors == (a, b, c)
+    assert call.names == ("x", "others[0]", "others[1]")
     call = bind(Net(), {"x": a, "flag": False, "more": d})
     assert call.arguments == {"x": a, "flag": False, "rest": {"more": d}}
     assert call.constants == {"flag": False} and torch.equal(call(Net()), a + d)
+    assert call.names == ("x", "more")
+    assert bind(Net(), {"more": d, "x": a}).names == ("x", "more")  # in the order of the signature
     doubled = call.mapped(lambda x: 2 * x)
     assert torch.equal(doubled.arguments["x"], 2 * a) and torch.equal(doubled(Net()), 2 * (a + d))
 

@@ -400,8 +400,8 @@ def test_other_lives_keywords_and_several_outputs(tmp_path: Path) -> None:
 
     run = dt.compress(Two(), dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=8))]))
     x, y = torch.randn(1, 8), torch.randn(1, 8)  # a single row, which torch.export alone would take for a constant
-    with pytest.raises(ValueError, match=r"example_inputs"):
-        to_onnx(run, tmp_path / "m.onnx", {"x": x, "y": 3})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"example_inputs=...\): give tensors, not ndarray"):
+        to_onnx(run, tmp_path / "m.onnx", {"x": x, "y": y.numpy()})
     report = to_onnx(run, tmp_path / "m.onnx", {"x": x, "y": y}, bits=2)
     assert {row.form for row in report.tensors if row.target} == {"INT2"}
     recipe = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=3))])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
 __all__ = ["Call", "Inputs", "bind", "unwrap", "unwrapped"]
 
@@ -105,6 +105,7 @@ class Call:
         arguments: all that is given, by parameter of `forward`: of `*xs` a tuple, of `**others` a mapping.
         constants: parameters of `forward` that get no tensor, with the value they have: given or their default. These
             are what `torch.fx.symbolic_trace(concrete_args=)` takes.
+        names: of the tensors, in the order of the call: the parameter, or where it holds several `xs[0]`, `state['h']`.
 
     Example:
         >>> class Net(nn.Module):
@@ -119,6 +120,12 @@ class Call:
     kwargs: Mapping[str, Any]
     arguments: Mapping[str, Any]
     constants: Mapping[str, Any]
+    names: tuple[str, ...]
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """What is given and holds no tensor, by parameter."""
+        return {name: value for name, value in self.arguments.items() if name in self.constants}
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -128,15 +135,18 @@ class Call:
     def mapped(self, act: Callable[[Tensor], Tensor]) -> Call:
         """The same call with every tensor changed."""
 
-        def changed(tree: Any) -> Any:
-            return tree_map(lambda x: act(x) if isinstance(x, Tensor) else x, tree)
+        return self.replaced([act(x) for x in self.tensors])
 
-        return Call(
-            args=changed(self.args),
-            kwargs=changed(dict(self.kwargs)),
-            arguments=changed(dict(self.arguments)),
-            constants=self.constants,
-        )
+    def replaced(self, tensors: Iterable[Tensor]) -> Call:
+        """The same call with other tensors, in the same order."""
+        fresh = list(tensors)
+
+        def changed(tree: Any) -> Any:
+            left = iter(fresh)  # both trees hold the tensors in the order of the call
+            return tree_map(lambda x: next(left) if isinstance(x, Tensor) else x, tree)
+
+        args, kwargs = changed((self.args, dict(self.kwargs)))
+        return replace(self, args=args, kwargs=kwargs, arguments=changed(dict(self.arguments)))
 
     def __call__(self, model: nn.Module) -> Any:
         """What the model returns, without gradients."""
@@ -179,12 +189,26 @@ def bind(model: nn.Module, inputs: Inputs, field: str = "example_inputs") -> Cal
     arguments = dict(bound.arguments)
     bound.apply_defaults()
     several = {name for name, p in signature.parameters.items() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    spread = next((name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
+    order = [*arguments, *arguments.get(spread, {})]  # of the signature, in which exporters list inputs
+    kwargs = {name: kwargs[name] for name in sorted(kwargs, key=order.index)}
     constants = {
         name: value
         for name, value in bound.arguments.items()
         if not any(isinstance(x, Tensor) for x in tree_leaves(value)) and (name not in several or value)
     }
-    return Call(args=args, kwargs=kwargs, arguments=arguments, constants=constants)
+    flat = {name: value for name, value in arguments.items() if name != spread} | arguments.get(spread, {})
+    names = tuple(path for path, x in _named(flat) if isinstance(x, Tensor))
+    return Call(args=args, kwargs=kwargs, arguments=arguments, constants=constants, names=names)
+
+
+def _named(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Every leaf of every value with its path, such as "state['h']"."""
+    return [
+        (f"{name}{keystr(path)}", leaf)
+        for name, value in values.items()
+        for path, leaf in tree_flatten_with_path(value)[0]
+    ]
 
 
 def _signature(model: nn.Module) -> inspect.Signature:
