@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from detent.export.graph import OWN, Graph
+from detent.export.forms import Codewords, Form, Grid
+from detent.export.graph import OWN, Graph, constants_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -29,7 +30,9 @@ __all__ = [
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _BINS = 2048
 _SHRINKS = np.linspace(1.0, 0.1, 91)  # of the observed range: what "mse" tries
-_LARGEST_BIAS = 2**31 - 1
+_HALF_OF_INT32 = 2**30
+_SMALLEST_SCALE = 1e-30  # of inputs x weights: far from where float32 becomes 0
+_LOOKS_UP = ("Gather", "GatherElements", "GatherND")
 _SAME_RANGE = ("MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean", "Reshape", "Flatten", "Transpose", "Slice")
 _SAME_RANGE += ("Squeeze", "Unsqueeze", "Identity", "Gather", "Expand", "Dropout")
 
@@ -128,23 +131,21 @@ def places(graph: Graph) -> list[ir.Value]:
     """The activations to round: what goes into a layer, what comes out of a convolution, sums of those.
 
     A result is taken behind its Relu or Clip, which rounding to a range does as well. Matrix products give floats, as
-    an integer kernel can; outputs of the graph stay floats. Only layers whose weights are integers with a
-    scale a tensor or a channel take part: of others ONNX Runtime would round the weights itself.
+    an integer kernel can; outputs of the graph stay floats, and only what reads them gets them rounded. Only layers
+    whose weights are integers with a scale a tensor or an output channel take part: of others ONNX Runtime would round
+    the weights itself.
     """
     found: dict[int, ir.Value] = {}
-    constants = _constants(graph)
+    constants = constants_of(graph)
 
     def add(value: ir.Value | None) -> None:
-        if value is not None and not value.is_graph_output() and id(value) not in constants:
+        if value is not None and value.uses() and id(value) not in constants:
             found.setdefault(id(value), value)
 
     for node in graph.graph:
         if node.op_type in _LAYERS:
             weight = node.inputs[1]
-            if weight is None or id(weight) not in constants:
-                continue
-            if not _is_integer(weight):
-                graph.notes.append(f"{weight.name!r} is computed in float: its weights are no integers with one scale")
+            if weight is None or id(weight) not in constants or _why_float(graph, node):
                 continue
             add(node.inputs[0])
             if node.op_type == "Conv":
@@ -154,19 +155,102 @@ def places(graph: Graph) -> list[ir.Value]:
     return list(found.values())
 
 
-def _is_integer(weight: ir.Value) -> bool:
-    """Whether a weight is dequantized right where it is used, from integers with a scale a tensor or a channel."""
+def _why_float(graph: Graph, node: ir.Node) -> str:
+    """Why a layer with constant weights has no integer form, or nothing."""
+    weight = node.inputs[1]
+    assert weight is not None
     maker = weight.producer()
-    return maker is not None and maker.op_type == "DequantizeLinear" and "block_size" not in maker.attributes
+    if maker is None or maker.op_type != "DequantizeLinear" or "block_size" in maker.attributes:
+        return "the weights are no integers with one scale"
+    scale = maker.inputs[1]
+    assert scale is not None and scale.const_value is not None
+    if scale.const_value.numpy().ndim and _axis(maker) != _output_axis(node, graph):
+        return "the scales do not run along the outputs"
+    form = next((graph.forms[name] for name, value in graph.lowered.items() if value is weight), None)
+    if form is not None and _largest_sum(form) > _HALF_OF_INT32:
+        return "a sum of its products can leave 32 bits"
+    return ""
 
 
-def _constants(graph: Graph) -> set[int]:
-    """Ids of the values that hang on weights alone."""
-    found = {id(value) for value in graph.graph.initializers.values()}
+def _axis(maker: ir.Node) -> int:
+    return maker.attributes["axis"].as_int() if "axis" in maker.attributes else 1
+
+
+def _output_axis(node: ir.Node, graph: Graph) -> int:
+    """The axis of a layer's weight that makes its output channels."""
+    if node.op_type == "Gemm":
+        return 0 if "transB" in node.attributes and node.attributes["transB"].as_int() else 1
+    if node.op_type == "MatMul":  # of matrices; stacks of them have no integer kernel with scales along their columns
+        codes = _codes_of(node.inputs[1].producer()) if node.inputs[1] is not None else None
+        return 1 if codes is None or len(codes.shape or ()) == 2 else -1
+    return int(node.op_type == "ConvTranspose")
+
+
+def _largest_sum(form: Form) -> int:
+    """The largest sum of an output channel's products with activations of 8 bits, in a matrix or a convolution."""
+    if not isinstance(form, Grid | Codewords):
+        return 0
+    integers = form.indices if isinstance(form, Grid) else form.book
+    widened = 2 ** (7 - form.bits) if isinstance(form, Grid) and form.bits < 8 else 1  # as `Graph` widens them
+    return 255 * int(integers.abs().max()) * widened * (form.layout.numel // form.layout.channels)
+
+
+def name_floats(graph: Graph, values: Iterable[ir.Value]) -> None:
+    """Note every claimed weight that no integer kernel computes with, and every layer that stays in floats, by name.
+
+    Args:
+        graph: with its activations rounded.
+        values: what is rounded behind where it is made.
+    """
+    constants, rounded = constants_of(graph), {id(value) for value in values}
+    claimed = {id(value): name for name, value in graph.lowered.items()}
+    claimed |= {id(value): name for name, value in graph.weights.items() if name in graph.forms and value.uses()}
+    names: dict[str, list[str]] = {}
+    seen: set[int] = set()
+    for start, name in claimed.items():
+        value = next(v for v in (*graph.lowered.values(), *graph.weights.values()) if id(v) == start)
+        for node, place in _readers(value, constants):
+            seen.add(id(node))
+            why = (
+                "" if node.op_type in ("Conv", "Gemm") and place == 2 else _why_idle(graph, node, place, rounded, value)
+            )
+            if why:
+                names.setdefault(why, []).append(name)
     for node in graph.graph:
-        if all(value is None or id(value) in found for value in node.inputs):
-            found |= {id(value) for value in node.outputs}
+        weight = node.inputs[1] if node.op_type in _LAYERS else None
+        if weight is not None and id(weight) in constants and id(node) not in seen:
+            names.setdefault(_why_float(graph, node), []).append(str(weight.name))
+    for why, found in names.items():
+        many = ", ".join(map(repr, dict.fromkeys(found)))
+        graph.notes.append(f"{many}: computed in float, because {why}")
+
+
+def _readers(value: ir.Value, constants: set[int]) -> list[tuple[ir.Node, int]]:
+    """What computes with a constant, however it is turned before: the nodes that also read something else."""
+    found: list[tuple[ir.Node, int]] = []
+    for use in value.uses():
+        outputs = [out for out in use.node.outputs if id(out) in constants]
+        if not outputs:
+            found.append((use.node, use.idx))
+        for out in outputs:
+            found += _readers(out, constants)
     return found
+
+
+def _why_idle(graph: Graph, node: ir.Node, place: int, rounded: set[int], value: ir.Value) -> str:
+    """Why a node has no integer kernel for a claimed weight that it reads, or nothing."""
+    if node.op_type not in _LAYERS or place != 1:
+        return "they are looked up" if node.op_type in _LOOKS_UP else f"{node.op_type} has no integer kernel"
+    if node.inputs[1] is not value and _why_float(graph, node):
+        return "what the layer multiplies with is worked out from them at every run"
+    if _why_float(graph, node):
+        return _why_float(graph, node)
+    if node.op_type == "ConvTranspose":
+        return "ConvTranspose has no integer kernel; its inputs are rounded"
+    out = _behind_relu(node.outputs[0])
+    if node.op_type == "Conv" and (id(out) not in rounded or out.is_graph_output()):
+        return "a convolution whose result stays a float has no integer kernel; its inputs are rounded"
+    return ""
 
 
 def _behind_relu(value: ir.Value) -> ir.Value:
@@ -266,7 +350,7 @@ def ranges_from_batchnorm(graph: Graph, values: list[ir.Value], settings: Activa
             known[str(node.outputs[0].name)] = found
     lost = next((v for v in values if v.name not in known), None)
     if lost is not None:
-        why = _why_lost(lost, known, _constants(graph))
+        why = _why_lost(lost, known, constants_of(graph))
         raise ValueError(
             f'Activations(method="batchnorm"): {lost.name!r} {why}, so its range has to be measured; use another '
             "method and calibration data"
@@ -350,6 +434,7 @@ def insert(graph: Graph, values: list[ir.Value], ranges: Mapping[str, Range], se
     import onnx_ir as ir
 
     scales: dict[int, np.float32] = {}
+    constants, rounded = constants_of(graph), {id(value) for value in values}
     limits: list[ir.Value] = []
     if settings.bits < 8:
         most = 2**settings.bits - 1
@@ -374,54 +459,150 @@ def insert(graph: Graph, values: list[ir.Value], ranges: Mapping[str, Range], se
         back.outputs[0].name = f"{name}.back"
         made.append(back)
         for use in users:
-            use.node.replace_input_with(use.idx, back.outputs[0])
+            if not _would_be_rounded(graph, use.node, use.idx, constants, rounded):
+                use.node.replace_input_with(use.idx, back.outputs[0])
         first = value.producer()
         if first is None:
             graph.graph.insert_before(graph.graph[0], made)
         else:
             graph.graph.insert_after(first, made)
         scales[id(back.outputs[0])] = scale
-    for node in [n for n in graph.graph if n.op_type in ("Conv", "Gemm")]:
-        _round_bias(graph, node, scales)
+    _round_biases(graph, scales)
     graph.place_new()
 
 
-def _round_bias(graph: Graph, node: ir.Node, scales: Mapping[int, np.float32]) -> None:
-    """A bias as int32 times (scale of the inputs x scale of the weights), which is what an integer sum is in."""
+def _round_biases(graph: Graph, scales: Mapping[int, np.float32]) -> None:
+    """Biases as int32 times (scale of the inputs x scale of the weights), which is what an integer sum is in."""
+    layers = [n for n in graph.graph if n.op_type in ("Conv", "Gemm") and id(n.inputs[0]) in scales]
+    layers = [n for n in layers if n.inputs[1] is not None and _is_dequantized(n.inputs[1])]
+    by_weight: dict[int, list[ir.Node]] = {}
+    for node in layers:
+        by_weight.setdefault(id(node.inputs[1]), []).append(node)
+    # First the scales of all weights, then the biases: layers that share a weight share its scale.
+    for nodes in by_weight.values():
+        _make_room(graph, nodes, scales)
+    for node in layers:
+        _round_bias(graph, node, float(scales[id(node.inputs[0])]))
+
+
+def _is_dequantized(weight: ir.Value) -> bool:
+    maker = weight.producer()
+    return maker is not None and maker.op_type == "DequantizeLinear" and "block_size" not in maker.attributes
+
+
+def _numbers(value: ir.Value | None) -> np.ndarray | None:
+    return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def _make_room(graph: Graph, nodes: Sequence[ir.Node], scales: Mapping[int, np.float32]) -> None:
+    """Raise the scales of channels so that their biases, counted in inputs x weights, fit half of int32.
+
+    What weight decay and BatchNorm leave of a dead channel are weights of nothing and a bias that counts. Its codes
+    are rounded again on the coarser scale, which moves its result by far less than float32 resolves beside the bias.
+    The other half of int32 is for the sum of products.
+    """
+    weight = nodes[0].inputs[1]
+    assert weight is not None
+    maker = weight.producer()
+    assert maker is not None and maker.inputs[1] is not None
+    scale = _numbers(maker.inputs[1])
+    assert scale is not None
+    if not scale.ndim:
+        return
+    own = np.abs(scale.astype(np.float64))
+    least = np.full(own.shape, _SMALLEST_SCALE)
+    for node in nodes:
+        bias = _numbers(node.inputs[2]) if len(node.inputs) > 2 else None
+        per_input = float(scales[id(node.inputs[0])])
+        least = np.maximum(least, _SMALLEST_SCALE / per_input)
+        if bias is not None and bias.shape == own.shape:
+            least = np.maximum(least, np.abs(bias.astype(np.float64)) / per_input / _HALF_OF_INT32)
+    small = own < least
+    if not small.any():
+        return
+    codes = _codes_of(maker)
+    if codes is None:
+        return  # codewords, which channels share: their layer is computed in floats
+    wanted = np.where(small, (least * (1 + 2.0**-20)).astype(np.float32), scale).astype(np.float32)
+    array = _numbers(codes)
+    assert array is not None
+    zero = 128 if array.dtype == np.uint8 else 0
+    shape = [1] * array.ndim
+    shape[_axis(maker)] = -1
+    ratio = (scale.astype(np.float64) / wanted.astype(np.float64)).reshape(shape)
+    rounded = np.rint((array.astype(np.float64) - zero) * ratio) + zero
+    was_zero = (array.astype(np.float64) == zero).all(axis=tuple(i for i in range(array.ndim) if i != _axis(maker)))
+    _replace_constant(codes, rounded.astype(np.int16).astype(array.dtype))
+    _replace_constant(maker.inputs[1], wanted)
+    count = int((small & ~was_zero).sum())
+    if count:
+        name = next((n for n, v in graph.lowered.items() if v is weight), str(weight.name))
+        graph.notes.append(
+            f"{name!r}: {count} of {own.size} channels have weights so small beside their bias that int32 cannot hold "
+            "both; these weights are rounded on a coarser scale"
+        )
+
+
+def _codes_of(maker: ir.Node | None) -> ir.Value | None:
+    """The stored integers that a node dequantizes, widened or not; `None` of codewords."""
+    value = maker.inputs[0] if maker is not None else None
+    while value is not None and value.const_value is None:
+        node = value.producer()
+        if node is None or node.op_type not in ("Cast", "Mul"):
+            return None
+        value = node.inputs[0]
+    return value
+
+
+def _round_bias(graph: Graph, node: ir.Node, per_input: float) -> None:
+    """The bias of one layer, or no integer kernel for it where the bias does not fit."""
     bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is None:
+        return
     weight = node.inputs[1]
-    maker = weight.producer() if weight is not None else None
-    if bias is None or bias.const_value is None or id(node.inputs[0]) not in scales:
-        return
-    if maker is None or maker.op_type != "DequantizeLinear" or "block_size" in maker.attributes:
-        return
-    scale_value = maker.inputs[1]
-    assert scale_value is not None and scale_value.const_value is not None
-    value = bias.const_value.numpy().astype(np.float64)
-    per_input = float(scales[id(node.inputs[0])])
-    own = scale_value.const_value.numpy().astype(np.float64)
-    if own.ndim and (own == 0).any():
-        # A channel of zeros has no scale, and its bias needs one: any does, since its codes are all zero.
-        spare = np.maximum(np.abs(value), 1e-30) / per_input / 2**24
-        own = np.where(own == 0, spare, own).astype(np.float32).astype(np.float64)
-        _replace_constant(graph, scale_value, own.astype(np.float32))
-    step = (per_input * own).astype(np.float32)
-    step = np.broadcast_to(step, value.shape) if own.ndim else step
-    if not step.all() or (np.abs(value) > _LARGEST_BIAS * np.abs(step).astype(np.float64)).any():
-        graph.notes.append(f"{bias.name!r} stays float: it has no int32 in units of inputs x weights")
-        return
-    codes = np.rint(value / step.astype(np.float64)).astype(np.int32)
+    assert weight is not None
+    maker = weight.producer()
+    assert maker is not None
+    value, own = _numbers(bias), _numbers(maker.inputs[1])
+    assert own is not None
+    step = (per_input * own.astype(np.float64)).astype(np.float32)
+    if value is not None and value.ndim == 1 and own.ndim <= 1 and (not own.ndim or own.shape == value.shape):
+        step = np.broadcast_to(step, value.shape) if own.ndim else step
+        large = np.abs(value.astype(np.float64)) > _HALF_OF_INT32 * np.abs(step).astype(np.float64)
+        if step.all() and not large.any():
+            _write_bias(graph, node, bias, np.rint(value / step.astype(np.float64)).astype(np.int32), step)
+            return
+    # A bias that stays a float would be rounded by ONNX Runtime, to int32 that overflows.
+    graph.keep_float(node)
+    name = next((n for n, v in graph.weights.items() if v is bias), str(bias.name))
+    graph.notes.append(f"{name!r} stays float, and so does its layer: it has no int32 in units of inputs x weights")
+
+
+def _write_bias(graph: Graph, node: ir.Node, bias: ir.Value, codes: np.ndarray, step: np.ndarray) -> None:
     name = str(bias.name)
-    attributes: dict[str, Any] = {"axis": 0} if own.ndim else {}
-    inputs = [graph.constant(f"{name}.codes", codes), graph.constant(f"{name}.scale", np.ascontiguousarray(step))]
-    node.replace_input_with(2, graph.node("DequantizeLinear", inputs, f"{name}.back", **attributes))
+    held = graph.graph.initializers
+    own = f"{name}.{len(held)}" if f"{name}.codes" in held else name  # a bias that layers share has several scales
+    attributes: dict[str, Any] = {"axis": 0} if step.ndim else {}
+    inputs = [graph.constant(f"{own}.codes", codes), graph.constant(f"{own}.scale", np.ascontiguousarray(step))]
+    node.replace_input_with(2, graph.node("DequantizeLinear", inputs, f"{own}.back", **attributes))
     for row in [n for n, v in graph.weights.items() if v is bias]:
         graph.rows[row] = replace(graph.rows[row], form="INT32", nbytes=4 * (codes.size + step.size))
     if not bias.uses() and bias.name in graph.graph.initializers:
-        graph.graph.initializers.pop(str(bias.name))
+        graph.graph.initializers.pop(name)
 
 
-def _replace_constant(graph: Graph, value: ir.Value, array: np.ndarray) -> None:
+def _would_be_rounded(graph: Graph, node: ir.Node, place: int, constants: set[int], rounded: set[int]) -> bool:
+    """Whether ONNX Runtime would round the float weights of a layer between a rounded input and a rounded result.
+
+    Such a layer reads what was there before rounding.
+    """
+    weight = node.inputs[1] if node.op_type in ("Conv", "ConvTranspose", "Gemm") and place == 0 else None
+    if weight is None or id(weight) not in constants or not _why_float(graph, node):
+        return False
+    return id(_behind_relu(node.outputs[0])) in rounded
+
+
+def _replace_constant(value: ir.Value, array: np.ndarray) -> None:
     import onnx_ir as ir
 
     value.const_value = ir.Tensor(array, name=value.name)
@@ -481,10 +662,15 @@ def round_activations(graph: Graph, settings: Activations, calibration: Calibrat
         need = "takes no calibration data" if by_norm else "needs calibration="
         raise ValueError(f"Activations(method={settings.method!r}): {need}")
     values = places(graph)
+    for node in [n for n in graph.graph if n.op_type in ("Gemm", "MatMul")]:
+        if node.inputs[1] is not None and _is_dequantized(node.inputs[1]) and _why_float(graph, node):
+            graph.keep_float(node)
     if not values:
-        raise ValueError("activations: no layer of this graph takes part; see the docs on what can be rounded")
+        name_floats(graph, values)
+        raise ValueError(f"activations: no layer of this graph takes part ({'; '.join(graph.notes) or 'it has none'})")
     if calibration is not None:
         ranges = measured(graph, values, calibration, settings)
     else:
         ranges = ranges_from_batchnorm(graph, values, settings)
+    name_floats(graph, values)
     insert(graph, values, ranges, settings)

@@ -20,11 +20,13 @@ from detent.specs import short
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["OPSET", "OPSET_OF_2_BITS", "OWN", "Exported", "Graph", "OnnxReport"]
+__all__ = ["OPSET", "OPSET_OF_2_BITS", "OWN", "Exported", "Graph", "OnnxReport", "constants_of"]
 
 OPSET, OPSET_OF_2_BITS = 21, 25  # the first with INT4 and blocks; the first with INT2
 _IR_VERSION = {OPSET: 10, OPSET_OF_2_BITS: 13}
 OWN = "."  # before names that are not made of a parameter's: no name of a parameter can start with it
+_MIDDLE = 128  # the zero point of unsigned codes
+_SAFE = 64  # the largest code with which two products fit 16 bits: 2 * 255 * 64 < 2^15
 _LARGEST = 2**31 - 2**20  # bytes of one protocol buffer, less what is not tensors
 
 
@@ -132,7 +134,8 @@ class Graph:
         self.rows: dict[str, Exported] = {}
         self.aliases = aliases
         self.normal: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # BatchNorm's (gamma, beta), by what it gives
-        self.folded: set[str] = set()  # names of what BatchNorm was made of, where it is no node any more
+        self.folded: set[str] = set()  # names of what went into scales and biases, where it is no node any more
+        self.lowered: dict[str, ir.Value] = {}  # what stands for a claimed weight, by its name
         self._new: list[ir.Node] = []
         self._books: dict[bytes, ir.Value] = {}
         self._shifts: dict[int, ir.Value] = {}
@@ -221,7 +224,9 @@ class Graph:
                 continue
             self._replace(name, value, form, matmul, integer)
         for name in sorted(self.forms.keys() - self.weights.keys()):
-            self._note(name, "absent", 0, "BatchNorm, folded" if name in self.folded else "the graph does not use it")
+            self._note(
+                name, "absent", 0, "folded into other numbers" if name in self.folded else "the graph does not use it"
+            )
         self._fold_transposes()
         self.place_new()
 
@@ -272,7 +277,8 @@ class Graph:
             fresh = self._codewords(kept, form, integer)
         if not turned:
             ir.convenience.replace_all_uses_with(value, fresh)
-        self._note(name, _word(form), form.nbytes)
+        self.lowered[name] = fresh
+        self._note(name, _word(form, integer), form.nbytes)
 
     def _reshaped(self, value: ir.Value, shape: Sequence[int], name: str) -> ir.Value:
         return self.node("Reshape", [value, self.constant(f"{name}.shape", np.array(shape, dtype=np.int64))], name)
@@ -313,12 +319,18 @@ class Graph:
             indices = indices.t()
             scale = scale.t() if scale.dim() == 2 else scale
             attributes |= {"axis": 1 - attributes["axis"]} if attributes else {}
-        codes = self.constant(f"{name}.codes", _integers(indices, form.bits))
+        unsigned = integer and form.bits == 8 and _saturates(indices)
+        if unsigned:
+            codes = self.constant(f"{name}.codes", _integers(indices + _MIDDLE, 8, signed=False))
+        else:
+            codes = self.constant(f"{name}.codes", _integers(indices, form.bits))
         if integer and form.bits < 8:
             shift = 8 - form.bits - 1
             codes, scale = self._widened(codes, name, shift), scale / 2.0**shift
         inputs = [codes, self.constant(f"{name}.scale", scale.contiguous().numpy())]
-        if zero:  # QGemm is not made without one, although it is 0
+        if unsigned:
+            inputs.append(self.constant(f"{name}.zero", np.full(tuple(scale.shape), _MIDDLE, dtype=np.uint8)))
+        elif zero:  # QGemm is not made without one, although it is 0
             inputs.append(self.constant(f"{name}.zero", np.zeros(tuple(scale.shape), dtype=np.int8)))
         out = self.node("DequantizeLinear", inputs, f"{name}:matrix" if as_matrix else name, **attributes)
         return self._from_channels(out, layout, name) if as_matrix else out
@@ -333,6 +345,13 @@ class Graph:
             self._shifts[shift] = self.constant(f"{OWN}shift{shift}", np.array(1 << shift, dtype=np.int32))
         shifted = self.node("Mul", [whole, self._shifts[shift]], f"{name}.shifted")
         return self.node("Cast", [shifted], f"{name}.wide", to=_data_type("INT8"))
+
+    def _raised(self, units: ir.Value, name: str) -> ir.Value:
+        """INT8 as UINT8 around 128, which a runtime works out once."""
+        whole = self.node("Cast", [units], f"{name}.signed", to=_data_type("INT32"))
+        middle = self.constant(f"{name}.middle", np.array(_MIDDLE, dtype=np.int32))
+        moved = self.node("Add", [whole, middle], f"{name}.moved")
+        return self.node("Cast", [moved], f"{name}.unsigned", to=_data_type("UINT8"))
 
     def _index(self, name: str, codes: Tensor, parts: tuple[int, ...]) -> ir.Value:
         """Indices as int32, put together from packed parts, the lowest bits first."""
@@ -386,7 +405,11 @@ class Graph:
         if integer and (form.scale.numel() == 1 or (form.layout.conv_groups == 1 and not form.layout.batch_axes)):
             axis = {} if form.scale.numel() == 1 else {"axis": form.layout.channel_dim}
             scale = form.scale.reshape(()) if form.scale.numel() == 1 else form.scale
-            return self.node("DequantizeLinear", [units, self.constant(f"{name}.scale", scale.numpy())], name, **axis)
+            inputs = [units, self.constant(f"{name}.scale", scale.numpy())]
+            if _saturates(form.book):
+                inputs = [self._raised(units, name), inputs[1]]
+                inputs.append(self.constant(f"{name}.zero", np.full(tuple(scale.shape), _MIDDLE, dtype=np.uint8)))
+            return self.node("DequantizeLinear", inputs, name, **axis)
         # A product and no DequantizeLinear, which runtimes keep for every run: this they work out once, at the start.
         plain = self.node("Cast", [units], f"{name}:float", to=_data_type("FLOAT"))
         return self.node("Mul", [plain, self.constant(f"{name}.scale", form.steps.contiguous().numpy())], name)
@@ -407,6 +430,29 @@ class Graph:
             fresh = self.constant(name, np.ascontiguousarray(constant.numpy().transpose(perm)))
             ir.convenience.replace_all_uses_with(users[0].outputs[0], fresh)
             self.graph.remove(users[0], safe=True)
+
+    def keep_float(self, node: ir.Node) -> None:
+        """Keep a runtime from making an integer kernel of a layer: it does so only right behind `DequantizeLinear`."""
+        weight = node.inputs[1]
+        assert weight is not None
+        form = next(self.forms[name] for name, value in self.lowered.items() if value is weight)
+        assert not isinstance(form, Half | Plain)
+        shape = np.zeros(len(form.layout.shape), dtype=np.int64)  # 0: as it is
+        name = f"{weight.name}:as_is{len(self.graph.initializers)}"
+        node.replace_input_with(1, self.node("Reshape", [weight, self.constant(f"{name}.shape", shape)], name))
+
+    def replace_uses(self, old: ir.Value, fresh: ir.Value) -> None:
+        """Use one value wherever another was."""
+        import onnx_ir as ir
+
+        ir.convenience.replace_all_uses_with(old, fresh)
+
+    def forget_unused(self) -> None:
+        """Leave out what nothing uses any more."""
+        self.folded |= {name for name, value in self.weights.items() if not value.uses()}
+        for value in [v for v in self.graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
+            self._drop(value)
+        self.weights = {name: value for name, value in self.weights.items() if value.uses()}
 
     # --- BatchNorm -------------------------------------------------------------------------------------------------
 
@@ -505,8 +551,8 @@ class Graph:
 
     # --- the file --------------------------------------------------------------------------------------------------
 
-    def serialized(self) -> bytes:
-        """The file: no stack traces, no shapes that any reader infers.
+    def serialized(self, *, shapes: bool = False) -> bytes:
+        """The file: no stack traces, and no shapes that any reader infers, unless they are asked for.
 
         Raises:
             ValueError: more than one protocol buffer holds.
@@ -527,7 +573,7 @@ class Graph:
             node.doc_string = None
             for value in node.outputs:
                 value.metadata_props.clear()
-                if value not in self.graph.outputs:
+                if value not in self.graph.outputs and not shapes:
                     value.shape, value.type = None, None
         return ir.to_proto(self.model).SerializeToString()
 
@@ -550,6 +596,15 @@ class Graph:
             kernels=dict(kernels),
             notes=tuple(self.notes),
         )
+
+
+def constants_of(graph: Graph) -> set[int]:
+    """Ids of the values that hang on weights alone."""
+    found = {id(value) for value in graph.graph.initializers.values()}
+    for node in graph.graph:
+        if all(value is None or id(value) in found for value in node.inputs):
+            found |= {id(value) for value in node.outputs}
+    return found
 
 
 # --- small things --------------------------------------------------------------------------------------------------
@@ -591,10 +646,17 @@ def _has_blocks(form: Form) -> bool:
     return isinstance(form, Grid) and form.scale.numel() > form.layout.channels
 
 
-def _word(form: Form) -> str:
+def _saturates(integers: Tensor) -> bool:
+    """Whether x86 kernels without VNNI clip sums of these, which add products of unsigned and signed bytes in pairs in
+    16 bits. Products of unsigned bytes they add exactly, so such codes are written unsigned.
+    """
+    return bool((integers.abs() > _SAFE).any())
+
+
+def _word(form: Form, integer: bool = False) -> str:
     """The form as the report says it."""
     if isinstance(form, Grid):
-        return f"INT{form.bits}"
+        return f"UINT{form.bits}" if integer and form.bits == 8 and _saturates(form.indices) else f"INT{form.bits}"
     if isinstance(form, Plain):
         return "float"
     if isinstance(form, Half):

@@ -25,6 +25,7 @@ from detent.export.activations import Activations, Calibration, round_activation
 from detent.export.calling import Call, Inputs, bind, unwrapped
 from detent.export.forms import Codewords, Form, Grid, Table, form_of
 from detent.export.graph import OPSET, OPSET_OF_2_BITS, Graph, OnnxReport
+from detent.export.rescaling import fold_factors
 from detent.lives import Encoded, Lives
 from detent.pack import Reader
 from detent.pack.atomic import destination, replace_file
@@ -123,6 +124,7 @@ def to_onnx(
         call = bind(model, example_inputs, "to_onnx(example_inputs=...)")
         example = _Example.of(call, dynamic, dynamic_batch)
         graph = traced(model, example, encoded)
+        fold_factors(graph)
         if fold_batchnorm or activations is not None:
             graph.fold_batchnorm()
         integer = activations is not None
