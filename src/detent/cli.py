@@ -37,6 +37,7 @@ from detent.cli_work import (
 )
 from detent.demo import KEEP, WIDTHS, Outcome, Settings, demonstrate
 from detent.demos import METHODS, Comparison, compare, table_of
+from detent.export import check_compressed_tensors
 from detent.pack import Inspection, read_header
 from detent.pack import inspect as measured
 from detent.pack import unpack as write_plain
@@ -256,21 +257,30 @@ def _notes(outcome: Outcome) -> list[str]:
 def plan(
     model: Annotated[str, typer.Argument(help='A factory "package.module:function", or a .safetensors state dict.')],
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A preset, or a .yaml file.")] = "psg-w4",
+    to: Annotated[
+        str | None, typer.Option(help="compressed-tensors: also say what that export would refuse; wants a factory.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a recipe would do to every parameter of a model, and why some stay in full precision."""
     with _answer(as_json):
         is_file = model.endswith(".safetensors")
+        if to not in (None, "compressed-tensors"):
+            raise ValueError(f"--to {to}: must be compressed-tensors")
+        if to and is_file:
+            raise ValueError(f"--to {to}: a file does not say which layers are linear; give a factory")
         net = skeleton(Path(model)) if is_file else model_of(model)
         resolved = recipe_of(recipe).resolve(net)
+        checked = check_compressed_tensors(net, resolved) if to else None
         dead = resolved.near_dead(_tensors(Path(model)) if is_file else net.named_parameters())
         outputs = sum(c.layout.channels for c in resolved.claims if c.is_weight and len(c.layout.shape) > 1)
         if as_json:
             near = {"outputs": outputs, "near_dead": sum(count for count, _ in dead.values()), "by_name": dead}
-            _print_json({"recipe": recipe, "parameters": resolved.rows(), "near_dead": near})
-        else:
-            Console(soft_wrap=True).print(Text(str(resolved)))
-            if said := near_dead_said(dead, outputs):
+            more = {"export": dataclasses.asdict(checked)} if checked else {}
+            _print_json({"recipe": recipe, "parameters": resolved.rows(), "near_dead": near, **more})
+            return
+        for said in (str(resolved), near_dead_said(dead, outputs), str(checked or "")):
+            if said:
                 Console(soft_wrap=True).print(Text(said))
 
 

@@ -3,7 +3,9 @@
 from detent.export.activations import Activations as Activations
 from detent.export.graph import Exported as Exported
 from detent.export.graph import OnnxReport as OnnxReport
+from detent.export.hf import HfCheck as HfCheck
 from detent.export.hf import HfReport as HfReport
+from detent.export.hf import check_compressed_tensors as check_compressed_tensors
 from detent.export.hf import to_compressed_tensors as to_compressed_tensors
 from detent.export.integer import to_integer as to_integer
 from detent.export.integer_onnx import integers_to_onnx as integers_to_onnx

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,16 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detent.grouping import Channel, Group, PerTensor, granularity_of
+from detent.export.calling import unwrap
+from detent.grouping import Channel, Group, Layout, PerTensor, granularity_of
 from detent.lives import Encoded, Lives
 from detent.pack.atomic import destination, replace_file
 from detent.parameters import canonical_name
-from detent.targets import Uniform
+from detent.plan import Plan
+from detent.recipe import Recipe
+from detent.targets import Target, Uniform
 
-__all__ = ["HfReport", "to_compressed_tensors"]
+__all__ = ["HfCheck", "HfReport", "check_compressed_tensors", "to_compressed_tensors"]
 
 _NEEDED = "compressed-tensors files need transformers and compressed-tensors: pip install 'detent[hf]'"
 _BITS = (4, 8)
+# Layers that vLLM makes one of, by the names that its models give them.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +42,7 @@ class HfReport:
         packed: bytes of codes and scales of each packed parameter, by name.
         ignored: linear layers that stay as they are.
         config: what stands under `quantization_config` in config.json.
+        notes: what a loader that fuses layers would not take: queries, keys and values in several formats.
 
     Example:
         >>> HfReport(bytes=10, packed={"a.weight": 8}, ignored=("b",)).packed_bytes
@@ -44,6 +53,7 @@ class HfReport:
     packed: Mapping[str, int]
     ignored: tuple[str, ...]
     config: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def packed_bytes(self) -> int:
@@ -53,7 +63,37 @@ class HfReport:
     def __repr__(self) -> str:
         """In a line; a big model's names are kilobytes."""
         packed = f"{len(self.packed)} weights packed in {self.packed_bytes:,} bytes"
-        return f"<HfReport: {self.bytes:,} bytes; {packed}; {len(self.ignored)} linear layers left as they are>"
+        notes = f"; {len(self.notes)} notes" if self.notes else ""
+        return f"<HfReport: {self.bytes:,} bytes; {packed}; {len(self.ignored)} linear layers left as they are{notes}>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfCheck:
+    """Whether what a recipe makes of a model can be written, asked before training.
+
+    Args:
+        packed: names of the parameters that would be packed.
+        refused: why a parameter, or the model (""), cannot be written.
+        notes: what would be written and is worth knowing, as in `HfReport`.
+
+    Example:
+        >>> HfCheck(packed=(), refused={"fc.weight": "loaders know 4 and 8 bits, and this has 3"}).fits
+        False
+    """
+
+    packed: tuple[str, ...]
+    refused: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing is refused."""
+        return not self.refused
+
+    def __str__(self) -> str:
+        said = [f"{name}: {why}" if name else why for name, why in self.refused.items()]
+        head = f"compressed-tensors: {len(self.packed)} weights fit, {len(said)} things do not"
+        return "\n".join([head, *(f"  refused: {line}" for line in said), *(f"  note: {line}" for line in self.notes)])
 
 
 @dataclass(frozen=True)
@@ -70,7 +110,43 @@ class _Scheme:
         return {"num_bits": self.bits, "type": "int", "symmetric": True, **strategy, **size}
 
 
-def to_compressed_tensors(run: Lives, folder: str | os.PathLike[str], *, bits: int | None = None) -> HfReport:
+def check_compressed_tensors(model: nn.Module, recipe: Recipe | Plan) -> HfCheck:
+    """Whether `to_compressed_tensors` could write what a recipe makes of a model, for the reasons that it would give.
+
+    Args:
+        model: not trained yet; only its structure counts.
+        recipe: a recipe, or the plan that it makes of this model.
+
+    Example:
+        >>> import detent as dt
+        >>> recipe = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=3))])
+        >>> for reason in check_compressed_tensors(nn.Linear(4, 4), recipe).refused.values():
+        ...     print(reason)
+        Linear is no transformers model, so no config.json can be written for it
+        loaders know 4 and 8 bits, and this has 3
+    """
+    model = unwrap(model)
+    plan = recipe.resolve(model) if isinstance(recipe, Recipe) else recipe
+    layers = _layers(model)
+    why = _no_transformers(model)
+    refused = {"": why} if why else {}
+    schemes: dict[str, _Scheme] = {}
+    for claim in plan.claimed:
+        target = plan.rule_of(claim).target
+        assert target is not None
+        why = _reason(target, claim.layout, claim.dtype, layers, claim.name, claim.aliases)
+        if why:
+            refused[claim.name] = why
+        else:
+            assert isinstance(target, Uniform)
+            schemes[claim.name.rpartition(".")[0]] = _scheme(target)
+    packed = tuple(claim.name for claim in plan.claimed if claim.name not in refused)
+    return HfCheck(packed=packed, refused=refused, notes=_fused_notes(schemes, layers))
+
+
+def to_compressed_tensors(
+    run: Lives, folder: str | os.PathLike[str], *, bits: int | None = None, check: bool = True
+) -> HfReport:
     """Write the compressed life of a Hugging Face model so that `from_pretrained(folder)` loads it, codes untouched.
 
     Linear weights on a `Uniform` grid of 4 or 8 bits become `weight_packed` (codes in 32-bit words), `weight_scale`
@@ -82,6 +158,8 @@ def to_compressed_tensors(run: Lives, folder: str | os.PathLike[str], *, bits: i
         run: on a transformers model.
         folder: made if it is not there; config.json and the weight files in it are written over.
         bits: the width of this life, as in `run.compressed(bits=...)`.
+        check: load the folder with `from_pretrained` and compare every weight and buffer with this life, bitwise; a
+            second copy of the model is in memory meanwhile.
 
     Returns:
         Bytes, and what was packed and what was not.
@@ -89,7 +167,8 @@ def to_compressed_tensors(run: Lives, folder: str | os.PathLike[str], *, bits: i
     Raises:
         ValueError: a model that is no transformers model; a claimed parameter that the format cannot hold, by name
             and reason: no linear layer, another target or width, a group that does not divide the inputs, scales
-            that the dtype of the weights would round, a parameter that is tied.
+            that the dtype of the weights would round, a parameter that is tied (`check_compressed_tensors` tells all
+            of them before training); with `check`, a folder from which another model is loaded, which is left there.
         ImportError: transformers or compressed-tensors are not installed.
 
     Example:
@@ -101,20 +180,18 @@ def to_compressed_tensors(run: Lives, folder: str | os.PathLike[str], *, bits: i
         ...
         ValueError: to_compressed_tensors: Linear is no transformers model, so no config.json can be written for it
     """
-    pretrained = _transformers()
-    model: Any = run.model
-    if not isinstance(model, pretrained):
-        raise ValueError(
-            f"to_compressed_tensors: {type(model).__name__} is no transformers model, so no config.json can be written "
-            "for it"
-        )
+    model: Any = unwrap(run.model)
+    if why := _no_transformers(model):
+        raise ValueError(f"to_compressed_tensors: {why}")
     claims = {claim.name: claim for claim in run.standing.claims}
-    layers = {canonical_name(name): module for name, module in model.named_modules()}
+    layers = _layers(model)
     schemes: dict[str, _Scheme] = {}
     tensors: dict[str, dict[str, Tensor]] = {}
-    for name, encoded in run.encoded(bits=bits).items():
-        module, _, own = name.rpartition(".")
-        reason = _reason(encoded, layers.get(module), own, claims[name].aliases)
+    codes = run.encoded(bits=bits)
+    for name, encoded in codes.items():
+        module = name.rpartition(".")[0]
+        layout = encoded.params.layout
+        reason = _reason(encoded.target, layout, encoded.dtype, layers, name, claims[name].aliases)
         if reason:
             raise ValueError(f"{name!r} cannot be written in the format pack-quantized: {reason}")
         schemes[module], parts = _packed(encoded)
@@ -129,15 +206,97 @@ def to_compressed_tensors(run: Lives, folder: str | os.PathLike[str], *, bits: i
         for parts in tensors.values():
             state |= parts
         model.save_pretrained(where, state_dict=state)
+        held = {name: value.detach().clone() for name, value in plain.items()} if check else {}
     path = where / "config.json"
     whole = json.loads(path.read_text(encoding="utf-8")) | {"quantization_config": config}
     replace_file(destination(path), (json.dumps(whole, indent=2, sort_keys=True) + "\n").encode())
+    if check:
+        _check_loaded(type(model), where, model.dtype, held)
     return HfReport(
         bytes=sum(file.stat().st_size for file in where.glob("*.safetensors")),
         packed={n: sum(t.numel() * t.element_size() for t in parts.values()) for n, parts in tensors.items()},
         ignored=ignored,
         config=config,
+        notes=_fused_notes(schemes, layers),
     )
+
+
+def _check_loaded(kind: Any, folder: Path, dtype: torch.dtype, held: Mapping[str, Tensor]) -> None:
+    """Load a folder as a user would and compare it with what was to be written.
+
+    Raises:
+        ValueError: something is missing, left over or different.
+    """
+    from compressed_tensors.compressors import decompress_module
+
+    levels = [(logger, logger.level) for logger in map(logging.getLogger, ("transformers", "compressed_tensors"))]
+    with warnings.catch_warnings(), _no_bars():
+        warnings.simplefilter("ignore")
+        for logger, _ in levels:
+            logger.setLevel(logging.ERROR)
+        try:
+            loaded = kind.from_pretrained(folder, local_files_only=True, dtype=dtype)
+            for module in loaded.modules():
+                if hasattr(module, "weight_packed"):
+                    decompress_module(module)
+        except Exception as error:  # whatever a loader may raise
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{folder}: transformers cannot load what was written: {why}") from error
+        finally:
+            for logger, level in levels:
+                logger.setLevel(level)
+    theirs = {canonical_name(name): value for name, value in loaded.state_dict().items()}
+    for name, value in held.items():
+        other = theirs.get(name)
+        if other is None or other.dtype != value.dtype or not torch.equal(other.to(value.device), value):
+            why = "is not loaded" if other is None else "is loaded with other values"
+            raise ValueError(f"{folder}: {name!r} {why}; do not use this folder")
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the progress bars of transformers."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def _no_transformers(model: nn.Module) -> str | None:
+    """Why a model has no config.json, or `None`."""
+    if isinstance(model, _transformers()):
+        return None
+    return f"{type(model).__name__} is no transformers model, so no config.json can be written for it"
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {canonical_name(name): module for name, module in model.named_modules()}
+
+
+def _fused_notes(schemes: Mapping[str, _Scheme], layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Layers that vLLM makes one of, and that have several formats here."""
+    alike: dict[str, list[str]] = {}
+    for name in layers:
+        parent = name.rpartition(".")[0]
+        for together in _FUSED:
+            mine = [f"{parent}.{own}" for own in together if f"{parent}.{own}" in layers]
+            if name == (mine or [""])[0] and len({schemes.get(each) for each in mine}) > 1:
+                said = ", ".join(f"{own.rpartition('.')[2]} {_said(schemes.get(own))}" for own in mine)
+                alike.setdefault(said, []).append(parent)
+    end = "vLLM fuses these layers and wants one format for them (transformers does not)"
+    more = {said: f" and {len(parents) - 1} more" if len(parents) > 1 else "" for said, parents in alike.items()}
+    return tuple(f"{parents[0]}{more[said]}: {said}; {end}" for said, parents in alike.items())
+
+
+def _said(scheme: _Scheme | None) -> str:
+    if scheme is None:
+        return "unpacked"
+    return f"{scheme.bits} bits" + (f" in groups of {scheme.group_size}" if scheme.group_size else "")
 
 
 def _transformers() -> Any:
@@ -154,9 +313,17 @@ def _transformers() -> Any:
     return PreTrainedModel
 
 
-def _reason(encoded: Encoded, module: nn.Module | None, own: str, aliases: tuple[str, ...]) -> str | None:
-    """Why a claimed parameter does not fit, or `None`."""
-    target = encoded.target
+def _reason(
+    target: Target,
+    layout: Layout,
+    dtype: torch.dtype,
+    layers: Mapping[str, nn.Module],
+    name: str,
+    aliases: tuple[str, ...],
+) -> str | None:
+    """Why a claimed parameter does not fit, or `None`; nothing here depends on its values."""
+    path, _, own = name.rpartition(".")
+    module = layers.get(path)
     if not isinstance(module, nn.Linear) or own != "weight":
         return f"it holds weights of linear layers only, and this is the {own} of a {type(module).__name__}"
     if aliases:
@@ -165,20 +332,25 @@ def _reason(encoded: Encoded, module: nn.Module | None, own: str, aliases: tuple
         return f"it holds symmetric grids with a zero, Uniform(bits=4 or 8), and this lies on {target}"
     if target.bits not in _BITS:
         return f"loaders know 4 and 8 bits, and this has {target.bits}"
-    if not encoded.params.layout.is_row_major:
+    if not layout.is_row_major:
         return "it keeps one scale a row, and the channels of this weight run along another axis"
     groups = granularity_of(target.granularity)
-    inputs = encoded.params.layout.shape[1]
+    inputs = layout.shape[1]
     if isinstance(groups, Group) and inputs % groups.size:
         return f"groups of {groups.size} do not divide its {inputs} inputs"
-    scale = encoded.params["scale"]
-    if not torch.equal(scale.to(encoded.dtype).double(), scale.double()):
-        name = str(encoded.dtype).removeprefix("torch.")
+    scale = getattr(torch, target.param_dtype)
+    if torch.promote_types(scale, dtype) != dtype:
+        word = str(dtype).removeprefix("torch.")
         return (
-            f"its scales are {str(scale.dtype).removeprefix('torch.')} and its weights {name}, in which loaders "
-            f'multiply: use Uniform(param_dtype="{name}")'
+            f"its scales are {target.param_dtype} and its weights {word}, in which loaders "
+            f'multiply: use Uniform(param_dtype="{word}")'
         )
     return None
+
+
+def _scheme(target: Uniform) -> _Scheme:
+    groups = granularity_of(target.granularity)
+    return _Scheme(target.bits, groups.size if isinstance(groups, Group) else None)
 
 
 def _packed(encoded: Encoded) -> tuple[_Scheme, dict[str, Tensor]]:
@@ -191,11 +363,10 @@ def _packed(encoded: Encoded) -> tuple[_Scheme, dict[str, Tensor]]:
     # Our codes count from -n = -(2^(bits-1) - 1), the format's integers from -2^(bits-1), which stays unused.
     integers = (encoded.codes["codes"].to(torch.int16) - (2 ** (target.bits - 1) - 1)).to(torch.int8)
     groups = granularity_of(target.granularity)
-    size = groups.size if isinstance(groups, Group) else None
     assert isinstance(groups, (Group, Channel, PerTensor))
     scale = encoded.params["scale"].to(encoded.dtype)
     scale = scale.expand(rows) if isinstance(groups, PerTensor) else scale
-    return _Scheme(target.bits, size), {
+    return _scheme(target), {
         "weight_packed": pack_to_int32(integers.reshape(rows, columns), target.bits),
         "weight_scale": scale.reshape(rows, -1).contiguous(),
         "weight_shape": torch.tensor([rows, columns]),
