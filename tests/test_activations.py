@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,151 @@ def test_a_dead_channel_keeps_its_bias(tmp_path: Path) -> None:
     expected = reference(run, tmp_path / "m.onnx", batches[0], 8).numpy()
     theirs = run_ort(tmp_path / "m.onnx", [batches[0].numpy()], exact=True)[0]
     assert np.median(np.abs(theirs - expected)) < 1e-4 * np.abs(expected).max()
+
+
+def both(path: Path, x: Tensor) -> list[np.ndarray]:
+    """What a session without optimizations gives, and a default one."""
+    return [run_ort(path, [x.numpy()], optimize=optimize)[0] for optimize in (False, True)]
+
+
+class TwoBiases(nn.Module):
+    """A weight that two layers share, with a bias each; its first channel is all but dead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+        self.one, self.two = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+        with torch.no_grad():
+            self.weight[0] *= 1e-7
+            self.one[0], self.two[0] = 1.5, 40.0
+        self.head = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [torch.relu(nn.functional.conv2d(x, self.weight, bias)) for bias in (self.one, self.two)]
+        return self.head(torch.cat(parts, 1))
+
+
+def near_dead(bits: int, norm: bool) -> nn.Module:
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)]
+    net = nn.Sequential(*(parts if norm else [parts[0], *parts[2:]])).eval()
+    with torch.no_grad():
+        if norm:  # what a long weight decay leaves of a scale
+            net[1].weight[0], net[1].bias[0] = 1e-12, 1.5
+        else:
+            net[0].weight[0] *= 1e-6
+            net[0].bias[0] = 1.5
+        net[-1].weight[:, 0] = 1.0
+    return net
+
+
+NEAR_DEAD = {
+    "w8": (lambda: near_dead(8, False), dt.Uniform(bits=8, granularity="channel")),
+    "w4": (lambda: near_dead(4, False), dt.Uniform(bits=4, granularity="channel")),
+    "w8-norm": (lambda: near_dead(8, True), dt.Uniform(bits=8)),
+    "codewords-norm": (lambda: near_dead(8, True), dt.KernelCodebook(size=6)),
+    "shared": (TwoBiases, dt.Uniform(bits=8, granularity="channel")),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_DEAD)
+def test_a_default_session_computes_what_the_file_says(name: str, tmp_path: Path) -> None:
+    """Biases of channels that are all but dead once overflowed int32: off by as much as the output is large."""
+    make, target = NEAR_DEAD[name]
+    torch.manual_seed(0)
+    net, x = make(), torch.randn(4, 3, 8, 8)
+    # A codebook of kernels takes kernels of 3 x 3 alone.
+    match = r"^0\.weight$" if name.startswith("codewords") else r"weight$"
+    run = dt.compress(net, dt.Recipe([dt.Rule(match=match, target=target)]))
+    report = to_onnx(run, tmp_path / "m.onnx", x, activations=Activations(), calibration=[x])
+    with run.compressed(), torch.no_grad():
+        expected = run.model(x).numpy()
+    plain, fast = both(tmp_path / "m.onnx", x)
+    size = np.abs(expected).max()
+    assert np.abs(plain - fast).max() < 0.02 * size and np.abs(fast - expected).max() < 0.05 * size
+    said = "has no int32" if name.startswith("codewords") else "of .* channels have weights so small beside their bias"
+    assert any(re.search(said, note) for note in report.notes), report.notes
+    assert report.kernels.get("QLinearConv", 0) == (0 if name.startswith("codewords") else 2 if name == "shared" else 1)
+
+
+def test_full_codes_are_unsigned_because_signed_ones_saturate(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 4)
+    )
+    with torch.no_grad():
+        for i in (0, 2, 5):  # the largest sums of pairs: 2 * 255 * 127 is twice what 16 bits hold
+            net[i].weight.abs_()
+    run, x = dt.compress(net, on(dt.Uniform(bits=8, granularity="channel"), "weight")), torch.rand(4, 3, 8, 8)
+    report = to_onnx(run, tmp_path / "m.onnx", x, activations=Activations(), calibration=[x])
+    assert {row.form for row in report.tensors if row.target} == {"UINT8"}
+    plain, fast = both(tmp_path / "m.onnx", x)
+    assert np.abs(plain - fast).max() < 1e-3 * np.abs(plain).max()
+    assert report.kernels["QLinearConv"] == 2 and report.kernels["QGemm"] == 1
+    # The codes are ours, 128 higher.
+    codes = initializers(tmp_path / "m.onnx")["0.weight.codes"]
+    ours = run.encoded()["0.weight"].codes["codes"].reshape(16, 3, 3, 3).numpy().astype(int) - 127
+    assert codes.data_type == onnx.TensorProto.UINT8
+    assert np.array_equal(onnx.numpy_helper.to_array(codes).astype(int) - 128, ours)
+
+
+def test_a_session_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from detent.export import onnx as exporter
+
+    model, batches = net()
+    run = dt.compress(model, on(dt.Uniform(bits=8, granularity="channel")))
+    real = exporter._run
+    calls = []
+
+    def wrong(running: Any, samples: Any) -> Any:
+        calls.append(running)
+        found = real(running, samples)
+        return found if len(calls) == 1 else [[y * 1.2 for y in row] for row in found]  # the optimized one
+
+    monkeypatch.setattr(exporter, "_run", wrong)
+    with pytest.raises(ValueError, match=r"default session is off the same graph without optimizations by .*written"):
+        to_onnx(run, tmp_path / "m.onnx", batches[0], activations=Activations(), calibration=batches)
+    assert not (tmp_path / "m.onnx").exists()
+
+
+class Several(nn.Module):
+    """Weights that no integer kernel knows, beside one that does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.rnn, self.gru = nn.Embedding(9, 8), nn.LSTM(8, 8, batch_first=True), nn.GRU(8, 8)
+        self.mix, self.fc, self.last = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.gru(self.rnn(self.words(ids))[0])[0]
+        h = torch.relu(self.fc(torch.einsum("btc,cd->btd", x, self.mix)[:, -1]))
+        return h, self.last(h)
+
+
+def test_every_weight_in_floats_is_named(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    run = dt.compress(Several(), dt.Recipe([dt.Rule(match=r"weight|mix", target=dt.Uniform(bits=8))]))
+    ids = torch.randint(0, 9, (3, 5))
+    report = to_onnx(run, tmp_path / "m.onnx", ids, activations=Activations(), calibration=[ids])
+    floats = " ".join(note for note in report.notes if "computed in float" in note)
+    claimed = {claim.name for claim in run.plan.claimed}
+    in_integers = {name for name in claimed if repr(name) not in floats}
+    # `h` is an output as well: it stays a float there, and the layer behind it gets it rounded.
+    assert {"mix", "fc.weight", "last.weight"} >= in_integers >= {"fc.weight", "last.weight"} and len(claimed) == 8
+    assert "LSTM has no integer kernel" in floats and "GRU has no integer kernel" in floats and "looked up" in floats
+    assert report.kernels["QGemm"] == 2
+    plain, fast = both(tmp_path / "m.onnx", ids)
+    np.testing.assert_allclose(plain, fast, atol=1e-5)
+
+
+def test_sums_that_leave_32_bits_stay_in_floats(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(40_000, 2, bias=False), nn.ReLU(), nn.Linear(2, 2))
+    torch.nn.init.ones_(net[0].weight)  # 40,000 * 127 * 255 is 0.6 of 2^31, and a bias may take half
+    run, x = dt.compress(net, on(dt.Uniform(bits=8), "weight")), torch.rand(2, 40_000)
+    report = to_onnx(run, tmp_path / "m.onnx", x, activations=Activations(), calibration=[x])
+    assert any("'0.weight': computed in float" in note and "32 bits" in note for note in report.notes)
+    plain, fast = both(tmp_path / "m.onnx", x)
+    np.testing.assert_allclose(plain, fast, rtol=1e-5)
 
 
 def test_what_no_kernel_computes_is_said(tmp_path: Path) -> None:
