@@ -416,7 +416,11 @@ class Several(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.rnn, self.gru = nn.Embedding(9, 8), nn.LSTM(8, 8, batch_first=True), nn.GRU(8, 8)
+        self.words, self.rnn, self.gru = (
+            nn.Embedding(9, 8),
+            nn.LSTM(8, 8, batch_first=True),
+            nn.GRU(8, 8, batch_first=True),
+        )
         self.mix, self.fc, self.last = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 6), nn.Linear(6, 2)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -429,7 +433,8 @@ def test_every_weight_in_floats_is_named(tmp_path: Path) -> None:
     torch.manual_seed(0)
     run = dt.compress(Several(), dt.Recipe([dt.Rule(match=r"weight|mix", target=dt.Uniform(bits=8))]))
     ids = torch.randint(0, 9, (3, 5))
-    report = to_onnx(run, tmp_path / "m.onnx", ids, activations=Activations(), calibration=[ids])
+    settings = {"activations": Activations(), "calibration": [ids]}
+    report = to_onnx(run, tmp_path / "m.onnx", ids, dynamic_batch=False, **settings)
     floats = " ".join(note for note in report.notes if "computed in float" in note)
     claimed = {claim.name for claim in run.plan.claimed}
     in_integers = {name for name in claimed if repr(name) not in floats}

@@ -662,15 +662,14 @@ def round_activations(graph: Graph, settings: Activations, calibration: Calibrat
         need = "takes no calibration data" if by_norm else "needs calibration="
         raise ValueError(f"Activations(method={settings.method!r}): {need}")
     values = places(graph)
+    name_floats(graph, values)
     for node in [n for n in graph.graph if n.op_type in ("Gemm", "MatMul")]:
         if node.inputs[1] is not None and _is_dequantized(node.inputs[1]) and _why_float(graph, node):
             graph.keep_float(node)
     if not values:
-        name_floats(graph, values)
         raise ValueError(f"activations: no layer of this graph takes part ({'; '.join(graph.notes) or 'it has none'})")
     if calibration is not None:
         ranges = measured(graph, values, calibration, settings)
     else:
         ranges = ranges_from_batchnorm(graph, values, settings)
-    name_floats(graph, values)
     insert(graph, values, ranges, settings)

@@ -433,13 +433,18 @@ class Graph:
 
     def keep_float(self, node: ir.Node) -> None:
         """Keep a runtime from making an integer kernel of a layer: it does so only right behind `DequantizeLinear`."""
+        import onnx_ir as ir
+
         weight = node.inputs[1]
         assert weight is not None
         form = next(self.forms[name] for name, value in self.lowered.items() if value is weight)
         assert not isinstance(form, Half | Plain)
         shape = np.zeros(len(form.layout.shape), dtype=np.int64)  # 0: as it is
         name = f"{weight.name}:as_is{len(self.graph.initializers)}"
-        node.replace_input_with(1, self.node("Reshape", [weight, self.constant(f"{name}.shape", shape)], name))
+        inputs = [weight, self.constant(f"{name}.shape", shape)]
+        made = ir.node("Reshape", inputs, outputs=[ir.Value(name=name)], name=f"{name}:Reshape")
+        node.replace_input_with(1, made.outputs[0])
+        self.graph.insert_before(node, [made])
 
     def replace_uses(self, old: ir.Value, fresh: ir.Value) -> None:
         """Use one value wherever another was."""

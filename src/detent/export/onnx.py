@@ -445,6 +445,7 @@ def widths_of(form: Form) -> tuple[int, ...]:
 def _program(model: nn.Module, example: _Example, opset: int) -> ir.Model:
     # Two or more, because torch.export takes a size of 1 for a constant.
     sample = example.sized({word: max(size, 2) for word, size in example.sizes().items()}).call
+    sample = sample.mapped(torch.clone)  # of one tensor given twice it would make one input
     left = iter(example.axes)
     shapes = tree_map(
         lambda x: dict.fromkeys(next(left), torch.export.Dim.AUTO) if isinstance(x, Tensor) else None,
@@ -590,7 +591,8 @@ def _samples(model: nn.Module, example: _Example, rounded: bool) -> list[tuple[s
         found.append(("", example, list(example.outputs(model))))
     here = example.sizes()
     for word, other, outputs in example.others(model):
-        found.append((f" at {other.sizes()[word]} of {word!r} instead of {here[word]}", other, outputs))
+        where = f" at {other.sizes()[word]} of {word!r} instead of {here[word]}, so that axis is not dynamic in the graph"
+        found.append((where, other, outputs))
     return found
 
 
