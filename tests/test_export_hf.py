@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import detent as dt
-from detent.export.hf import HfReport, to_compressed_tensors
+from detent.export.hf import HfReport, check_compressed_tensors, to_compressed_tensors
 from detent.grouping import Group
 
 transformers = pytest.importorskip("transformers")
@@ -255,3 +255,72 @@ def test_what_was_written_shows_itself_in_a_line() -> None:
     assert len(text) < 200
     for words in ("12,345 bytes", "90 weights packed in 9,000 bytes", "1 linear layers left"):
         assert words in text, (words, text)
+
+
+# --- asked before training ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtype"),
+    [
+        (grid(3, "channel"), torch.float32),
+        (grid(4, Group(size=48)), torch.float32),
+        (grid(4, "channel"), torch.bfloat16),
+        (dt.Recipe([dt.Rule(match=LINEAR, target=dt.TopK(keep=0.5))]), torch.float32),
+        (dt.Recipe([dt.Rule(match="embed_tokens", target=dt.Uniform(bits=4))]), torch.float32),
+    ],
+    ids=["width", "groups", "dtype", "target", "layer"],
+)
+def test_what_would_be_refused_is_told_before_for_the_same_reason(
+    recipe: Any, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = llama(dtype=dtype)
+    checked = check_compressed_tensors(model, recipe)
+    name, why = next(iter(checked.refused.items()))
+    assert not checked.fits and why in str(checked)
+    with pytest.raises(ValueError) as error:
+        to_compressed_tensors(dt.compress(model, recipe), tmp_path)
+    assert repr(name) in str(error.value) and str(error.value).endswith(why)
+
+
+def test_what_fits_is_said_and_layers_that_vllm_fuses_are_noted(tmp_path: Path) -> None:
+    model = llama()
+    fine = check_compressed_tensors(model, grid(4, "channel"))
+    assert fine.fits and len(fine.packed) == 14 and fine.notes == ()
+    rules = [
+        dt.Rule(match=r"q_proj\.weight$", target=dt.Uniform(bits=8, granularity="channel")),
+        dt.Rule(match=r"(k|v|gate)_proj\.weight$", target=dt.Uniform(bits=4, granularity="channel")),
+    ]
+    recipe = dt.Recipe(rules)
+    mixed = check_compressed_tensors(model, recipe)
+    assert mixed.fits and [note.split(";")[0] for note in mixed.notes] == [
+        "model.layers.0.self_attn and 1 more: q_proj 8 bits, k_proj 4 bits, v_proj 4 bits",
+        "model.layers.0.mlp and 1 more: gate_proj 4 bits, up_proj unpacked",
+    ]
+    assert to_compressed_tensors(dt.compress(model, recipe), tmp_path).notes == mixed.notes
+
+
+@pytest.mark.parametrize("damage", ["scale", "gone"])
+def test_a_folder_that_loads_as_something_else_is_refused(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = dt.compress(llama(), grid(4, "channel"))
+    kind = type(run.model)
+    real = kind.save_pretrained
+
+    def damaged(self: Any, where: Any, state_dict: dict[str, Tensor]) -> None:
+        name = next(n for n in state_dict if n.endswith("weight_scale" if damage == "scale" else "norm.weight"))
+        state = dict(state_dict)
+        value = state.pop(name)
+        real(self, where, state_dict=state | ({name: value * 2} if damage == "scale" else {}))
+
+    monkeypatch.setattr(kind, "save_pretrained", damaged)
+    if damage == "scale":
+        with pytest.raises(ValueError, match=r"'model.*_proj.weight' is loaded with other values; do not use"):
+            to_compressed_tensors(run, tmp_path)
+    else:  # a norm that is not in the file is all ones, as it was: nothing to find
+        with torch.no_grad():
+            run.model.get_parameter("model.layers.0.input_layernorm.weight").mul_(1.5)
+        with pytest.raises(ValueError, match=r"norm.weight' is loaded with other values; do not use"):
+            to_compressed_tensors(run, tmp_path)
+    assert to_compressed_tensors(run, tmp_path, check=False).bytes > 0

@@ -591,8 +591,8 @@ def _samples(model: nn.Module, example: _Example, rounded: bool) -> list[tuple[s
         found.append(("", example, list(example.outputs(model))))
     here = example.sizes()
     for word, other, outputs in example.others(model):
-        where = f" at {other.sizes()[word]} of {word!r} instead of {here[word]}, so that axis is not dynamic in the graph"
-        found.append((where, other, outputs))
+        changed = f" at {other.sizes()[word]} of {word!r} instead of {here[word]}"
+        found.append((f"{changed}, so that axis is not dynamic in the graph", other, outputs))
     return found
 
 
