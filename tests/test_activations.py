@@ -331,7 +331,7 @@ class TwoBiases(nn.Module):
 def near_dead(bits: int, norm: bool) -> nn.Module:
     torch.manual_seed(0)
     parts = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)]
-    net = nn.Sequential(*(parts if norm else [parts[0], *parts[2:]])).eval()
+    net: Any = nn.Sequential(*(parts if norm else [parts[0], *parts[2:]])).eval()
     with torch.no_grad():
         if norm:  # what a long weight decay leaves of a scale
             net[1].weight[0], net[1].bias[0] = 1e-12, 1.5
@@ -378,7 +378,7 @@ def test_full_codes_are_unsigned_because_signed_ones_saturate(tmp_path: Path) ->
     )
     with torch.no_grad():
         for i in (0, 2, 5):  # the largest sums of pairs: 2 * 255 * 127 is twice what 16 bits hold
-            net[i].weight.abs_()
+            net.get_parameter(f"{i}.weight").abs_()
     run, x = dt.compress(net, on(dt.Uniform(bits=8, granularity="channel"), "weight")), torch.rand(4, 3, 8, 8)
     report = to_onnx(run, tmp_path / "m.onnx", x, activations=Activations(), calibration=[x])
     assert {row.form for row in report.tensors if row.target} == {"UINT8"}
@@ -448,7 +448,7 @@ def test_every_weight_in_floats_is_named(tmp_path: Path) -> None:
 
 def test_sums_that_leave_32_bits_stay_in_floats(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(40_000, 2, bias=False), nn.ReLU(), nn.Linear(2, 2))
-    torch.nn.init.ones_(net[0].weight)  # 40,000 * 127 * 255 is 0.6 of 2^31, and a bias may take half
+    torch.nn.init.ones_(net.get_parameter("0.weight"))  # 40,000 * 127 * 255 is 0.6 of 2^31, and a bias may take half
     run, x = dt.compress(net, on(dt.Uniform(bits=8), "weight")), torch.rand(2, 40_000)
     report = to_onnx(run, tmp_path / "m.onnx", x, activations=Activations(), calibration=[x])
     assert any("'0.weight': computed in float" in note and "32 bits" in note for note in report.notes)

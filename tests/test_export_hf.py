@@ -305,7 +305,7 @@ def test_a_folder_that_loads_as_something_else_is_refused(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = dt.compress(llama(), grid(4, "channel"))
-    kind = type(run.model)
+    kind: Any = type(run.model)
     real = kind.save_pretrained
 
     def damaged(self: Any, where: Any, state_dict: dict[str, Tensor]) -> None:

@@ -157,8 +157,8 @@ def test_a_model_that_returns_no_tensor_is_refused(tmp_path: Path) -> None:
         pass
 
     class Net(nn.Linear):
-        def forward(self, x: Tensor) -> Any:
-            super().forward(x)
+        def forward(self, input: Tensor) -> Any:
+            super().forward(input)
             return Result()
 
     run = dt.compress(Net(4, 4), W8)

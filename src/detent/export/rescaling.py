@@ -46,9 +46,10 @@ def fold_factors(graph: Graph) -> None:
         weight, form = graph.weights[name], graph.forms[name]
         assert weight.const_value is not None
         own = torch.from_numpy(weight.const_value.numpy().copy()).double()
-        foldable = isinstance(form, Grid | Table) or (isinstance(form, Codewords) and form.scale is not None)
-        factor = _factor(own, torch.from_numpy(array.copy()).double(), form.layout) if foldable else None
-        if factor is None or not foldable:
+        factor = None
+        if isinstance(form, Grid | Table) or (isinstance(form, Codewords) and form.scale is not None):
+            factor = _factor(own, torch.from_numpy(array.copy()).double(), form.layout)
+        if factor is None or not isinstance(form, Grid | Table | Codewords):
             graph.notes.append(f"{name!r} is rescaled at every run (weight norm): no factors along its channels")
             continue
         graph.forms[name] = form.times(factor)
@@ -97,7 +98,7 @@ def _computed(graph: Graph, values: Sequence[ir.Value]) -> list[np.ndarray]:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     running = ort.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return running.run(names, {})
+    return [np.asarray(array) for array in running.run(names, {})]
 
 
 def _factor(own: torch.Tensor, product: torch.Tensor, layout: Layout) -> torch.Tensor | None:
