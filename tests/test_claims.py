@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -549,3 +550,127 @@ def test_a_pass_without_a_graph_falls_back_and_says_so() -> None:
 
     plan = ENDS.resolve(Closed(), example=torch.randn(2, 3))
     assert "by order of registration: the example left no graph" in plan.ends
+
+
+# --- what is left, and what is left of it -------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """Most of the weights under a name that `weight` does not find."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.experts = nn.ParameterDict({"up0": torch.randn(3, 8, 8), "up1": torch.randn(3, 8, 8)})
+
+
+def told(call: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        call()
+    return [str(each.message) for each in seen]
+
+
+def test_what_a_whole_recipe_leaves_is_said_by_name_and_share() -> None:
+    model, weights = Experts(), 2 * 16 + 2 * 4 + 2 * 192
+    recipe = dt.Recipe([dt.Rule(match="layers.*weight|up0", target=U4, mechanism=dt.PSG())])
+    share = f"experts.up1 ({100 * 192 / weights:.1f} % of the weights; no rule matches)"
+    assert str(recipe.resolve(model)).splitlines()[-1] == f"left in full precision: {share}"
+    (said,) = told(lambda: dt.compress(model, recipe))
+    assert said == f"compress: {share} stay in full precision; a rule with keep=True says that it is meant"
+    (said,) = told(lambda: dt.attach(model, torch.optim.SGD(model.parameters(), 0.1), recipe, total_steps=2))
+    assert said.startswith(f"attach: {share}")
+    meant = dt.Recipe([dt.Rule(match="up1", keep=True), *recipe.rules])
+    assert not told(lambda: dt.compress(model, meant)) and "left in full" not in str(meant.resolve(model))
+
+
+def test_tensors_that_are_alike_are_said_together() -> None:
+    model = Experts()
+    plan = dt.Recipe([dt.Rule(match="layers.*weight", target=U4)]).resolve(model)
+    assert plan.left().startswith("experts.up0 and 1 alike (90.6 % of the weights")
+    assert not told(lambda: dt.compress(Experts(), dt.Recipe([dt.Rule(match="layers.0.weight", target=U4)])))
+
+
+def shallow() -> nn.Sequential:
+    """A network whose middle layer has small weights, that the next one makes up for."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    with torch.no_grad():
+        for p in net[2].parameters():
+            p.mul_(0.01)
+    return net
+
+
+PRUNED = dt.Recipe([dt.Rule(match="weight", target=dt.TopK(keep=0.3, scope="model"))])
+
+
+def test_a_tensor_without_a_weight_is_said_once_with_what_to_do(tmp_path: Path) -> None:
+    runs: list[dt.Run] = []
+    (said,) = told(lambda: runs.append(dt.compress(shallow(), PRUNED)))
+    assert said == (
+        "compress: TopK(keep=0.3, scope='model') leaves no weight of '2.weight'; one threshold over the model does "
+        'that where weights are small: use share="lamp" or scope="tensor"'
+    )
+    assert not told(lambda: dt.save(runs[0], tmp_path / "f", "compressed")) and not told(runs[0].finalize)
+    lamp = dt.Recipe([dt.Rule(match="weight", target=dt.TopK(keep=0.3, scope="model", share="lamp"))])
+    assert not told(lambda: dt.compress(shallow(), lamp))
+
+
+def test_an_output_that_hears_nothing_is_said() -> None:
+    x = torch.randn(3, 8)
+    said = told(lambda: dt.compress(shallow(), PRUNED, example=x))
+    assert len(said) == 2 and "does not depend on the input any more" in said[1]
+    assert not told(lambda: dt.compress(shallow(), dt.Recipe.preset("uniform-w4"), example=x))
+    deaf = shallow()
+    with torch.no_grad():
+        deaf[4].weight.zero_()  # type: ignore[operator]
+    assert not told(lambda: dt.compress(deaf, dt.Recipe([dt.Rule(match="^0.weight", target=U4)]), example=x))
+
+
+@pytest.mark.parametrize("end", ["finalize", "save", "stage"])
+def test_collapse_in_training_is_said_where_it_happens(end: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    with torch.no_grad():
+        model[1].weight.mul_(1e-4)  # type: ignore[operator]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    rule = dt.Rule(match="weight", target=dt.TopK(keep=0.5, scope="model"), mechanism=dt.HardProjection())
+    later = dt.Rule(match="0.weight", target=dt.TopK(keep="nonzero"), mechanism=dt.HardProjection())
+    stages = [dt.Stage(rules=[rule], share=0.5), dt.Stage(rules=[later], share=0.5)]
+    staged = end == "stage"
+    run = dt.attach(model, optimizer, dt.Recipe(stages=stages) if staged else dt.Recipe([rule]), total_steps=2)
+
+    def step() -> None:
+        model(torch.randn(3, 4)).sum().mul(1e-9).backward()
+        optimizer.step()
+
+    said = told(step) if staged else []
+    if end != "stage":
+        said = told(run.finalize if end == "finalize" else lambda: dt.save(run, tmp_path / "f"))
+    assert len(said) == 1 and "leaves no weight of '1.weight'" in said[0], said
+    assert said[0].startswith({"stage": "the end of stage 1", "finalize": "finalize()", "save": "save"}[end])
+
+
+@pytest.mark.parametrize(
+    ("make", "target"),
+    [
+        (lambda: nn.Linear(4, 4), dt.Zero()),
+        (lambda: nn.Linear(1, 1), dt.Binary()),
+        (lambda: nn.utils.skip_init(nn.Linear, 4, 4), dt.Binary()),
+        (lambda: nn.Linear(16, 16), dt.Uniform(bits=2)),
+        (lambda: nn.Linear(16, 16), dt.Ternary(granularity="channel")),
+    ],
+)
+def test_what_is_no_loss_is_not_said(make: Any, target: dt.Target) -> None:
+    model = make()
+    with torch.no_grad():
+        if isinstance(target, dt.Binary):
+            model.weight.fill_(0.5)
+    assert not told(lambda: dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=target)])))
+
+
+def test_one_level_is_said() -> None:
+    model = nn.Linear(4, 4)
+    with torch.no_grad():
+        model.weight.copy_(torch.rand(4, 4) + 0.5)
+    (said,) = told(lambda: dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Binary())])))
+    assert said.startswith("compress: Binary() leaves one level of 'weight'; use more bits")

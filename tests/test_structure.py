@@ -31,7 +31,7 @@ _MECHANISMS = _TARGETS | {"targets"}
 _SPECS = _MECHANISMS | {"mechanisms"}
 _RECIPE = _SPECS | {"sharding", "specs", "parameters", "ends", "plan", "contents"}
 _LIVES = _RECIPE | {"recipe"}
-_ENGINE = _LIVES | {"batchnorm", "claimed", "drivers", "lives", "optimizers", "standins", "states"}
+_ENGINE = _LIVES | {"batchnorm", "claimed", "collapse", "drivers", "lives", "optimizers", "standins", "states"}
 _PACK = _ENGINE | {"engine"}
 _CORE = _PACK | {"pack", "compression"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -44,12 +44,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "presets": _SPECS,
     "parameters": {"grouping"},
     "ends": {"parameters"},
+    "collapse": _SPECS | {"ends", "specs"},
     "plan": _SPECS | {"parameters", "specs", "ends", "recipe"},  # of recipe only the types: a recipe resolves to a plan
     "recipe": _RECIPE | {"presets"},
     "contents": {"parameters", "sharding"},
     "batchnorm": {"parameters"},
     "claimed": _LIVES,
-    "lives": _LIVES | {"batchnorm", "claimed"},
+    "lives": _LIVES | {"batchnorm", "claimed", "collapse"},
     "optimizers": {"sharding"},
     "standins": _LIVES | {"claimed", "optimizers"},
     "drivers": _LIVES | {"claimed", "optimizers", "standins"},

@@ -50,4 +50,8 @@ def compress(model: nn.Module, recipe: Recipe, *, leave_out: str | Sequence[str]
     run.leave(leave_out, "compress")
     fit_target(run._entries)
     run._adopt()
+    run.plan.warn_left("compress")
+    run._example = example
+    run._look_for_losses(run._life(None, None))
+    run._say_losses("compress")
     return run

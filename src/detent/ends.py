@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detent.parameters import Parameter, named_parameters
 
-__all__ = ["by_execution", "by_registration", "called_with"]
+__all__ = ["by_execution", "by_registration", "called_with", "mapped", "tensors_of"]
 
 _LOOKUPS = ("EmbeddingBackward", "EmbeddingBagBackward")
 
@@ -54,14 +54,14 @@ def by_execution(
     named = named_parameters(model)
     mine = {id(named[p.name]): p for p in layers}
     with _all_differentiable(model):
-        inputs = _map(example, lambda t: t.detach().clone().requires_grad_() if t.is_floating_point() else t)
-        fed = {t.untyped_storage().data_ptr() for t in _tensors(inputs)}
+        inputs = mapped(example, lambda t: t.detach().clone().requires_grad_() if t.is_floating_point() else t)
+        fed = {t.untyped_storage().data_ptr() for t in tensors_of(inputs)}
         given: set[Any] = set()
         lookups: set[Any] = set()
 
         def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             lookups.add(output.grad_fn)
-            if any(t.untyped_storage().data_ptr() in fed for t in _tensors(args)):
+            if any(t.untyped_storage().data_ptr() in fed for t in tensors_of(args)):
                 given.add(output.grad_fn)
 
         tables = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
@@ -72,8 +72,8 @@ def by_execution(
         finally:
             for handle in handles:
                 handle.remove()
-        leaves = {id(t) for t in _tensors(inputs) if t.requires_grad}
-        ends = [t.grad_fn for t in _tensors(outputs) if t.grad_fn is not None]
+        leaves = {id(t) for t in tensors_of(inputs) if t.requires_grad}
+        ends = [t.grad_fn for t in tensors_of(outputs) if t.grad_fn is not None]
         beside = lookups - given if given or leaves else set()  # positions are looked up, but are no input
         return _Graph(mine, leaves, beside).ends(ends)
 
@@ -190,23 +190,24 @@ def _all_differentiable(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def tensors_of(tree: Any) -> Iterator[Tensor]:
     """The tensors in nested tuples, lists and mappings."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
         for value in tree.values():
-            yield from _tensors(value)
+            yield from tensors_of(value)
     elif isinstance(tree, (tuple, list)):
         for value in tree:
-            yield from _tensors(value)
+            yield from tensors_of(value)
 
 
-def _map(tree: Any, act: Any) -> Any:
+def mapped(tree: Any, act: Callable[[Tensor], Tensor]) -> Any:
+    """The same nest of tuples, lists and mappings with another tensor for each."""
     if isinstance(tree, Tensor):
         return act(tree)
     if isinstance(tree, Mapping):
-        return {key: _map(value, act) for key, value in tree.items()}
+        return {key: mapped(value, act) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):
-        return type(tree)([_map(value, act) for value in tree]) if type(tree) in (tuple, list) else tree
+        return type(tree)([mapped(value, act) for value in tree]) if type(tree) in (tuple, list) else tree
     return tree

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from detent import claimed, optimizers, sharding, states
 from detent.batchnorm import Statistics, install
 from detent.claimed import Entry, by_rule, fit_pull, fit_target, mapped_whole
+from detent.collapse import Losses
 from detent.contents import contents_of, refuse_unsavable, refuse_unused
 from detent.drivers import Driver, owners_of
 from detent.lives import Lives
@@ -98,9 +99,11 @@ def attach(
     sharding.reshard(model)
     plan = recipe.resolve(model, example=example)
     claimed.refuse_unpulled(plan)
+    plan.warn_left("attach")
     run = Run(model, plan, [optimizers.unwrap(each) for each in given], total_steps, nonfinite)
     run.leave(leave_out, "attach")
     run._start(hooks)
+    run._example = example
     return run
 
 
@@ -130,6 +133,7 @@ class Run(Lives):
         self._inside = False
         self._closed = False
         self._statistics: dict[str, Statistics] = {}
+        self._losses, self._example = Losses(), None
         bounds = plan.recipe.bounds(total_steps) if attached else []
         self._drivers = [Driver(optimizer=each, bounds=bounds, total_steps=total_steps) for each in attached]
         if attached:
@@ -249,6 +253,8 @@ class Run(Lives):
                 fit_target(unfixed)
             for entry in mine:
                 entry.settled = True
+        self._look_for_losses((e, e.target, e.params) for e in driver.entries if e.params is not None)
+        self._losses.say(f"the end of stage {driver.stage + 1}")
         with torch.no_grad():
             for entry in driver.entries:
                 entry.map_into_target()
@@ -735,6 +741,8 @@ class Run(Lives):
         """
         self._warn_early("finalize()")
         life = self._life(None, None)
+        self._look_for_losses(life)
+        self._say_losses("finalize()")
         for entry, target, _ in life:
             claimed.refuse_nonfinite(entry.name, entry.hidden_whole(), target)
         statistics = self.statistics()

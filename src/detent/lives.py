@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from detent import sharding
 from detent.batchnorm import Statistics, reestimate, rounded, swapped_buffers
 from detent.claimed import Entry, entries_of, fingerprint, fit_target, refuse_nonfinite, refuse_stages
+from detent.collapse import Losses, answers
 from detent.plan import Plan, resolve
 from detent.recipe import Recipe, refuse_no_recipe
 from detent.targets import Codes, Params, Target
@@ -79,6 +81,8 @@ class Lives(abc.ABC):
     plan: Plan
     _entries: list[Entry]
     _frozen: list[Entry]
+    _losses: Losses
+    _example: Any
     _statistics: dict[str, Statistics]
     _inside: bool
     _found_for: bytes = b""
@@ -104,6 +108,30 @@ class Lives(abc.ABC):
             fit_target(mine)
             for entry in mine:
                 entry.adopt()
+
+    def _look_for_losses(self, life: Iterable[tuple[Entry, Target, Params]]) -> None:
+        """Note what a compressed life leaves nothing of. A collective under sharding."""
+        for entry, target, params in life:
+            if not entry.param.is_meta:
+                whole = entry.hidden_whole()
+                self._losses.note(entry.name, whole, target.project(whole, params), target)
+
+    def _say_losses(self, who: str, bits: int | None = None, recipe: Recipe | None = None) -> None:
+        """Warn of tensors that the compressed life has nothing of, and of outputs that do not depend on the input."""
+        self._losses.say(who)
+        if self._example is None:
+            return
+        with self.compressed(bits=bits, recipe=recipe):
+            here, there = answers(self.model, self._example)
+        if here and all(map(torch.equal, here, there)):
+            here, there = answers(self.model, self._example)
+            if not all(map(torch.equal, here, there)):
+                self._example = None  # once is enough
+                warnings.warn(
+                    f"{who}: the output of the compressed life does not depend on the input any more (of the example, "
+                    "and of it turned round); a layer in between passes nothing on",
+                    stacklevel=3,
+                )
 
     def _refuse_inside(self, what: str) -> None:
         if self._inside:
@@ -326,6 +354,7 @@ class Lives(abc.ABC):
             whole = entry.hidden_whole()
             refuse_nonfinite(entry.name, whole, target)
             codes = target.encode(whole, params)
+            self._losses.note(entry.name, whole, target.project(whole, params), target)
             return Encoded(target=target, params=params, codes=codes, dtype=entry.claim.dtype)
 
         return {life[0].name: partial(encode, *life) for life in self._life(bits, recipe)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -138,6 +139,19 @@ class Plan:
                 count = near_dead(w.detach(), claim.layout)
                 found |= {claim.name: (count, claim.layout.channels)} if count else {}
         return found
+
+    def warn_left(self, who: str) -> None:
+        """Say what is left in full precision by a recipe that is meant for the whole model.
+
+        That is one that takes every weight ("@weights"), or has claimed more than half of the tensors that are weights.
+        """
+        weights = [claim for claim in self.claims if claim.is_weight]
+        takes_all = any(rule.match == "@weights" and not rule.keep for rule in self.recipe.rules)
+        left = self.left() if takes_all or 2 * len(self.claimed) > len(weights) else ""
+        if left:
+            warnings.warn(
+                f"{who}: {left} stay in full precision; a rule with keep=True says that it is meant", stacklevel=4
+            )
 
     def rule_of(self, claim: Claim) -> Rule:
         """The rule that claimed a parameter."""

@@ -98,7 +98,9 @@ def save(
         writer = Writer(path, life, coding=coding, batchnorm=batchnorm, notes=notes)
         return _write(writer, tensors, held.aliases)
 
-    return _on_first_rank(write, tensors) if is_sharded else write()
+    size = _on_first_rank(write, tensors) if is_sharded else write()
+    run._say_losses("save", bits, recipe)
+    return size
 
 
 def _tensors(

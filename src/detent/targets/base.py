@@ -113,6 +113,7 @@ class Target(abc.ABC):
         has_bits: the target has a bit-width that `at_bits` can change.
         has_codebook: weights take codewords (`assign`, `codebook`, `with_codebook`) that training may move.
         prunes: zero is where pruned weights lie, not one level among others.
+        is_one_point: the set holds one tensor alone, whatever the weights are.
         stored: names of the params that `decode` needs; only these go into a file.
         shared: names, among `stored` and the streams of codes, of what is the same for all tensors of the rule (a
             global codebook): a file holds it once, and `bits_on_disk` leaves it out.
@@ -130,6 +131,7 @@ class Target(abc.ABC):
     has_bits: ClassVar[bool] = False
     has_codebook: ClassVar[bool] = False
     prunes: ClassVar[bool] = False
+    is_one_point: ClassVar[bool] = False
     stored: ClassVar[tuple[str, ...]]
     shared: ClassVar[tuple[str, ...]] = ()
     # Lets a recipe file be checked field by field although fields may hold abstract types.
@@ -147,6 +149,11 @@ class Target(abc.ABC):
     def fits_together(self) -> bool:
         """Whether `fit_model` must see all tensors of the rule at once."""
         return self.scope == "model"
+
+    @property
+    def against_collapse(self) -> str:
+        """What to do where it leaves one value of a tensor: the end of a sentence."""
+        return "use more bits, a finer granularity, or keep it in full precision (a rule with keep=True)"
 
     @property
     def widths(self) -> Sequence[int]:

@@ -105,6 +105,10 @@ class SparseLevels(Target):
         return self.survivors.stored
 
     @property
+    def against_collapse(self) -> str:
+        return self.sparse.against_collapse
+
+    @property
     def scope(self) -> Scope:
         return "model" if self.sparse.scope == "model" else "tensor"
 

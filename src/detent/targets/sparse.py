@@ -184,6 +184,13 @@ class TopK(Sparse):
             raise ValueError(f'TopK(share="lamp", scope={self.scope!r}): a count is shared out in scope "model" only')
         super().__post_init__()
 
+    @property
+    def against_collapse(self) -> str:
+        if self.scope == "tensor":
+            return "keep more of it"
+        other = 'share="lamp" or ' if self.share == "magnitude" else ""
+        return f'one threshold over the model does that where weights are small: use {other}scope="tensor"'
+
     def accepts(self, shape: Sequence[int], dtype: torch.dtype, layout: Layout) -> str | None:
         if self.scope == "tensor" and isinstance(self.keep, int) and self.keep > layout.numel:
             return f"TopK(keep={self.keep}) asks for more weights than the {layout.numel} there are"
@@ -434,6 +441,10 @@ class Structured(Sparse):
         if self.block is not None and not all(type(side) is int and side >= 1 for side in sides):
             raise ValueError(f"Structured(block={self.block}): must be a pair (rows, columns) of whole numbers >= 1")
         super().__post_init__()
+
+    @property
+    def against_collapse(self) -> str:
+        return 'use scope="tensor", or keep more of it' if self.scope == "model" else "keep more of it"
 
     def accepts(self, shape: Sequence[int], dtype: torch.dtype, layout: Layout) -> str | None:
         reason = Target.accepts(self, shape, dtype, layout)

@@ -38,6 +38,7 @@ class Zero(Target):
     granularity: GranularityLike = "tensor"
 
     is_exact: ClassVar[bool] = True
+    is_one_point: ClassVar[bool] = True
     stored: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
