@@ -286,6 +286,21 @@ def test_a_stack_is_as_its_matrices_one_by_one(target: dt.Target, turned: bool, 
     assert torch.equal(twin.mats, found)
 
 
+@pytest.mark.parametrize("granularity", [dt.PerTensor(), dt.Channel(), dt.Group(size=3)])
+@pytest.mark.parametrize(
+    ("axis", "groups", "batch"),
+    [(0, 1, ()), (1, 1, ()), (1, 2, ()), (2, 1, ()), (1, 1, (0,)), (2, 1, (0,)), (0, 1, (2,))],
+)
+def test_rows_of_a_shard_have_their_own_numbers(granularity: Any, axis: int, groups: int, batch: Any) -> None:
+    layout = Layout(shape=(4, 6, 8), channel_dim=axis, conv_groups=groups, batch_axes=batch)
+    marks = torch.arange(granularity.count(layout), dtype=torch.float64)
+    whole = granularity.expand(marks, layout).broadcast_to(layout.shape)
+    assert torch.equal(granularity.sizes(layout), torch.bincount(whole.reshape(-1).long()))
+    for first, past in ((0, 1), (1, 4), (4, 4)):
+        here = granularity.expand(marks, layout.local(first, past)).broadcast_to((past - first, 6, 8))
+        assert torch.equal(here, whole[first:past])
+
+
 def test_columns_of_a_stack_are_those_of_its_matrices() -> None:
     model = Stack()
     with torch.no_grad():
@@ -674,3 +689,30 @@ def test_one_level_is_said() -> None:
         model.weight.copy_(torch.rand(4, 4) + 0.5)
     (said,) = told(lambda: dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Binary())])))
     assert said.startswith("compress: Binary() leaves one level of 'weight'; use more bits")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "target",
+    [ROWS, dt.Uniform(bits=4, granularity=dt.Group(size=4)), dt.LearnedLevels(k=4, granularity="channel")],
+    ids=repr,
+)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_turned_weights_export_as_codes(target: dt.Target, stacked: bool, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    from detent.export import to_onnx
+
+    class Bank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mats = nn.Parameter(torch.randn(3, 8, 12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.matmul(x[:, None, None, :], self.mats)
+
+    torch.manual_seed(0)
+    model = Bank() if stacked else transformers.pytorch_utils.Conv1D(12, 8)
+    axes: dict[str, Any] = {"axis": 2, "batch_axes": [0]} if stacked else {}
+    run = dt.compress(model, dt.Recipe([dt.Rule(match="mats" if stacked else "weight", target=target, **axes)]))
+    report = to_onnx(run, tmp_path / "f.onnx", torch.randn(2, 8))  # refuses where the session's answer differs
+    assert report.bytes < 8 * 12 * 4 * 4 * (3 if stacked else 1) + 8192

@@ -152,8 +152,11 @@ def refuse_standing(path: Path) -> None:
 
 def guesses(plan: Plan) -> list[str]:
     """What had to be guessed of a model that only its state dict is known of, in sentences."""
-    matrices = [claim for claim in plan.claims if len(claim.layout.shape) == 2]
-    kernels = [claim for claim in plan.claims if len(claim.layout.shape) > 2]
+    several = [claim for claim in plan.claims if len(claim.layout.shape) >= 2]
+    stacks = [claim for claim in several if claim.layout.batch_axes]
+    turned = [claim for claim in several if not claim.layout.is_row_major and not claim.layout.batch_axes]
+    matrices = [claim for claim in several if len(claim.layout.shape) == 2 and claim not in turned]
+    kernels = [claim for claim in several if len(claim.layout.shape) > 2 and claim not in stacks]
     said = []
     if kernels:
         said.append(
@@ -162,6 +165,13 @@ def guesses(plan: Plan) -> list[str]:
         )
     if matrices:
         said.append(f"{_taken(len(matrices), 'two axes')} as linear or embedding weights, a row an output.")
+    if turned:
+        said.append(f"{_taken(len(turned), 'two axes')} as (inputs, outputs), for there are as many biases.")
+    if stacks:
+        said.append(
+            f"{_taken(len(stacks), 'more than two axes')} as stacks of (outputs, inputs), as experts are; axis= and "
+            "batch_axes= in a rule, or --model, say otherwise."
+        )
     used = {rule.match for rule in plan.recipe.rules} & {"@first", "@last"}
     ranked = [claim.name for claim in plan.claims if len(claim.layout.shape) > 1]
     if used and ranked:
@@ -223,7 +233,8 @@ def compress_weights(
         batchnorm = "own" if norms else "none"
         writer = Writer(file, life, coding=coding, batchnorm=batchnorm, notes=said)
         done = _write(writer, weights, _stored(net, weights, source), plan, life == "both", watch)
-    notes = [*(guesses(plan) if model is None else []), unused_mechanisms(recipe)]
+    left = f"Left in full precision: {plan.left()}." if plan.left() else ""
+    notes = [*(guesses(plan) if model is None else []), left, unused_mechanisms(recipe)]
     together = sorted({type(r.target).__name__ for r in plan.recipe.rules if r.target and r.target.fits_together})
     if together:
         notes.append(f"{', '.join(together)} is fitted to several tensors at once, so these were in memory together.")
