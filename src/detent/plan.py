@@ -150,7 +150,7 @@ class Plan:
         left = self.left() if takes_all or 2 * len(self.claimed) > len(weights) else ""
         if left:
             warnings.warn(
-                f"{who}: {left} stay in full precision; a rule with keep=True says that it is meant", stacklevel=4
+                f"{who}: {left} stay in full precision; a rule with keep=True says that it is meant", stacklevel=3
             )
 
     def rule_of(self, claim: Claim) -> Rule:
