@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from cases import LONG_PAIRS, MECHANISMS, TARGETS
 from torch import Tensor, nn
 
 import detent as dt
+from benchmarks.resume import CASES, WAYS, outcome
 from detent.grouping import Layout
 
 STEPS = 8
@@ -155,6 +157,28 @@ def test_row_sums_tell_weights_apart_and_shard_like_them() -> None:
         swapped = w[:, [1, 0, 2, 3, 4]]
         assert bool((sharding.row_sums(swapped) != sums).all())
     assert [len(sharding.row_sums(torch.ones(shape))) for shape in ((), (3,), (0, 4), (2, 3, 4))] == [1, 3, 0, 2]
+
+
+# -------------------------------------------------------------------------------------------------------- frameworks
+
+_OFTEN = ("STE, Binary", "MirrorDescent, primal", "CodebookLearning", "PartialFreeze", "two stages")
+
+
+@pytest.mark.filterwarnings("ignore")  # what the frameworks say of themselves
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in _OFTEN else pytest.mark.slow) for n in CASES])
+def test_the_matrix_of_mechanisms_orders_and_frameworks(name: str, way: str, tmp_path: Path) -> None:
+    pytest.importorskip({"Lightning": "lightning", "Trainer": "transformers"}.get(way, "accelerate"))
+    assert outcome(name, way, tmp_path) == {"first_forward": 0.0, "end": 0.0}
+
+
+def test_the_matrix_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state that belongs to no weights, so that what attach wrote over them is not put back."""
+    monkeypatch.setattr("detent.states.match_weights", lambda driver, model: None)
+    monkeypatch.setattr("detent.states.refuse_other_weights", lambda driver, model: None)
+    monkeypatch.setattr("detent.claimed.refuse_foreign_writes", lambda entries, over=False: None)
+    found = outcome("MirrorDescent, dual", "by hand: model, attach, optimizer", tmp_path)
+    assert found["first_forward"] > 0.0
 
 
 # ------------------------------------------------------------------------------------------------- steps that raised

@@ -31,7 +31,17 @@ _MECHANISMS = _TARGETS | {"targets"}
 _SPECS = _MECHANISMS | {"mechanisms"}
 _RECIPE = _SPECS | {"sharding", "specs", "parameters", "ends", "plan", "contents"}
 _LIVES = _RECIPE | {"recipe"}
-_ENGINE = _LIVES | {"batchnorm", "claimed", "collapse", "drivers", "lives", "optimizers", "standins", "states"}
+_ENGINE = _LIVES | {
+    "averages",
+    "batchnorm",
+    "claimed",
+    "collapse",
+    "drivers",
+    "lives",
+    "optimizers",
+    "standins",
+    "states",
+}
 _PACK = _ENGINE | {"engine"}
 _CORE = _PACK | {"pack", "compression"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -54,6 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optimizers": {"sharding"},
     "standins": _LIVES | {"claimed", "optimizers"},
     "drivers": _LIVES | {"claimed", "optimizers", "standins"},
+    "averages": _LIVES | {"claimed", "lives"},
     "states": _LIVES | {"claimed", "drivers"},
     "engine": _ENGINE,
     "pack": _PACK,

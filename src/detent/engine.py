@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from detent import claimed, optimizers, sharding, states
+from detent.averages import Averages
 from detent.batchnorm import Statistics, install
 from detent.claimed import Entry, by_rule, fit_pull, fit_target, mapped_whole
 from detent.collapse import Losses
 from detent.contents import contents_of, refuse_unsavable, refuse_unused
 from detent.drivers import Driver, owners_of
-from detent.lives import Lives
 from detent.mechanisms import Mechanism
 from detent.parameters import named_parameters, refuse_no_model
 from detent.recipe import Plan, Recipe, refuse_no_recipe
@@ -107,7 +107,7 @@ def attach(
     return run
 
 
-class Run(Lives):
+class Run(Averages):
     """A recipe attached to a model. Made by `attach` and `compress`, never directly.
 
     Attributes:
@@ -722,6 +722,16 @@ class Run(Lives):
         states.load_state(driver, state, self.model)
         self._statistics.clear()
         self._refresh()
+
+    # --- averages ---------------------------------------------------------------------------------------------------
+
+    def _alone(self, model: nn.Module) -> Run:
+        claimed.found_again(self._entries, model)
+        return Run(model, self.standing, [], None, self._nonfinite)
+
+    def _is_over(self, entry: Entry) -> bool:
+        frozen = any(entry in driver.entries and driver.frozen(entry) for driver in self._drivers)
+        return frozen or self._is_settled(entry)
 
     # --- the end -------------------------------------------------------------------------------------------------
 
