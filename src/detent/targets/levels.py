@@ -15,6 +15,7 @@ from detent.schedules import is_whole
 from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite, compute_dtype
 from detent.targets.declared import Declared, Pieces, scale_ends
 from detent.targets.kmeans import kmeans, ternary_scale
+from detent.targets.search import least_error
 
 __all__ = ["Binary", "LearnedLevels", "PowerOfTwo", "Ternary", "Uniform"]
 
@@ -62,7 +63,7 @@ class _Scaled(Target):
         store = _PARAM_DTYPES[self.param_dtype]
         smallest, largest = scale_ends(store, dtype, self._n)
         live = scale.clamp(min=smallest, max=largest).to(store)
-        return torch.where(scale > 0, live, torch.zeros_like(live))
+        return live.mul_(scale > 0)
 
     def declared(self, layout: Layout, dtype: torch.dtype, held: Mapping[str, int]) -> Pieces:
         store, groups = _PARAM_DTYPES[self.param_dtype], granularity_of(self.granularity).count(layout)
@@ -73,19 +74,17 @@ class _Scaled(Target):
         return Pieces((scale,) if self.stored else (), (codes,))
 
     def _least_error(
-        self, x: Tensor, full: Tensor, ratios: Iterable[float], layout: Layout, dtype: torch.dtype
+        self, x: Tensor, full: Tensor, ratios: Sequence[float], layout: Layout, dtype: torch.dtype
     ) -> Tensor:
-        groups = granularity_of(self.granularity)
-        best = full
-        best_error = torch.full(full.shape, torch.inf, dtype=torch.float64, device=x.device)
-        # From the widest range down, and only a strictly smaller error wins: ties keep the wider range.
-        for ratio in ratios:
-            scale = self._rounded(full.to(x.dtype) * ratio, dtype)
-            error = groups.sum((self._on_grid(x, scale, layout) - x).square_(), layout)
-            better = error < best_error
-            best = torch.where(better, scale, best)
-            best_error = torch.where(better, error, best_error)
-        return best
+        """The best scale of each group among shares of the full one, from the widest range down; ties keep the wider."""
+        groups, compute = granularity_of(self.granularity), compute_dtype(x.dtype)
+        shares = torch.tensor(ratios, dtype=compute, device=x.device)[:, None]
+
+        def choices(rows: slice) -> Tensor:
+            return self._rounded(full[rows].to(compute) * shares, dtype)
+
+        sizes = groups.sizes(layout).to(x.device)
+        return least_error(groups.cut(x, layout, 0.0), sizes, choices, self._n, self._has_zero, compute)
 
     def _alternating(self, x: Tensor, layout: Layout, rounds: int) -> Tensor:
         """Nearest integers for the scale, best scale for the integers, in turn; neither can make the error larger."""
