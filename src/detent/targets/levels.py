@@ -76,7 +76,7 @@ class _Scaled(Target):
     def _least_error(
         self, x: Tensor, full: Tensor, ratios: Sequence[float], layout: Layout, dtype: torch.dtype
     ) -> Tensor:
-        """The best scale of each group among shares of the full one, from the widest range down; ties keep the wider."""
+        """The best scale of each group among shares of the full one, the wider one of equals."""
         groups, compute = granularity_of(self.granularity), compute_dtype(x.dtype)
         shares = torch.tensor(ratios, dtype=compute, device=x.device)[:, None]
 
