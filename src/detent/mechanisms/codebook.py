@@ -230,7 +230,7 @@ def _groups(slots: Sequence[Slot]) -> list[list[Slot]]:
 
 def _spread(slot: Slot, table: Tensor) -> Tensor:
     """Rows of a table in the places of their members, as a tensor like the weight."""
-    return table[slot.state["index"].long()].reshape(slot.weight.shape)
+    return table.index_select(0, slot.state["index"]).reshape(slot.weight.shape)
 
 
 def _reduced(group: list[Slot], values: Sequence[Tensor], reduce: str) -> Tensor:

@@ -584,13 +584,19 @@ def _nearest_for_sure(x: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
     x, entries = x.double(), entries.double()
     sizes = entries.square().sum(1)
     scores = torch.addmm(sizes, x, entries.t(), alpha=-2)
-    least, index = scores.min(1)
+    index = _argmin(scores)
+    least = scores.gather(1, index[:, None])[:, 0]
     # |c|^2 - 2 x c is a sum of 2 n products, each at most (|x| + |c|)^2 together: Higham's bound for any order of sums.
     reach = x.square().sum(1).sqrt_().add_(sizes.amax().sqrt()).square_()
     bound = least + reach * (_SLACK * (2 * x.shape[1] + 4) * torch.finfo(x.dtype).eps)
     second = scores.scatter_(1, index[:, None], math.inf).amin(1)
     # Numbers too small to be squared, and sums too large for a float, leave it open too; so does a NaN.
     return index, ~((second > bound) & (reach > torch.finfo(x.dtype).tiny * 1e8) & bound.isfinite())
+
+
+def _argmin(scores: Tensor) -> Tensor:
+    """The place of the least number of each row, the first of equal ones; NumPy compares several at once."""
+    return torch.from_numpy(scores.numpy().argmin(axis=1)) if scores.device.type == "cpu" else scores.argmin(dim=1)
 
 
 def _nearest(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
@@ -600,6 +606,8 @@ def _nearest(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     sizes, step = centres.square().sum(1), max(1, _CHUNK // len(centres))
     for first in range(0, len(x), step):
         some = x[first : first + step]
-        score, index[first : first + step] = torch.addmm(sizes, some, centres.t(), alpha=-2).min(1)
+        scores = torch.addmm(sizes, some, centres.t(), alpha=-2)
+        index[first : first + step] = at = _argmin(scores)
+        score = scores.gather(1, at[:, None])[:, 0]
         far[first : first + step] = score.add_(some.square().sum(1)).clamp_min_(0.0)
     return index, far

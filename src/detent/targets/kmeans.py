@@ -14,7 +14,7 @@ from torch import Tensor
 
 from detent.targets.base import compute_dtype
 
-__all__ = ["kmeans", "ternary_scale"]
+__all__ = ["kmeans", "sorted_rows", "ternary_scale"]
 
 _RUNS = 1 << 16  # sorted numbers of a group that Lloyd's rounds look at; longer groups are cut into as many runs
 _WIDEST = 256  # runs, the widest of a group, of which each number is looked at: there may be as many levels
@@ -51,7 +51,7 @@ def kmeans(x: Tensor, sizes: Tensor, k: int, pinned: bool) -> Tensor:
     found = []
     step = max(1, _PIECE // x.shape[1])
     for first in range(0, x.shape[0], step):
-        ordered = _sorted_rows(x[first : first + step])
+        ordered = sorted_rows(x[first : first + step])
         counts = sizes[first : first + step].cpu()
         points = _Points(*_runs(ordered, counts))
         starts = [_lloyd(points, start, pinned) for start in (_spread(points, k), _companded(points, k))]
@@ -88,7 +88,7 @@ def ternary_scale(size: Tensor) -> Tensor:
     columns = size.shape[1]
     step = max(1, _PIECE // columns)
     for first in range(0, size.shape[0], step):
-        ordered = _sorted_rows(size[first : first + step])
+        ordered = sorted_rows(size[first : first + step])
         rows = len(ordered)
         total = torch.zeros((rows, 1), dtype=torch.float64)
         best, gain = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64)
@@ -107,7 +107,7 @@ def ternary_scale(size: Tensor) -> Tensor:
     return torch.cat(found).to(size.device)
 
 
-def _sorted_rows(x: Tensor) -> Tensor:
+def sorted_rows(x: Tensor) -> Tensor:
     """Each row in ascending order, in memory of its own and at least in float32."""
     dtype = compute_dtype(x.dtype)
     if x.device.type != "cpu":
