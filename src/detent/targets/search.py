@@ -17,7 +17,7 @@ __all__ = ["error_bounds", "least_error", "piece_of"]
 
 _CACHED = 1 << 15  # numbers a piece on a CPU: with its buffers half a megabyte
 _LAUNCHED = 1 << 24  # and on a GPU, where launches cost more than memory
-_SHORTEST = 256  # numbers of a row from which a histogram pays
+_SHORTEST = 1024  # numbers of a row from which a histogram pays
 _FEWEST, _MOST = 10, 14  # bins of a histogram, as powers of two
 _TERMS = 1 << 18  # middles of all candidates of a block whose sums are looked up at a time
 _BETWEEN = 4  # candidates tried between two looks at whether the others can be better
@@ -55,7 +55,8 @@ def least_error(
     """
     rows, columns = w.shape
     count, step = len(choices(slice(0, 1))), piece_of(w.device)
-    bounded = w.device.type == "cpu" and columns >= max(_SHORTEST, 16 * n) and count > 3
+    pays = columns >= _SHORTEST and count * n <= columns  # else there are more sums to look up than weights to try
+    bounded = w.device.type == "cpu" and pays
     block = max(1, step // max(columns, 1))
     if bounded:
         block = max(1, min(block, _TERMS // (count * n)))
