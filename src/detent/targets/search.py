@@ -197,8 +197,8 @@ def error_bounds(
         sum (|w| - nearest level)^2 = sum (|w| - l_0)^2 - 2 sum_j (l_j - l_(j-1)) F((l_j + l_(j-1)) / 2)
 
     with F(m) = sum of |w| - m over all |w| > m, which is known exactly at the edges of the bins, and convex between
-    them: it lies under the chord and over the tangents at both ends. The bounds are wider by what roundings can come to,
-    so that they hold for what a search in `dtype` finds.
+    them: it lies under the chord and over the tangents at both ends. The bounds are wider by what roundings come to, so
+    that they hold for what a search in `dtype` finds.
 
     Args:
         w: matrix (groups, weights) on the CPU, whose squares a float32 holds; a shorter group ends in zeros.
