@@ -36,7 +36,7 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 demo: $(VENV)/.demo
-	@$(BIN)/detent demo
+	@$(BIN)/detent demo --force
 
 # The report is looked at in a real browser. Where none can be had its tests skip and say so.
 browser:

@@ -1,6 +1,7 @@
 """Detent: train networks whose weights click into places that are cheap to store."""
 
 from detent.compression import compress as compress
+from detent.compression import compress_state_dict as compress_state_dict
 from detent.engine import Run as Run
 from detent.engine import attach as attach
 from detent.grouping import Channel as Channel

@@ -1,7 +1,7 @@
 """The command line: its flags, its tables and its errors. What the commands do is in `cli_work` and the library.
 
-Exit codes: 0 it worked, 1 it failed, 2 the call or its input is wrong. What a person must know is one sentence on
-standard error; `--json` puts the result, or {"error": ...}, on standard output and nothing else.
+Exit codes: 0 it worked, 1 it failed, 2 the call or its input is wrong, 130 it was interrupted. What a person must know
+is one sentence on standard error; `--json` puts the result, or {"error": ...}, on standard output and nothing else.
 """
 
 from __future__ import annotations
@@ -15,30 +15,31 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console as _RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
-from safetensors import safe_open
-from torch import Tensor
 from typer.core import TyperGroup
 
 import detent
 from detent.cli_work import (
     OnnxOptions,
-    compress_weights,
+    bytes_in,
+    code_of,
     export_file,
     model_of,
     recipe_of,
-    refuse_standing,
+    refuse_overwriting,
     report_of,
-    skeleton,
+    visible,
     widths_in,
 )
+from detent.compression import compress_state_dict, skeleton
 from detent.demo import KEEP, WIDTHS, Outcome, Settings, demonstrate
 from detent.demos import METHODS, Comparison, compare, table_of
 from detent.export import check_compressed_tensors
-from detent.pack import Inspection, read_header
+from detent.pack import CODINGS, Checkpoint, Inspection, Reader
 from detent.pack import inspect as measured
 from detent.pack import unpack as write_plain
 from detent.pack.atomic import destination
@@ -50,6 +51,15 @@ __all__ = ["app"]
 
 # Click's, which newer releases of typer bring along under a name of their own.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class Console(_RichConsole):
+    """A terminal to which nothing of a file goes raw: control characters in names and notes are shown, not sent."""
+
+    def render(self, *given: Any, **more: Any) -> Iterator[Segment]:
+        """The pieces that are written; what rich itself sends to the terminal is marked as control."""
+        for text, style, control in super().render(*given, **more):
+            yield Segment(text if control else visible(text), style, control)
 
 
 class _Commands(TyperGroup):
@@ -90,6 +100,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Force = Annotated[bool, typer.Option("--force", help="Write over files whose names were not given; never an input.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else there.")]
 
 
@@ -117,6 +128,8 @@ def _answer(as_json: bool) -> Iterator[None]:
         _fail(error, 2, as_json)
     except (RuntimeError, OSError, ImportError) as error:
         _fail(error, 1, as_json)
+    except KeyboardInterrupt:
+        _fail(RuntimeError("interrupted; what was there before is untouched"), 130, as_json)
 
 
 def _fail(error: Exception, code: int, as_json: bool) -> None:
@@ -178,12 +191,15 @@ def demo(
     bits: Annotated[
         int | None, typer.Option(help="psg: the width it trains for, 8, 6, 4, 3 or 2; else the network's own.")
     ] = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a small network with one of the systems and without, and show what is left of each when compressed."""
     with _answer(as_json):
         if method not in ("psg", *METHODS):
             raise ValueError(f"--method {method}: must be one of psg, {', '.join(METHODS)}")
+        made = ("model.detent", "weights.png", "result.json", "report.html", "report.json")
+        refuse_overwriting(unnamed=[out / name for name in made], inputs=[data], force=force)
         settings = Settings(data=data, out=out, epochs=epochs, seed=seed, device=device, bits=bits)
         with _watched(long=True) as watch:
             outcome = demonstrate(settings, watch) if method == "psg" else compare(method, settings, watch)  # type: ignore[arg-type]
@@ -255,7 +271,10 @@ def _notes(outcome: Outcome) -> list[str]:
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help='A factory "package.module:function", or a .safetensors state dict.')],
+    model: Annotated[
+        str,
+        typer.Argument(help='A factory "package.module:function", which is run; or a state dict, as for compress.'),
+    ],
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A preset, or a .yaml file.")] = "psg-w4",
     to: Annotated[
         str | None, typer.Option(help="compressed-tensors: also say what that export would refuse; wants a factory.")
@@ -264,15 +283,19 @@ def plan(
 ) -> None:
     """Show what a recipe would do to every parameter of a model, and why some stay in full precision."""
     with _answer(as_json):
-        is_file = model.endswith(".safetensors")
+        is_state = Path(model).exists() or (":" not in model and bool(Path(model).suffix))
         if to not in (None, "compressed-tensors"):
             raise ValueError(f"--to {to}: must be compressed-tensors")
-        if to and is_file:
+        if to and is_state:
             raise ValueError(f"--to {to}: a file does not say which layers are linear; give a factory")
-        net = skeleton(Path(model)) if is_file else model_of(model)
-        resolved = recipe_of(recipe).resolve(net)
-        checked = check_compressed_tensors(net, resolved) if to else None
-        dead = resolved.near_dead(_tensors(Path(model)) if is_file else net.named_parameters())
+        with contextlib.ExitStack() as stack:
+            weights = stack.enter_context(Checkpoint(model)) if is_state else None
+            net = model_of(model) if weights is None else skeleton(weights)
+            resolved = recipe_of(recipe).resolve(net)
+            checked = check_compressed_tensors(net, resolved) if to else None
+            dead = resolved.near_dead(
+                net.named_parameters() if weights is None else ((name, weights.tensor(name)) for name in weights)
+            )
         outputs = sum(c.layout.channels for c in resolved.claims if c.is_weight and len(c.layout.shape) > 1)
         if as_json:
             near = {"outputs": outputs, "near_dead": sum(count for count, _ in dead.values()), "by_name": dead}
@@ -284,19 +307,14 @@ def plan(
                 Console(soft_wrap=True).print(Text(said))
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Those of a state dict, one at a time."""
-    with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118  safe_open is not iterable
-            yield name, file.get_tensor(name)
-
-
 # --- compress -----------------------------------------------------------------------------------------------------
 
 
 @app.command()
 def compress(
-    weights: Annotated[Path, typer.Argument(help="A state dict, .safetensors.")],
+    weights: Annotated[
+        Path, typer.Argument(help="A .safetensors state dict, a folder of its shards, or the .index.json of them.")
+    ],
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A preset, or a .yaml file.")] = "uniform-w4",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The file to write; else WEIGHTS.detent.")] = None,
     life: Annotated[str, typer.Option(help="compressed: as small as its codes; both: the weights as they are too.")] = (
@@ -310,14 +328,38 @@ def compress(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help='A factory "package.module:function"; else shapes and names must do.')
+        str | None,
+        typer.Option(help='A factory "package.module:function", whose code is run; else shapes and names must do.'),
     ] = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Round the weights of a state dict to the places of a recipe: no training, no data, no code of the model."""
     with _answer(as_json):
-        with _watched() as watch:
-            made = compress_weights(weights, recipe_of(recipe), out, life=life, coding=coding, model=model, watch=watch)
+        if life not in ("compressed", "both"):
+            raise ValueError(f"--life {life}: must be compressed or both")
+        if coding not in (None, *CODINGS):
+            raise ValueError(f"--coding {coding}: must be one of {', '.join(CODINGS)}")
+        with Checkpoint(weights) as opened, _watched() as watch:  # first: another kind of file is at fault before all
+            default = None if out else _beside(weights)
+            inputs = [*opened.files, Path(recipe), code_of(model)]
+            refuse_overwriting(named=[out], unnamed=[default], inputs=inputs, force=force)
+            said: dict[str, Any] = {"data": "none", "epochs": 0, "calibration": "none"}
+            said["made by"] = f"detent compress {weights.name or weights.resolve().name}"
+            if model is None:
+                said["order"] = "alphabetical, as in a state dict: which weight is really first or last is not known"
+            made = dataclasses.asdict(
+                compress_state_dict(
+                    opened,
+                    out or _beside(weights),
+                    recipe_of(recipe),
+                    life=life,  # type: ignore[arg-type]
+                    coding=coding,  # type: ignore[arg-type]
+                    model=None if model is None else model_of(model),
+                    notes=said,
+                    watch=watch,
+                )
+            )
         if as_json:
             _print_json(made)
             return
@@ -331,6 +373,13 @@ def compress(
         )
         for sentence in made["notes"]:
             console.print(Text(sentence))
+
+
+def _beside(weights: Path) -> Path:
+    """Where the file of a state dict goes if nobody says: beside it, a folder's beside the folder."""
+    where = weights.resolve() if weights.name in ("", "..") else weights
+    name = where.name if where.is_dir() else where.name.removesuffix(".index.json").removesuffix(".safetensors")
+    return where.with_name(f"{name}.detent")
 
 
 def _than(before: int, after: int) -> str:
@@ -352,9 +401,9 @@ def inspect(
 ) -> None:
     """Show what a file holds: what every tensor became, the bytes it takes, and how far its two lives are apart."""
     with _answer(as_json):
-        header = read_header(file)
-        with _watched() as watch:
-            found = measured(file, advance=watch("measuring", len(header.tensors)))
+        with Reader(file) as opened, _watched() as watch:
+            header = opened.header
+            found = measured(opened, advance=watch("measuring", len(header.tensors)))
         if as_json:
             _print_json({"rows": found.rows, "total": found.total, **dataclasses.asdict(header)})
             return
@@ -438,20 +487,25 @@ def unpack(
     file: Annotated[Path, typer.Argument(help="A .detent file.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The file to write; else FILE.safetensors.")] = None,
     life: Annotated[str, typer.Option(help="full or compressed.")] = "compressed",
+    shard_size: Annotated[
+        str | None, typer.Option(help="Make --out a folder of shards with an index, none above this: 5GB, 500MB.")
+    ] = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Write one life of a file as plain safetensors, which every other tool reads."""
     with _answer(as_json):
-        tensors = len(read_header(file).tensors)  # first: another kind of file is at fault before its name is
-        if life not in ("full", "compressed"):
-            raise ValueError(f"--life {life}: must be full or compressed")
-        plain = out or file.with_suffix(".safetensors")
-        if plain.resolve() == file.resolve():
-            raise ValueError(f"--out {plain}: is the file itself; give another name")
-        if out is None:
-            refuse_standing(plain)
-        with _watched() as watch:
-            size = write_plain(file, plain, life, advance=watch("unpacking", tensors))
+        with Reader(file) as opened, _watched() as watch:  # first: another kind of file is at fault before its name is
+            if life not in ("full", "compressed"):
+                raise ValueError(f"--life {life}: must be full or compressed")
+            bound = None if shard_size is None else bytes_in(shard_size)
+            plain = out or file.with_suffix("" if bound else ".safetensors")
+            # A folder of shards is never named file by file.
+            unnamed = [plain] if bound or not out else []
+            refuse_overwriting(named=[out], unnamed=unnamed, inputs=[file], force=force)
+            size = write_plain(
+                opened, plain, life, shard_bytes=bound, advance=watch("unpacking", len(opened.header.tensors))
+            )
         if as_json:
             _print_json({"file": str(plain), "life": life, "bytes": size})
         else:
@@ -477,12 +531,20 @@ def report(
     history: Annotated[Path | None, typer.Option(help="JSON lines that detent.report.History wrote.")] = None,
     exported: Annotated[Path | None, typer.Option(help="What `detent export --json` said.")] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page; else the file's name.")] = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a page on a file: both lives, histograms, layer by layer, size against accuracy, the quantization card."""
     with _answer(as_json):
         page = out or file.with_suffix(".html")
         if out is not None or not as_json:
+            images = None if data == "digits" else data
+            refuse_overwriting(
+                named=[out],
+                unnamed=[None if out else page, page.with_suffix(".json")],
+                inputs=[file, history, exported, images, code_of(model)],
+                force=force,
+            )
             destination(page)  # what is wrong with it shall be said before anything is measured
         with _watched() as watch:
             found = report_of(
@@ -512,7 +574,7 @@ def report(
 @app.command()
 def export(
     file: Annotated[Path, typer.Argument(help="A .detent file.")],
-    model: Annotated[str, typer.Option(help='A factory "package.module:function" of the model in the file.')],
+    model: Annotated[str, typer.Option(help='A factory "package.module:function", whose code is run.')],
     to: Annotated[str, typer.Option(help="onnx or compressed-tensors.")] = "onnx",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="An .onnx file, or a folder; else FILE.onnx or FILE's name.")
@@ -538,6 +600,7 @@ def export(
         bool, typer.Option("--latency", help="onnx: measure it in ONNX Runtime against float32, batch 1 and 64.")
     ] = False,
     threads: Annotated[int | None, typer.Option(help="--latency: threads within an operator; else 1.")] = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the compressed life in another tool's format: an ONNX file, or a folder that transformers loads."""
@@ -554,7 +617,7 @@ def export(
             threads=threads,
         )
         with _watched() as watch:
-            made = export_file(file, model=model, to=to, out=out, options=options, watch=watch)
+            made = export_file(file, model=model, to=to, out=out, options=options, watch=watch, force=force)
         if as_json:
             _print_json(made)
             return
@@ -585,4 +648,4 @@ def card(
             _print_json(found.model_dump(mode="json"))
         else:
             text = found.markdown(f"Quantization card of {file.name}") if markdown else found.text() + "\n"
-            sys.stdout.write(text)
+            sys.stdout.write(visible(text))

@@ -2,47 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import math
+import os
+import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from detent.claimed import refuse_stages
 from detent.data import Batches, ImageSet, digits, load_images
 from detent.export import Activations, onnx_latency, to_compressed_tensors, to_onnx
-from detent.lives import Encoded
-from detent.pack import CODINGS, Writer, load, sizes
-from detent.pack.frames import MAGIC, of_torch
-from detent.pack.header import DTYPES
-from detent.parameters import canonical_name
-from detent.plan import Plan
+from detent.pack import load
 from detent.recipe import Recipe
 from detent.report import Export, History, Report, collect_file, run_of_file
 from detent.report.page import figures
-from detent.specs import short
-from detent.targets import Params
 
 __all__ = [
     "OnnxOptions",
-    "compress_weights",
+    "bytes_in",
+    "code_of",
     "export_file",
     "model_of",
     "recipe_of",
-    "refuse_standing",
+    "refuse_overwriting",
     "report_of",
-    "skeleton",
+    "visible",
     "widths_in",
 ]
 
@@ -66,7 +59,7 @@ def recipe_of(source: str) -> Recipe:
 
 
 def model_of(source: str) -> nn.Module:
-    """The model of a factory "package.module:function", looked for in the current folder too.
+    """The model of a factory "package.module:function", looked for in the current folder too; its code is run.
 
     Raises:
         ValueError: no such factory, or one that fails or makes no module.
@@ -76,7 +69,7 @@ def model_of(source: str) -> nn.Module:
         raise ValueError(f'model={source!r}: give a factory as "package.module:function"')
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)
+        sys.path.append(here)  # last: a file in the folder must not stand in for a package
     try:
         factory: Any = importlib.import_module(module_name)
         for part in function.split("."):
@@ -92,303 +85,88 @@ def model_of(source: str) -> nn.Module:
     return made
 
 
-def skeleton(path: Path) -> nn.Module:
-    """A module with the names, shapes and dtypes of a state dict, on the meta device: no weight is kept.
-
-    A state dict does not say which convolutions are transposed or which 2-D tensors are buffers; BatchNorm's running
-    statistics are known by their names.
-
-    Raises:
-        ValueError: a file that is no state dict.
-    """
-    root = nn.Module()
-    with _opened(path) as file:
-        for name in file.keys():  # noqa: SIM118  safe_open is not iterable
-            part = file.get_slice(name)
-            if part.get_dtype() not in DTYPES:
-                raise ValueError(f"{path}: {name!r} is {part.get_dtype()}, which a file of ours cannot hold")
-            try:
-                _hang(root, name, torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta"))
-            except KeyError as error:
-                raise ValueError(f"{path}: not a safetensors state dict: {error}") from None
-    return root
+# --- what is written ----------------------------------------------------------------------------------------------
 
 
-def _hang(root: nn.Module, name: str, value: Tensor) -> None:
-    """Put a tensor at its dotted name below the root."""
-    *folders, own = name.split(".")
-    here = root
-    for folder in folders:
-        child = here._modules.get(folder)
-        if child is None:
-            child = nn.Module()
-            here.add_module(folder, child)
-        here = child
-    if own in ("running_mean", "running_var", "num_batches_tracked") or not value.is_floating_point():
-        here.register_buffer(own, value)
-    else:
-        here.register_parameter(own, nn.Parameter(value))
+def refuse_overwriting(
+    *,
+    named: Sequence[Path | None] = (),
+    unnamed: Sequence[Path | None] = (),
+    inputs: Sequence[str | Path | None] = (),
+    force: bool,
+) -> None:
+    """Let no command write over its input, or over what stands under a name that nobody gave.
 
-
-def _taken(number: int, axes: str) -> str:
-    """How many tensors are taken for something.
-
-    Example:
-        >>> _taken(1, "two axes"), _taken(2, "two axes")
-        ('1 tensor of two axes is taken', '2 tensors of two axes are taken')
-    """
-    return f"{number} tensor{'s' * (number != 1)} of {axes} {'is' if number == 1 else 'are'} taken"
-
-
-def refuse_standing(path: Path) -> None:
-    """Write over a file only where its name was given: under a default name there may be what cannot be made again.
-
-    Raises:
-        ValueError: there is such a file.
-    """
-    if path.exists():
-        raise ValueError(f"{path} is there already; remove it, or name the file to write with --out")
-
-
-def guesses(plan: Plan) -> list[str]:
-    """What had to be guessed of a model that only its state dict is known of, in sentences."""
-    several = [claim for claim in plan.claims if len(claim.layout.shape) >= 2]
-    stacks = [claim for claim in several if claim.layout.batch_axes]
-    turned = [claim for claim in several if not claim.layout.is_row_major and not claim.layout.batch_axes]
-    matrices = [claim for claim in several if len(claim.layout.shape) == 2 and claim not in turned]
-    kernels = [claim for claim in several if len(claim.layout.shape) > 2 and claim not in stacks]
-    said = []
-    if kernels:
-        said.append(
-            f"{_taken(len(kernels), 'more than two axes')} as convolutions with output channels first; "
-            "transposed ones cannot be told apart without --model."
-        )
-    if matrices:
-        said.append(f"{_taken(len(matrices), 'two axes')} as linear or embedding weights, a row an output.")
-    if turned:
-        said.append(f"{_taken(len(turned), 'two axes')} as (inputs, outputs), for there are as many biases.")
-    if stacks:
-        said.append(
-            f"{_taken(len(stacks), 'more than two axes')} as stacks of (outputs, inputs), as experts are; axis= and "
-            "batch_axes= in a rule, or --model, say otherwise."
-        )
-    used = {rule.match for rule in plan.recipe.rules} & {"@first", "@last"}
-    ranked = [claim.name for claim in plan.claims if len(claim.layout.shape) > 1]
-    if used and ranked:
-        said.append(
-            f"A state dict keeps its names in alphabetical order, so @first is {ranked[0]} and @last is {ranked[-1]}; "
-            "if that is wrong, name them in the recipe or give --model."
-        )
-    return said
-
-
-def unused_mechanisms(recipe: Recipe) -> str:
-    """What to say of mechanisms in a recipe when nothing is trained; empty if there are none."""
-    names = dict.fromkeys(short(rule.mechanism) for rule in recipe.rules if rule.mechanism is not None)
-    return f"No training took place: {', '.join(names)} of the recipe did nothing." if names else ""
-
-
-# --- a state dict without training --------------------------------------------------------------------------------
-
-
-def compress_weights(
-    source: Path, recipe: Recipe, out: Path | None, *, life: str, coding: str | None, model: str | None, watch: Watch
-) -> dict[str, Any]:
-    """Compress a state dict and write the file, tensor by tensor.
+    Every command asks before it works. What the user named is replaced; what was named for him is not, unless he says
+    so: a default name, the twin beside a page, the files in a folder.
 
     Args:
-        source: a .safetensors state dict.
-        recipe: what becomes of which tensor.
-        out: where to; the source's name with .detent by default.
-        life: "compressed" or "both".
-        coding: "entropy", "bitpacked" or "none"; by default what `save` takes for this name.
-        model: a factory, for what names and shapes do not say.
-        watch: told how far it is.
-
-    Returns:
-        What was done: file, bytes, raw_bytes, weights, compressed_weights, nominal_bits (at true width) and
-        bits_per_weight (as written), error, notes.
+        named: outputs whose names the user gave.
+        unnamed: outputs whose names follow from others; a folder counts as there if anything is in it.
+        inputs: what the command reads; a folder stands for the files in it.
+        force: whether what is there may be written over; inputs never.
 
     Raises:
-        ValueError: a source that is no state dict, or a recipe that does not fit it.
+        ValueError: naming the file.
     """
-    with _opened(source) as weights:  # first: another kind of file is at fault before anything else is
-        file = source.with_suffix(".detent") if out is None else out
-        if file.resolve() == source.resolve():
-            raise ValueError(f"--out {file}: is the state dict itself; give another name")
+    read = [file for given in inputs if given is not None for file in _files(Path(given))]
+    for out in (*named, *unnamed):
         if out is None:
-            refuse_standing(file)
-        if life not in ("compressed", "both"):
-            raise ValueError(f"--life {life}: must be compressed or both")
-        if coding not in (None, *CODINGS):
-            raise ValueError(f"--coding {coding}: must be one of {', '.join(CODINGS)}")
-        net = skeleton(source) if model is None else model_of(model)
-        refuse_stages(recipe, "compress")
-        plan = recipe.without_mechanisms().resolve(net)
-        said: dict[str, Any] = {"data": "none", "epochs": 0, "calibration": "none"}
-        said["made by"] = f"detent compress {source.name}"
-        if model is None:
-            said["order"] = "alphabetical, as in a state dict: which weight is really first or last is not known"
-        norms = any(getattr(module, "running_mean", None) is not None for module in net.modules())
-        batchnorm = "own" if norms else "none"
-        writer = Writer(file, life, coding=coding, batchnorm=batchnorm, notes=said)
-        done = _write(writer, weights, _stored(net, weights, source), plan, life == "both", watch)
-    left = f"Left in full precision: {plan.left()}." if plan.left() else ""
-    notes = [*(guesses(plan) if model is None else []), left, unused_mechanisms(recipe)]
-    together = sorted({type(r.target).__name__ for r in plan.recipe.rules if r.target and r.target.fits_together})
-    if together:
-        notes.append(f"{', '.join(together)} is fitted to several tensors at once, so these were in memory together.")
-    parts = sizes(file)
-    return {
-        "file": str(file),
-        "bytes": writer.size,
-        "raw_bytes": done.raw,
-        "weights": done.weights,
-        "compressed_weights": done.coded,
-        "nominal_bits": 8 * done.packed / max(done.coded, 1),
-        "bits_per_weight": 8 * (parts["codes"] + parts["params"]) / max(done.coded, 1),
-        "error": done.lost / (done.energy or 1.0),
-        "notes": [note for note in notes if note],
-    }
-
-
-def _write(writer: Writer, weights: Any, stored: list[_Stored], plan: Plan, both: bool, watch: Watch) -> _Done:
-    """Write every tensor of a state dict under each of its names."""
-    advance, done = watch("compressing", len(stored)), _Done()
-    with writer:
-        for name, tensor, encoded, reason in _encoded(weights, stored, plan):
-            done.add(tensor, encoded, is_buffer=reason == "buffer")
-            writer.add(name, tensor if both or encoded is None else None, encoded=encoded, reason=reason)
-            advance()
-        for entry in stored:
-            for alias in entry.aliases:
-                writer.alias(alias, entry.name)
-    return done
-
-
-@dataclass(kw_only=True)
-class _Done:
-    """Sums over tensors."""
-
-    raw: int = 0
-    weights: int = 0
-    coded: int = 0
-    packed: int = 0
-    lost: float = 0.0
-    energy: float = 0.0
-
-    def add(self, tensor: Tensor, encoded: Encoded | None, is_buffer: bool) -> None:
-        self.raw += tensor.numel() * tensor.element_size()
-        self.weights += 0 if is_buffer else tensor.numel()
-        if encoded is not None:
-            w = tensor.double()
-            self.coded += tensor.numel()
-            self.packed += encoded.target.bits_on_disk(encoded.params) // 8
-            self.lost += float((w - encoded.decode().double()).square().sum())
-            self.energy += float(w.square().sum())
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A state dict, open to be read at random.
-
-    Raises:
-        ValueError: another kind of file.
-        OSError: it cannot be opened.
-    """
-    ours = f"{path}: is a Detent file, not a state dict; detent unpack makes a state dict of it"
-    with path.open("rb") as raw:
-        begin = raw.read(len(MAGIC))
-    if begin == MAGIC:
-        raise ValueError(ours)
-    try:
-        with safe_open(path, "pt") as file:
-            if "detent" in (file.metadata() or {}):
-                raise ValueError(ours)
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors state dict{of_torch(begin[:4]) or f': {error}'}") from None
-
-
-_COUNTER = "num_batches_tracked"  # old checkpoints lack it; PyTorch too takes the model's own then
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Stored:
-    """A distinct tensor of a model: its first name, the others, and which name it has in the state dict, if any."""
-
-    name: str
-    aliases: tuple[str, ...]
-    source: str | None
-
-
-def _stored(net: nn.Module, weights: Any, source: Path) -> list[_Stored]:
-    """The distinct tensors of a model in its order, all of them in the state dict and none besides.
-
-    A tied tensor may stand there under any of its names, as tools differ in which they keep.
-
-    Raises:
-        ValueError: naming the first tensor that one of them lacks, or that differs.
-    """
-
-    def refuse(why: str) -> NoReturn:
-        raise ValueError(f"{source} does not fit the model: {why}")
-
-    there: dict[str, str] = {}
-    for own in weights.keys():  # noqa: SIM118  safe_open is not iterable
-        if there.setdefault(canonical_name(own), own) != own:
-            refuse(f"{there[canonical_name(own)]!r} and {own!r} are one name once wrapper names are removed")
-    state = net.state_dict(keep_vars=True)
-    names: dict[int, list[str]] = {}
-    for name, tensor in state.items():
-        names.setdefault(id(tensor), []).append(canonical_name(name))
-    shapes = {canonical_name(name): tensor.shape for name, tensor in state.items() if isinstance(tensor, Tensor)}
-    found = []
-    for first, *aliases in names.values():
-        kept = [name for name in (first, *aliases) if name in there]
-        if not kept and not first.endswith(_COUNTER):
-            refuse(f"it has no {first!r}")
-        for name in kept:
-            shape = tuple(weights.get_slice(there[name]).get_shape())
-            if shape != tuple(shapes[name]):
-                refuse(f"{name!r} has shape {shape} in the state dict and {tuple(shapes[name])} in the model")
-            if name != kept[0] and not _same(weights.get_tensor(there[kept[0]]), weights.get_tensor(there[name])):
-                refuse(f"{kept[0]!r} and {name!r} are one tied tensor in the model and differ in the state dict")
-        found.append(_Stored(name=first, aliases=tuple(aliases), source=there[kept[0]] if kept else None))
-    if odd := sorted(own for name, own in there.items() if name not in shapes):
-        refuse(f"it has {odd[0]!r}, which the model has not")
-    return found
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal to the bit, NaN included."""
-    return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
-def _encoded(weights: Any, stored: list[_Stored], plan: Plan) -> Iterator[tuple[str, Tensor, Encoded | None, str]]:
-    """(name, tensor, its codes if it is claimed, why not) of every tensor, read one at a time."""
-    claims = {claim.name: claim for claim in plan.claims}
-    together: dict[str, Params] = {}
-    sources = {entry.name: entry.source for entry in stored}
-    for name, source in sources.items():
-        tensor = torch.tensor(0) if source is None else weights.get_tensor(source)
-        claim = claims.get(name)
-        if claim is None or not claim.claimed:
-            yield name, tensor, None, "buffer" if claim is None else claim.reason
             continue
-        target = plan.rule_of(claim).target
-        assert target is not None
-        try:
-            if target.fits_together and name not in together:
-                mine = [c for c in plan.claimed if c.rule == claim.rule]
-                whole = [weights.get_tensor(sources[c.name]) for c in mine]
-                fitted = target.fit_model(whole, [c.layout for c in mine], [None] * len(mine))
-                together |= {c.name: params for c, params in zip(mine, fitted, strict=True)}
-            params = together[name] if name in together else target.fit(tensor, claim.layout)
-        except ValueError as error:
-            raise ValueError(f"{name!r}: {error}") from None
-        codes = target.encode(tensor, params)
-        yield name, tensor, Encoded(target=target, params=params, codes=codes, dtype=tensor.dtype), ""
+        over = [file for file in read if _is_same(out, file)]
+        if out.is_dir():
+            over += [file for file in read if file.parent.resolve() == out.resolve() and file.suffix != ".detent"]
+        if over:
+            raise ValueError(
+                f"{out}: would write over {over[0]}, which this command reads; give another name with --out"
+            )
+    for out in unnamed:
+        if out is not None and not force and (any(out.iterdir()) if out.is_dir() else out.exists()):
+            what = "a folder with files in it" if out.is_dir() else "there already"
+            raise ValueError(f"{out} is {what}; give another name with --out, or --force to write over it")
+
+
+def bytes_in(text: str) -> int:
+    """Bytes of "5GB" or "500MB", in powers of ten as transformers counts them.
+
+    Raises:
+        ValueError: anything else.
+    """
+    found = re.fullmatch(r"([1-9]\d{0,8})(k|M|G)?B?", text.strip())
+    if not found:
+        raise ValueError(f"--shard-size {text}: must be a size as 5GB, 500MB or 100kB")
+    return int(found[1]) * {None: 1, "k": 10**3, "M": 10**6, "G": 10**9}[found[2]]
+
+
+def _files(given: Path) -> list[Path]:
+    return [file for file in given.rglob("*") if file.is_file()] if given.is_dir() else [given]
+
+
+def _is_same(a: Path, b: Path) -> bool:
+    """Whether two paths are one file, also by a link."""
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return a.resolve() == b.resolve()
+
+
+def code_of(model: str | None) -> Path | None:
+    """Where the code of a factory would be in the current folder: it is an input too."""
+    return None if model is None else Path(*model.partition(":")[0].split(".")).with_suffix(".py")
+
+
+def visible(text: str) -> str:
+    """Text whose control characters are shown instead of sent: names and notes of a file may hold any.
+
+    Example:
+        >>> visible("a" + chr(27) + "[2Jb")
+        'a\\\\x1b[2Jb'
+    """
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+# All control characters but the line feed, and those that turn the direction of what follows.
+_CONTROLS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 # --- images to evaluate on ----------------------------------------------------------------------------------------
@@ -558,7 +336,7 @@ class OnnxOptions:
 
 
 def export_file(
-    file: Path, *, model: str, to: str, out: Path | None, options: OnnxOptions, watch: Watch
+    file: Path, *, model: str, to: str, out: Path | None, options: OnnxOptions, watch: Watch, force: bool = False
 ) -> dict[str, Any]:
     """Export the compressed life of a file.
 
@@ -576,15 +354,19 @@ def export_file(
         raise ValueError("--input is missing: onnx needs the shape of one input, e.g. --input 1,3,32,32")
     if to != "onnx" and options.shape is not None:
         raise ValueError(f"--to {to}: --input goes with onnx only")
+    inputs = (file, code_of(model), None if options.data == "digits" else options.data)
     if to == "onnx":
+        default = None if out else file.with_suffix(".onnx")
+        refuse_overwriting(named=[out], unnamed=[default], inputs=inputs, force=force)
         return _export_onnx(file, model, out or file.with_suffix(".onnx"), options, watch)
     if options.given:
         raise ValueError(f"--to {to}: {', '.join(options.given)} go with onnx only")
+    folder = out or file.with_suffix("")
+    refuse_overwriting(unnamed=[folder], inputs=inputs, force=force)
     net = model_of(model).eval()
     advance = watch("exporting", 2)
     run = run_of_file(file, net, "compressed")
     advance()
-    folder = out or file.with_suffix("")
     made = to_compressed_tensors(run, folder)
     advance()
     kept = [f"Left as they are: {', '.join(made.ignored)}."] if made.ignored else []

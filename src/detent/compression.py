@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from detent import claimed
-from detent.claimed import fit_target
+from detent.claimed import fit_target, refuse_stages
+from detent.contents import DTYPES, contents_of, refuse_unsavable
 from detent.engine import Run
-from detent.parameters import refuse_no_model
+from detent.lives import Encoded
+from detent.pack import Coding, Writer, sizes
+from detent.pack.checkpoint import Checkpoint
+from detent.pack.header import Life
+from detent.pack.loading import Rename, names_in_model, same_bits
+from detent.parameters import canonical_name, refuse_no_model
+from detent.plan import Plan
 from detent.recipe import Recipe, refuse_no_recipe
+from detent.specs import short
+from detent.targets import Params
 
-__all__ = ["compress"]
+__all__ = ["Compressed", "compress", "compress_state_dict", "skeleton"]
+
+Watch = Callable[[str, int], Callable[[], object]]
 
 
 def compress(model: nn.Module, recipe: Recipe, *, leave_out: str | Sequence[str] = (), example: Any = None) -> Run:
@@ -55,3 +70,320 @@ def compress(model: nn.Module, recipe: Recipe, *, leave_out: str | Sequence[str]
     run._look_for_losses(run._life(None, None))
     run._say_losses("compress")
     return run
+
+
+# --- a state dict without training --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressed:
+    """What `compress_state_dict` did.
+
+    Attributes:
+        file: the file written.
+        bytes: its size.
+        raw_bytes: that of the tensors it came from.
+        weights: how many there are.
+        compressed_weights: how many of them have codes.
+        nominal_bits: bits each of those takes at true width.
+        bits_per_weight: bits each of those takes as written.
+        error: squared error of those, as a share of their squares.
+        notes: what had to be guessed, and what did nothing, in sentences.
+    """
+
+    file: str
+    bytes: int
+    raw_bytes: int
+    weights: int
+    compressed_weights: int
+    nominal_bits: float
+    bits_per_weight: float
+    error: float
+    notes: tuple[str, ...]
+
+
+def compress_state_dict(
+    source: str | os.PathLike[str] | Checkpoint,
+    out: str | os.PathLike[str],
+    recipe: Recipe,
+    *,
+    life: Life = "compressed",
+    coding: Coding | None = None,
+    model: nn.Module | None = None,
+    rename: Rename | None = None,
+    notes: Mapping[str, Any] | None = None,
+    watch: Watch = lambda what, steps: lambda: None,
+) -> Compressed:
+    """Compress a state dict on disk and write the file, with one tensor in memory at a time: no training, no data.
+
+    Args:
+        source: a safetensors file, a folder of shards with their index, or the index.
+        out: the file to write; no file of the source.
+        recipe: rules whose mechanisms, if any, are ignored; without stages.
+        life: "compressed" or "both".
+        coding: "entropy", "bitpacked" or "none"; by default what `save` takes for this name.
+        model: for what names and shapes do not say: transposed convolutions, ties, buffers, which layer is first. Its
+            own weights are not read, so it may lie on the meta device.
+        rename: from names in the state dict to names in the model, as for `load`.
+        notes: plain JSON data to keep with the file.
+        watch: called with a label and a number of steps, gives what is called at each.
+
+    Raises:
+        ValueError: a source that is no state dict, or a recipe or a model that does not fit it.
+        OSError: a file cannot be opened or written.
+
+    Example:
+        >>> import tempfile, detent as dt
+        >>> from safetensors.torch import save_file
+        >>> recipe = dt.Recipe.preset("uniform-w4")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({"fc.weight": torch.randn(64, 64)}, f"{folder}/w.safetensors")
+        ...     made = compress_state_dict(f"{folder}/w.safetensors", f"{folder}/w.detent", recipe)
+        >>> made.compressed_weights, made.nominal_bits, made.bytes < 2500
+        (4096, 4.0, True)
+    """
+    refuse_no_recipe(recipe, "compress_state_dict")
+    if not isinstance(source, Checkpoint):
+        with Checkpoint(source) as weights:
+            return compress_state_dict(
+                weights,
+                out,
+                recipe,
+                life=life,
+                coding=coding,
+                model=model,
+                rename=rename,
+                notes=notes,
+                watch=watch,
+            )
+    if any(Path(out).resolve() == file.resolve() for file in source.files):
+        raise ValueError(f"compress_state_dict(out={str(out)!r}): is a file of the state dict; give another name")
+    net = skeleton(source) if model is None else model
+    refuse_stages(recipe, "compress")
+    plan = recipe.without_mechanisms().resolve(net)
+    norms = any(getattr(module, "running_mean", None) is not None for module in net.modules())
+    writer = Writer(out, life, coding=coding, batchnorm="own" if norms else "none", notes=notes)
+    done = _write(writer, source, _stored(net, source, rename), plan, life == "both", watch)
+    left = f"Left in full precision: {plan.left()}." if plan.left() else ""
+    said = [*(guesses(plan) if model is None else []), left, unused_mechanisms(recipe)]
+    together = sorted({type(r.target).__name__ for r in plan.recipe.rules if r.target and r.target.fits_together})
+    if together:
+        said.append(f"{', '.join(together)} is fitted to several tensors at once, so these were in memory together.")
+    parts = sizes(out)
+    return Compressed(
+        file=str(out),
+        bytes=writer.size,
+        raw_bytes=done.raw,
+        weights=done.weights,
+        compressed_weights=done.coded,
+        nominal_bits=8 * done.packed / max(done.coded, 1),
+        bits_per_weight=8 * (parts["codes"] + parts["params"]) / max(done.coded, 1),
+        error=done.lost / (done.energy or 1.0),
+        notes=tuple(note for note in said if note),
+    )
+
+
+def _write(writer: Writer, weights: Checkpoint, stored: list[_Stored], plan: Plan, both: bool, watch: Watch) -> _Done:
+    """Write every tensor of a state dict under each of its names."""
+    advance, done = watch("compressing", len(stored)), _Done()
+    with writer:
+        for name, tensor, encoded, reason in _encoded(weights, stored, plan):
+            done.add(tensor, encoded, is_buffer=reason == "buffer")
+            writer.add(name, tensor if both or encoded is None else None, encoded=encoded, reason=reason)
+            advance()
+        for entry in stored:
+            for alias in entry.aliases:
+                writer.alias(alias, entry.name)
+    return done
+
+
+@dataclass(kw_only=True)
+class _Done:
+    """Sums over tensors."""
+
+    raw: int = 0
+    weights: int = 0
+    coded: int = 0
+    packed: int = 0
+    lost: float = 0.0
+    energy: float = 0.0
+
+    def add(self, tensor: Tensor, encoded: Encoded | None, is_buffer: bool) -> None:
+        self.raw += tensor.numel() * tensor.element_size()
+        self.weights += 0 if is_buffer else tensor.numel()
+        if encoded is not None:
+            w = tensor.double()
+            self.coded += tensor.numel()
+            self.packed += encoded.target.bits_on_disk(encoded.params) // 8
+            self.lost += float((w - encoded.decode().double()).square().sum())
+            self.energy += float(w.square().sum())
+
+
+_COUNTER = "num_batches_tracked"  # old checkpoints lack it; PyTorch too takes the model's own then
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """A distinct tensor of a model: its first name, the others, and which name it has in the state dict, if any."""
+
+    name: str
+    aliases: tuple[str, ...]
+    source: str | None
+
+
+def _stored(net: nn.Module, weights: Checkpoint, rename: Rename | None) -> list[_Stored]:
+    """The distinct tensors of a model in its order, all of them in the state dict and none besides.
+
+    A tied tensor may stand there under any of its names, as tools differ in which they keep.
+
+    Raises:
+        ValueError: naming the first tensor that one of them lacks, or that differs.
+    """
+
+    def refuse(why: str) -> NoReturn:
+        raise ValueError(f"{weights.path} does not fit the model: {why}")
+
+    there: dict[str, str] = {}
+    for own in weights:
+        if there.setdefault(canonical_name(own), own) != own:
+            refuse(f"{there[canonical_name(own)]!r} and {own!r} are one name once wrapper names are removed")
+    contents = contents_of(net)
+    refuse_unsavable(contents, "compress", unready=True)
+    known = {*contents.tensors, *contents.aliases}
+    renamed = names_in_model(list(there), known, rename)
+    there = {new: there[old] for old, new in renamed.items() if new is not None}
+    found = []
+    for first, tensor in contents.tensors.items():
+        kept = [name for name in contents.names(first) if name in there]
+        if not kept and not first.endswith(_COUNTER):
+            odd = sorted(own for name, own in there.items() if name not in known)
+            why = (
+                f"; it has {odd[0]!r} instead, which rename= can say, or save model.state_dict() yourself"
+                if odd
+                else ""
+            )
+            refuse(f"it has no {first!r}{why}")
+        for name in kept:
+            shape = weights.shapes[there[name]]
+            if shape != tuple(tensor.shape):
+                refuse(f"{name!r} has shape {shape} in the state dict and {tuple(tensor.shape)} in the model")
+            if name != kept[0] and not same_bits(weights.tensor(there[kept[0]]), weights.tensor(there[name])):
+                refuse(f"{kept[0]!r} and {name!r} are one tied tensor in the model and differ in the state dict")
+        aliases = tuple(contents.names(first)[1:])
+        found.append(_Stored(name=first, aliases=aliases, source=there[kept[0]] if kept else None))
+    if odd := sorted(own for name, own in there.items() if name not in known):
+        refuse(f"it has {odd[0]!r}, which the model has not")
+    return found
+
+
+def _encoded(
+    weights: Checkpoint, stored: list[_Stored], plan: Plan
+) -> Iterator[tuple[str, Tensor, Encoded | None, str]]:
+    """(name, tensor, its codes if it is claimed, why not) of every tensor, read one at a time."""
+    claims = {claim.name: claim for claim in plan.claims}
+    together: dict[str, Params] = {}
+    sources = {entry.name: entry.source for entry in stored}
+    for name, source in sources.items():
+        tensor = torch.tensor(0) if source is None else weights.tensor(source)
+        claim = claims.get(name)
+        if claim is None or not claim.claimed:
+            yield name, tensor, None, "buffer" if claim is None else claim.reason
+            continue
+        target = plan.rule_of(claim).target
+        assert target is not None
+        try:
+            if target.fits_together and name not in together:
+                mine = [c for c in plan.claimed if c.rule == claim.rule]
+                whole = [weights.tensor(sources[c.name]) for c in mine]
+                fitted = target.fit_model(whole, [c.layout for c in mine], [None] * len(mine))
+                together |= {c.name: params for c, params in zip(mine, fitted, strict=True)}
+            params = together[name] if name in together else target.fit(tensor, claim.layout)
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}") from None
+        codes = target.encode(tensor, params)
+        yield name, tensor, Encoded(target=target, params=params, codes=codes, dtype=tensor.dtype), ""
+
+
+# --- what only a state dict is known of ---------------------------------------------------------------------------
+
+
+def skeleton(weights: Checkpoint) -> nn.Module:
+    """A module with the names, shapes and dtypes of a state dict, on the meta device: no weight is kept.
+
+    A state dict does not say which convolutions are transposed or which 2-D tensors are buffers; BatchNorm's running
+    statistics are known by their names.
+
+    Raises:
+        ValueError: a file that is no state dict.
+    """
+    root = nn.Module()
+    for name, shape in weights.shapes.items():
+        try:
+            _hang(root, name, torch.empty(shape, dtype=DTYPES[weights.dtypes[name]], device="meta"))
+        except KeyError as error:
+            raise ValueError(f"{weights.path}: not a safetensors state dict: {error}") from None
+    return root
+
+
+def _hang(root: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor at its dotted name below the root."""
+    *folders, own = name.split(".")
+    here = root
+    for folder in folders:
+        child = here._modules.get(folder)
+        if child is None:
+            child = nn.Module()
+            here.add_module(folder, child)
+        here = child
+    if own in ("running_mean", "running_var", "num_batches_tracked") or not value.is_floating_point():
+        here.register_buffer(own, value)
+    else:
+        here.register_parameter(own, nn.Parameter(value))
+
+
+def _taken(number: int, axes: str) -> str:
+    """How many tensors are taken for something.
+
+    Example:
+        >>> _taken(1, "two axes"), _taken(2, "two axes")
+        ('1 tensor of two axes is taken', '2 tensors of two axes are taken')
+    """
+    return f"{number} tensor{'s' * (number != 1)} of {axes} {'is' if number == 1 else 'are'} taken"
+
+
+def guesses(plan: Plan) -> list[str]:
+    """What had to be guessed of a model that only its state dict is known of, in sentences."""
+    several = [claim for claim in plan.claims if len(claim.layout.shape) >= 2]
+    stacks = [claim for claim in several if claim.layout.batch_axes]
+    turned = [claim for claim in several if not claim.layout.is_row_major and not claim.layout.batch_axes]
+    matrices = [claim for claim in several if len(claim.layout.shape) == 2 and claim not in turned]
+    kernels = [claim for claim in several if len(claim.layout.shape) > 2 and claim not in stacks]
+    said = []
+    if kernels:
+        said.append(
+            f"{_taken(len(kernels), 'more than two axes')} as convolutions with output channels first; "
+            "transposed ones cannot be told apart without --model."
+        )
+    if matrices:
+        said.append(f"{_taken(len(matrices), 'two axes')} as linear or embedding weights, a row an output.")
+    if turned:
+        said.append(f"{_taken(len(turned), 'two axes')} as (inputs, outputs), for there are as many biases.")
+    if stacks:
+        said.append(
+            f"{_taken(len(stacks), 'more than two axes')} as stacks of (outputs, inputs), as experts are; axis= and "
+            "batch_axes= in a rule, or --model, say otherwise."
+        )
+    used = {rule.match for rule in plan.recipe.rules} & {"@first", "@last"}
+    ranked = [claim.name for claim in plan.claims if len(claim.layout.shape) > 1]
+    if used and ranked:
+        said.append(
+            f"A state dict keeps its names in alphabetical order, so @first is {ranked[0]} and @last is {ranked[-1]}; "
+            "if that is wrong, name them in the recipe or give --model."
+        )
+    return said
+
+
+def unused_mechanisms(recipe: Recipe) -> str:
+    """What to say of mechanisms in a recipe when nothing is trained; empty if there are none."""
+    names = dict.fromkeys(short(rule.mechanism) for rule in recipe.rules if rule.mechanism is not None)
+    return f"No training took place: {', '.join(names)} of the recipe did nothing." if names else ""

@@ -2,6 +2,7 @@
 
 from detent.pack.bits import pack_bits as pack_bits
 from detent.pack.bits import unpack_bits as unpack_bits
+from detent.pack.checkpoint import Checkpoint as Checkpoint
 from detent.pack.coding import CODINGS as CODINGS
 from detent.pack.coding import Coding as Coding
 from detent.pack.container import Reader as Reader

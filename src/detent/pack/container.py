@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from detent.contents import unfit
 from detent.lives import Encoded
-from detent.pack.atomic import Replacement, destination
+from detent.pack.atomic import Replacement, destination, replace_file
 from detent.pack.bits import array_of, bytes_of, tensor_of
+from detent.pack.checkpoint import INDEX, shard_name
 from detent.pack.coding import CODINGS, Coding, Piece, Spec, decode_tensor, encode_tensor
 from detent.pack.frames import (
     DetentFrame,
@@ -591,6 +593,7 @@ def unpack(
     out: str | os.PathLike[str],
     life: Literal["full", "compressed"] = "compressed",
     *,
+    shard_bytes: int | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> int:
     """Write one life of a file as plain safetensors, for every other tool; the model's code is not needed.
@@ -601,6 +604,8 @@ def unpack(
         path: a file that `save` wrote, or a `Reader` of it.
         out: the safetensors file; its folder must exist.
         life: "full" or "compressed".
+        shard_bytes: makes `out` a folder of shards of at most so many bytes of tensors (a larger tensor has one of its
+            own) and their index, as transformers writes and reads them; made if it is not there.
         advance: called after each tensor; not after its further names.
 
     Returns:
@@ -625,12 +630,56 @@ def unpack(
     with opened(path) as file:
         file.check_life(life)
         rows = {**file._head.rows, **{alias: file._head.rows[name] for alias, name in file.aliases.items()}}
-        names = sorted(rows, key=lambda name: by_alignment(name, rows[name].dtype))
-        entries = [(name, rows[name].dtype, rows[name].shape) for name in names]
-        with Replacement(destination(out)) as plain:
-            plain.write(safetensors_header(entries, {"format": "pt"}))
-            for name in names:
-                plain.write(bytes_of(file.value(rows[name], life, view=True)))
-                if name not in file.aliases:
-                    advance()
-        return plain.size
+        if shard_bytes is None:
+            return _write_plain(file, rows, list(rows), destination(out), life, advance)
+        if shard_bytes < 1:
+            raise ValueError(f"unpack(shard_bytes={shard_bytes}): must be 1 or more")
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = _shards(rows, shard_bytes)
+        told, size = {}, 0
+        for number, names in enumerate(parts, 1):
+            shard = shard_name("model", number, len(parts))
+            size += _write_plain(file, rows, names, destination(folder / shard), life, advance)
+            told |= dict.fromkeys(names, shard)
+        # The index comes last: a folder whose index is there is whole.
+        index = {"metadata": {"total_size": sum(map(_bytes_of_row, rows.values()))}, "weight_map": told}
+        text = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+        replace_file(destination(folder / f"model{INDEX}"), text)
+        return size + len(text)
+
+
+def _bytes_of_row(row: Row) -> int:
+    return math.prod(row.shape) * DTYPES[row.dtype].itemsize
+
+
+def _shards(rows: Mapping[str, Row], most: int) -> list[list[str]]:
+    """Names in runs of at most so many bytes."""
+    found, size = [list[str]()], 0
+    for name, row in rows.items():
+        size += _bytes_of_row(row)
+        if found[-1] and size > most:
+            found.append([])
+            size = _bytes_of_row(row)
+        found[-1].append(name)
+    return found
+
+
+def _write_plain(
+    file: Reader,
+    rows: Mapping[str, Row],
+    names: Sequence[str],
+    where: Path,
+    life: Literal["full", "compressed"],
+    advance: Callable[[], object],
+) -> int:
+    """Write these tensors of a life as one safetensors file."""
+    names = sorted(names, key=lambda name: by_alignment(name, rows[name].dtype))
+    entries = [(name, rows[name].dtype, rows[name].shape) for name in names]
+    with Replacement(where) as plain:
+        plain.write(safetensors_header(entries, {"format": "pt"}))
+        for name in names:
+            plain.write(bytes_of(file.value(rows[name], life, view=True)))
+            if name not in file.aliases:
+                advance()
+    return plain.size
