@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
@@ -21,12 +20,13 @@ import detent as dt
 from detent import cli, pack
 from detent.cli import app
 from detent.cli_work import bytes_in, visible
+from detent.pack.checkpoint import shard_name
 
 RECIPE = dt.Recipe([dt.Rule(match=r"weight$", target=dt.Uniform(bits=4))])
 MYNET = "from torch import nn\ndef make():\n    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))\n"
 
 
-def call(*arguments: object) -> Result:
+def call(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
 
@@ -154,7 +154,7 @@ def sharded(where: Path, state: dict[str, Any], shards: int = 3) -> Path:
     told = {}
     for i in range(shards):
         mine = {name: state[name].contiguous() for name in list(state)[i::shards]}
-        file = pack.checkpoint.shard_name("model", i + 1, shards)
+        file = shard_name("model", i + 1, shards)
         save_file(mine, where / file, metadata={"format": "pt"})
         told |= dict.fromkeys(mine, file)
     (where / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": told}))

@@ -353,8 +353,8 @@ def compress(
                     opened,
                     out or _beside(weights),
                     recipe_of(recipe),
-                    life=life,  # type: ignore[arg-type]
-                    coding=coding,  # type: ignore[arg-type]
+                    life=life,
+                    coding=coding,
                     model=None if model is None else model_of(model),
                     notes=said,
                     watch=watch,

@@ -294,7 +294,7 @@ def _encoded(
         try:
             if target.fits_together and name not in together:
                 mine = [c for c in plan.claimed if c.rule == claim.rule]
-                whole = [weights.tensor(sources[c.name]) for c in mine]
+                whole = [weights.tensor(sources[c.name] or c.name) for c in mine]
                 fitted = target.fit_model(whole, [c.layout for c in mine], [None] * len(mine))
                 together |= {c.name: params for c, params in zip(mine, fitted, strict=True)}
             params = together[name] if name in together else target.fit(tensor, claim.layout)
