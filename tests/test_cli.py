@@ -788,7 +788,7 @@ def test_inspect_says_where_the_bytes_are_and_what_became_of_each_parameter(file
     assert "who: me [bold]" in result.stdout, "text of a file is no markup"
     for name, _ in Net().named_parameters():
         assert name in result.stdout
-    assert "Uniform(bits=4)" in result.stdout and "passed over" in result.stdout
+    assert "Uniform(bits=4)" in result.stdout and "In full precision (no rule matches): conv.bias" in result.stdout
 
 
 def test_inspect_as_json_is_the_library_s_numbers(file: Path) -> None:
@@ -859,7 +859,7 @@ def test_a_wrong_unpack_is_refused(file: Path) -> None:
     assert "is a safetensors file without a Detent header" in refused(call("unpack", plain), 2)
     assert "would write over" in refused(call("unpack", file, "-o", file), 2)
     before = plain.read_bytes()
-    assert f"{plain.name} is there already; remove it, or name" in refused(call("unpack", file), 2)
+    assert f"{plain.name} is there already; give another name" in refused(call("unpack", file), 2)
     assert plain.read_bytes() == before
     alone = file.with_name("alone.detent")
     save(dt.compress(Net(), Recipe.preset("psg-w4")), alone, "compressed")
