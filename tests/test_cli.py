@@ -69,7 +69,7 @@ SURFACE = {
         "--force": False,
         "--json": False,
     },
-    "plan": {"model": "required", "--recipe -r": "psg-w4", "--json": False},
+    "plan": {"model": "required", "--recipe -r": "psg-w4", "--to": None, "--json": False},
     "compress": {
         "weights": "required",
         "--recipe -r": "uniform-w4",
