@@ -13,7 +13,15 @@ from torch import Tensor
 
 from detent.grouping import GranularityLike, Layout, granularity_of
 from detent.mechanisms.base import Clock, Mechanism, Slot
-from detent.mechanisms.maps import MirrorMap, SoftmaxMap, TanhMap, checked, piecewise_affine
+from detent.mechanisms.maps import (
+    MirrorMap,
+    SoftmaxMap,
+    TanhMap,
+    checked,
+    in_pieces,
+    piecewise_affine,
+    piecewise_affine_grid,
+)
 from detent.schedules import (
     Exponential,
     Moment,
@@ -232,7 +240,12 @@ class PARQ(_Latent):
         if inverse_slope <= 0:
             return slot.project(latent)
         x = latent.to(compute_dtype(latent.dtype))
-        return piecewise_affine(x, levels_of(slot, x), inverse_slope).to(latent.dtype)
+        spacing, count = slot.target.spacing(slot.params), level_count(slot.target)
+        if spacing is None or count is None:
+            seen = in_pieces(lambda a, q: piecewise_affine(a, q, inverse_slope), x, levels_of(slot, x))
+        else:
+            seen = in_pieces(lambda a, _, h: piecewise_affine_grid(a, h, count, inverse_slope), x, None, spacing.to(x))
+        return seen.to(latent.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,17 +338,27 @@ class _Mapped(_Annealed):
     def check(self, target: Target) -> str | None:
         return _needs_levels(self, target, "use BinaryRelax")
 
-    def _frame(self, slot: Slot, x: Tensor, beta: float) -> tuple[Tensor, Tensor, float | Tensor]:
-        """The levels, the unit that latent and levels are measured in, and beta in that unit."""
-        levels = levels_of(slot, x)
-        unit = torch.ones_like(levels[..., 0])
-        if self.units == "cell":
-            half_gap = (levels[..., -1] - levels[..., 0]) / (2 * (levels.shape[-1] - 1))
-            unit = torch.where(half_gap > 0, half_gap, unit)  # a dead group has one level many times over
+    def _frame(self, slot: Slot, x: Tensor, beta: float) -> _Frame:
+        """What a map works in."""
         beta = min(max(beta, _GENTLEST), _SHARPEST)
+        spacing, count = slot.target.spacing(slot.params), level_count(slot.target)
+        levels = None
+        if self.units == "cell" and spacing is not None and count is not None:
+            # Whole numbers, the same for all groups: a level is its number times the unit to the last bit.
+            back = spacing.to(x) / 2
+            scaled = torch.arange(1 - count, count, 2, dtype=x.dtype, device=x.device)
+        else:
+            levels = levels_of(slot, x)
+            back = torch.ones_like(levels[..., 0])
+            if self.units == "cell":
+                back = (levels[..., -1] - levels[..., 0]) / (2 * (levels.shape[-1] - 1))
+        unit = torch.where(back > 0, back, 1.0)  # a dead group has one level many times over
+        if levels is not None:
+            scaled, back = levels / unit.unsqueeze(-1), unit
         if self.scale_aware is None:
-            return levels, unit, beta
-        return levels, unit, (beta * unit / self._size(slot, x)).clamp(_GENTLEST, _SHARPEST)
+            return _Frame(scaled=scaled, levels=levels, unit=unit, back=back, beta=beta)
+        wider = (beta * unit / self._size(slot, x)).clamp(_GENTLEST, _SHARPEST)
+        return _Frame(scaled=scaled, levels=levels, unit=unit, back=back, beta=wider)
 
     def _size(self, slot: Slot, x: Tensor) -> Tensor:
         """Root mean square of the latents of a group."""
@@ -348,14 +371,40 @@ class _Mapped(_Annealed):
 
     def _softly(self, slot: Slot, latent: Tensor, beta: float) -> Tensor:
         x = latent.to(compute_dtype(latent.dtype))
-        levels, unit, beta_in_units = self._frame(slot, x, beta)
-        scaled = levels / unit.unsqueeze(-1)
-        seen = self._mirror.forward((x / unit).clamp(-_FARTHEST, _FARTHEST), scaled, beta_in_units)
-        w = seen * unit
-        # What the map has brought to a level is that level to the last bit, not the level there and back in units.
-        for level, at in zip(levels.unbind(-1), scaled.unbind(-1), strict=True):
-            w = torch.where(seen == at, level, w)
-        return w.to(latent.dtype)
+        frame = self._frame(slot, x, beta)
+        apart = frame.levels is not None
+
+        def act(a: Tensor, q: Tensor, unit: Tensor, back: Tensor, beta: float | Tensor) -> Tensor:
+            scaled = q / unit.unsqueeze(-1) if apart else q
+            seen = self._mirror.forward((a / unit).clamp_(-_FARTHEST, _FARTHEST), scaled, beta)
+            w = seen * back
+            # What the map has brought to a level is that level to the last bit, not the level there and back in units.
+            for level, at in zip(q.unbind(-1), scaled.unbind(-1), strict=True) if apart else ():
+                there = (seen == at).to(w.dtype)
+                w = w * (1 - there) + level * there
+            return w
+
+        levels = frame.scaled if frame.levels is None else frame.levels
+        return in_pieces(act, x, levels, frame.unit, frame.back, frame.beta).to(latent.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Frame:
+    """What a map works in: numbers of units.
+
+    Attributes:
+        scaled: the levels in units.
+        levels: the levels, where they are not `scaled * back` to the last bit.
+        unit: what weights are divided by, > 0.
+        back: what is multiplied with to come back; 0 for groups whose only level is 0.
+        beta: sharpness in units.
+    """
+
+    scaled: Tensor
+    levels: Tensor | None
+    unit: Tensor
+    back: Tensor
+    beta: float | Tensor
 
 
 _NAMED: dict[str, MirrorMap] = {"tanh": TanhMap(), "softmax": SoftmaxMap()}
@@ -468,12 +517,12 @@ class MirrorDescent(_Mapped):
     def _unseen(self, slot: Slot, w: Tensor, beta: float, share: float) -> Tensor:
         """The latent of weights, those outside a share of the range moved inside."""
         x = w.to(compute_dtype(w.dtype))
-        levels, unit, beta_in_units = self._frame(slot, x, beta)
-        scaled = levels / unit.unsqueeze(-1)
+        frame = self._frame(slot, x, beta)
+        scaled = frame.scaled
         margin = (scaled[..., -1] - scaled[..., 0]) * (1 - share) / 2
-        inside = torch.minimum(torch.maximum(x / unit, scaled[..., 0] + margin), scaled[..., -1] - margin)
+        inside = torch.minimum(torch.maximum(x / frame.unit, scaled[..., 0] + margin), scaled[..., -1] - margin)
         most = min(torch.finfo(w.dtype).max, _FARTHEST)
-        return (self._mirror.inverse(inside, scaled, beta_in_units) * unit).clamp(-most, most).to(w.dtype)
+        return (self._mirror.inverse(inside, scaled, frame.beta) * frame.back).clamp(-most, most).to(w.dtype)
 
     def _first_latent(self, slot: Slot, clock: Clock, step: int) -> Tensor:
         beta = self.beta_at(step, clock.total_steps)
@@ -536,12 +585,15 @@ class _Descent(_Mapped):
             return  # a jump has no derivative: straight through from here on
         latent = slot.state["latent"]
         x = latent.to(compute_dtype(latent.dtype))
-        levels, unit, beta_in_units = self._frame(slot, x, beta)
-        at = (x / unit).clamp(-_FARTHEST, _FARTHEST)
+        frame = self._frame(slot, x, beta)
         # A factor that the gradient's own dtype cannot hold may still give a product that it can.
         most = min(torch.finfo(slot.grad.dtype).max, _STEEPEST)
-        bent = slot.grad.to(x.dtype) * self._slope(at, levels / unit.unsqueeze(-1), beta_in_units)
-        slot.grad.copy_(bent.clamp_(-most, most))
+
+        def act(a: Tensor, q: Tensor, g: Tensor, unit: Tensor, beta: float | Tensor) -> Tensor:
+            slope = self._slope((a / unit).clamp_(-_FARTHEST, _FARTHEST), q, beta)
+            return (g.to(a.dtype) * slope).clamp_(-most, most)
+
+        slot.grad.copy_(in_pieces(act, x, frame.scaled, slot.grad, frame.unit, frame.beta))
 
     def _slope(self, at: Tensor, levels: Tensor, beta: float | Tensor) -> Tensor:
         """The factor on the gradient, from latent and levels in units."""

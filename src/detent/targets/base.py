@@ -269,6 +269,13 @@ class Target(abc.ABC):
         """Width of the cells of a grid, broadcasting against w; `None` where the set has no cells."""
         return None
 
+    def spacing(self, params: Params) -> Tensor | None:
+        """Distance of neighbouring levels that are evenly spaced about 0, broadcasting against w; `None` for others.
+
+        A group whose only level is 0 has spacing 0.
+        """
+        return None
+
     def limits(self, params: Params) -> Tensor | None:
         """Largest allowed |w| of a bounded set, broadcasting against w; `None` if the set is unbounded."""
         return None

@@ -165,6 +165,12 @@ class _Scaled(Target):
     def typical(self, params: Params) -> Tensor:
         return self.cell(params) / 4
 
+    def spacing(self, params: Params) -> Tensor | None:
+        if not self._has_zero and self._n > 1:
+            return None  # the gap about 0 is twice as wide
+        scale = self._scale(params, torch.float32)
+        return granularity_of(self.granularity).expand(scale if self._has_zero else 2 * scale, params.layout)
+
     def limits(self, params: Params) -> Tensor:
         # In float64 the product is exact, so that rounded to the weight's dtype it is the outermost level itself.
         scale = self._scale(params, torch.float64)
