@@ -283,8 +283,9 @@ class SoftmaxMap(MirrorMap):
         beta = _cut(beta)
         if levels.shape[-1] == 2:
             half = self._half(levels)
-            turns = _cut(2 * beta * half) * (a - (levels[..., 0] + levels[..., 1]) / 2)
-            return beta * (2 * half).square() * (torch.sigmoid(turns) * torch.sigmoid(-turns))
+            steep = _cut(beta * half)
+            turns = steep * (2 * a - (levels[..., 0] + levels[..., 1]))
+            return steep * (torch.sigmoid(turns) * torch.sigmoid(-turns)) * (4 * half)
         _, first, second = self._moments(a, levels, beta)
         return beta * (second - first.square()).clamp_min(0)
 
