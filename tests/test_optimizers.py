@@ -447,7 +447,9 @@ def test_gradients_may_be_accumulated() -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("mechanism", [dt.PSG(), dt.PSG(form="update"), dt.STE(), dt.HardProjection(every=1)])
-def test_an_overflow_under_grad_scaler_moves_nothing_and_does_not_tick(fused: bool, mechanism: dt.Mechanism) -> None:
+def test_an_overflow_under_grad_scaler_moves_nothing_and_counts_where_the_step_is_called(
+    fused: bool, mechanism: dt.Mechanism
+) -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
     run = dt.attach(model, optimizer, grid(mechanism), total_steps=10)
@@ -464,15 +466,26 @@ def test_an_overflow_under_grad_scaler_moves_nothing_and_does_not_tick(fused: bo
         scaler.step(optimizer)
         scaler.update()
 
+    def trained() -> dict[str, Tensor]:
+        """A latent where there is one: what is seen of it follows the fits, and those the clock."""
+        held = run.state_dict()["weights"]
+        return {
+            name: held[name]["state"].get("latent", value).clone() if name in held else value
+            for name, value in weights(model).items()
+        }
+
     step(0, bad=False)
     assert run.clock == 1
-    before = weights(model)
+    before = trained()
     step(1, bad=True)
-    assert same(before, weights(model)), "an overflow must move nothing"
-    assert run.clock == 1, "an overflow must not tick"
+    assert same(before, trained()), "an overflow must move nothing"
+    assert run.clock == (2 if fused else 1), "only a fused step is called at all"
+    if not fused:
+        run.skip_step()
+        assert same(before, trained()), "nor must a step that was left out"
     step(2, bad=False)
-    assert run.clock == 2
-    assert not same(before, weights(model))
+    assert run.clock == 3
+    assert not same(before, trained())
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.05])
@@ -589,33 +602,77 @@ def test_dummy_steps_of_checkpoint_code_move_nothing(name: str, mechanism: dt.Me
         assert same(*ends)
 
 
-@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.PSG(form="update"), dt.STE(), dt.HardProjection(every=1)])
-def test_a_warm_up_that_starts_at_rate_zero_is_safe(mechanism: dt.Mechanism) -> None:
+@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.PSG(form="update"), dt.Clip(), dt.Penalty(strength=0.1)])
+def test_a_warm_up_that_starts_at_rate_zero_counts_and_moves_nothing(mechanism: dt.Mechanism) -> None:
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 2, 1.0))
     run = dt.attach(model, optimizer, grid(mechanism), total_steps=10)
     before = weights(model)
-    train(model, [optimizer], [0])
-    scheduler.step()
-    assert run.clock == 0
-    assert same(before, weights(model))
-    for tick in (1, 2):
+    for tick in range(3):
         train(model, [optimizer], [tick])
         scheduler.step()
-    assert run.clock == 2
-    assert not same(before, weights(model))
+        assert run.clock == tick + 1
+        assert same(before, weights(model)) == (tick == 0)
 
 
-def test_a_foreign_write_is_still_seen_after_a_step_at_rate_zero() -> None:
+def test_momentum_takes_in_the_scaled_gradient_of_a_step_at_rate_zero() -> None:
+    """By hand: m = s(w) g, and the next step at rate 1 without a gradient moves w by mu m."""
+    model = nn.Linear(6, 4, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.5)
+    grid4, psg = dt.Uniform(bits=4), dt.PSG(clip=False, eps=0.0)
+    dt.attach(model, optimizer, dt.Recipe([dt.Rule(match="weight", target=grid4, mechanism=psg)]), total_steps=10)
+    w, gradient = model.weight.detach().clone(), torch.randn(4, 6)
+    scale = psg.scale(w, grid4, grid4.fit(w))
+    model.weight.grad = gradient.clone()
+    optimizer.step()
+    assert torch.equal(model.weight, w)
+    optimizer.param_groups[0]["lr"] = 1.0
+    model.weight.grad = torch.zeros(4, 6)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), w - 0.5 * scale * gradient)
+
+
+def _skips_nothing(t: int) -> float:
+    return 1.0
+
+
+_RATES = {"from zero": lambda t: min(t / 4, 1.0), "to zero": lambda t: 1 - t / 19, "one": _skips_nothing}
+
+
+@pytest.mark.parametrize("rate", _RATES)
+@pytest.mark.parametrize(
+    "mechanism",
+    [dt.ADMM(until=1.0), dt.Masked(start=1.0), dt.ADMM(until=0.5, metric="fisher")],
+    ids=["admm", "masked", "fisher"],
+)
+def test_what_falls_on_the_last_moment_happens_whatever_the_rate(mechanism: dt.Mechanism, rate: str) -> None:
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _RATES[rate])
+    rule = dt.Rule(match="weight", target=dt.TopK(keep=0.25), mechanism=mechanism)
+    run = dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=20)
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+    assert run.clock == 20
+    assert int((model.weight != 0).sum()) == 16
+
+
+def test_a_foreign_write_is_still_seen_after_a_dummy_step_at_rate_zero() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     dt.attach(model, optimizer, grid(dt.PSG()), total_steps=10)
-    model.load_state_dict(weights(net()))
-    train(model, [optimizer], [0])
-    optimizer.param_groups[0]["lr"] = 0.1
-    with pytest.raises(RuntimeError, match="written by someone else"):
-        train(model, [optimizer], [1])
+    model.load_state_dict({name: 2 * value for name, value in weights(model).items()})
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for rate in (0.0, 0.1):
+        optimizer.param_groups[0]["lr"] = rate
+        with pytest.raises(RuntimeError, match="written by someone else"):
+            train(model, [optimizer], [0])
 
 
 def test_schedulers_drive_the_rate_of_attached_optimizers() -> None:
@@ -663,10 +720,8 @@ def test_a_step_inside_a_step_that_moves_nothing_is_none(mechanism: dt.Mechanism
         optimizer = cls(model.parameters(), lr=0.1)
         run = dt.attach(model, optimizer, grid(mechanism), total_steps=10)
         optimizer.param_groups[0]["lr"] = 0.0 if idle == "rate" else 0.1
-        backward(model, 0)
-        if idle == "gradient":
-            for p in model.parameters():
-                p.grad = torch.zeros_like(p)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
         optimizer.step()
         assert run.clock == 0
         optimizer.param_groups[0]["lr"] = 0.1

@@ -31,17 +31,8 @@ _MECHANISMS = _TARGETS | {"targets"}
 _SPECS = _MECHANISMS | {"mechanisms"}
 _RECIPE = _SPECS | {"sharding", "specs", "parameters", "ends", "plan", "contents"}
 _LIVES = _RECIPE | {"recipe"}
-_ENGINE = _LIVES | {
-    "averages",
-    "batchnorm",
-    "claimed",
-    "collapse",
-    "drivers",
-    "lives",
-    "optimizers",
-    "standins",
-    "states",
-}
+_ENGINE = _LIVES | {"averages", "batchnorm", "claimed", "collapse", "drivers", "fitting", "guards", "lives"}
+_ENGINE |= {"optimizers", "standins", "states"}
 _PACK = _ENGINE | {"engine"}
 _CORE = _PACK | {"pack", "compression"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -59,8 +50,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": _RECIPE | {"presets"},
     "contents": {"parameters", "sharding"},
     "batchnorm": {"parameters"},
-    "claimed": _LIVES,
-    "lives": _LIVES | {"batchnorm", "claimed", "collapse"},
+    "writes": {"sharding"},
+    "claimed": _LIVES | {"writes"},
+    "fitting": _LIVES | {"claimed", "drivers"},
+    "guards": _LIVES | {"claimed"},
+    "lives": _LIVES | {"batchnorm", "claimed", "collapse", "guards", "writes"},
     "optimizers": {"sharding"},
     "standins": _LIVES | {"claimed", "optimizers"},
     "drivers": _LIVES | {"claimed", "optimizers", "standins"},

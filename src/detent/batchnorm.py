@@ -11,7 +11,46 @@ from torch import Tensor, nn
 
 from detent.parameters import canonical_name
 
-__all__ = ["Statistics", "install", "reestimate", "rounded", "statistics_of", "swapped_buffers"]
+__all__ = [
+    "Statistics",
+    "install",
+    "reestimate",
+    "rounded",
+    "statistics_of",
+    "swapped_buffers",
+    "undone",
+    "undone_unless_done",
+]
+
+
+@contextmanager
+def undone(undo: Callable[[], None]) -> Iterator[None]:
+    """Undo something on leaving, whatever happens: an exception that comes while it is undone lets it begin anew.
+
+    Args:
+        undo: may be called again after it is done, or was broken off anywhere.
+    """
+    try:
+        try:
+            yield
+        finally:
+            undo()
+    finally:
+        undo()
+
+
+@contextmanager
+def undone_unless_done(undo: Callable[[], None]) -> Iterator[None]:
+    """The same if the block raises, and nothing if it does not."""
+    try:
+        try:
+            yield
+        except BaseException:
+            undo()
+            raise
+    except BaseException:
+        undo()
+        raise
 
 
 class Statistics(dict[str, Tensor]):
@@ -52,13 +91,15 @@ def swapped_buffers(model: nn.Module, statistics: Mapping[str, Tensor] | None) -
     """
     buffers = statistics_of(model)
     kept = {name: value.clone() for name, value in buffers.items()}
-    try:
+
+    def back() -> None:
+        for name, value in buffers.items():
+            value.copy_(kept[name])
+
+    with undone(back):
         if statistics is not None:
             install(model, statistics)
         yield
-    finally:
-        for name, value in buffers.items():
-            value.copy_(kept[name])
 
 
 def reestimate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], Any] | None) -> Statistics:
@@ -75,23 +116,25 @@ def reestimate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any]
     modes = {module: module.training for module in model.modules()}
     momenta = {module: module.momentum for module in modules.values()}
     count = 0
-    with swapped_buffers(model, {name: value.clone() for name, value in statistics_of(model).items()}):
-        try:
-            model.eval()
-            for module in modules.values():
-                module.reset_running_stats()  # type: ignore[operator]
-                module.momentum = None  # type: ignore[assignment]
-                module.train()
-            with torch.no_grad():
-                for batch in batches:
-                    _call(model, batch, forward)
-                    count += 1
-            found = {name: value.clone() for name, value in statistics_of(model).items()}
-        finally:
-            for module, momentum in momenta.items():
-                module.momentum = momentum
-            for module, mode in modes.items():
-                module.training = mode
+
+    def back() -> None:
+        for module, momentum in momenta.items():
+            module.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+
+    own = {name: value.clone() for name, value in statistics_of(model).items()}
+    with swapped_buffers(model, own), undone(back):
+        model.eval()
+        for module in modules.values():
+            module.reset_running_stats()  # type: ignore[operator]
+            module.momentum = None  # type: ignore[assignment]
+            module.train()
+        with torch.no_grad():
+            for batch in batches:
+                _call(model, batch, forward)
+                count += 1
+        found = {name: value.clone() for name, value in statistics_of(model).items()}
     if not count:
         raise ValueError("recalibrate: the loader gave no batches")
     return Statistics(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -21,21 +20,17 @@ from detent.schedules import Schedule, check_moment, moments_of, step_at
 from detent.specs import short
 from detent.targets import Params, Target
 from detent.targets.base import compute_dtype
+from detent.writes import Seal, sealed
 
 __all__ = [
     "Entry",
     "Held",
     "by_rule",
     "entries_of",
-    "fingerprint",
     "fit_pull",
     "fit_target",
-    "found_again",
     "mapped_whole",
-    "refuse_foreign_writes",
     "refuse_nonfinite",
-    "refuse_replaced",
-    "refuse_retyped",
     "refuse_split_rules",
     "refuse_stages",
     "refuse_unpulled",
@@ -59,6 +54,20 @@ class Held:
     state: dict[str, Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Everything:
+    """A weight, and all that is known of it."""
+
+    value: Tensor
+    held: Held
+    zeros: Tensor | None
+    settled: bool
+    before: Tensor | None
+    loaded: Tensor | None
+    version: int
+    seal: Seal | None
+
+
 @dataclass(kw_only=True)
 class Entry:
     """One claimed parameter: what the plan said, and what the engine knows of it now."""
@@ -74,6 +83,7 @@ class Entry:
     pull_params: Params | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
     version: int = -1
+    seal: Seal | None = None
     fitted_at: int = -1
     lent: nn.Parameter | None = None  # what the optimizer is given in this step in place of a half-precision weight
     before: Tensor | None = None  # what attach wrote over, until training begins
@@ -116,8 +126,17 @@ class Entry:
 
     @property
     def is_ours(self) -> bool:
-        """Whether nobody else wrote the weight since the engine last did."""
-        return self.version in (-1, _version_of(self.param))
+        """Whether nobody else wrote the weight since the engine last did, or it was put back as it was.
+
+        The count of writes says whether to look; a write through `.data` moves none, and `holds` finds it.
+        """
+        return self.version in (-1, _version_of(self.param)) or self.holds()
+
+    def holds(self) -> bool:
+        """Whether the weight is bitwise what it was when the engine last wrote it, whatever was written meanwhile."""
+        if self.seal is None:
+            return self.version in (-1, _version_of(self.param))
+        return self.seal.holds(sharding.local(self.param))
 
     @property
     def is_sparse(self) -> bool:
@@ -161,9 +180,20 @@ class Entry:
         self.params = self.pull_params = self.zeros = None
         self.state, self.settled, self.fitted_at = {}, False, -1
 
-    def adopt(self) -> None:
-        """Take the weight as it is now for our own writing."""
+    def adopt(self, *, passing: bool = False) -> None:
+        """Take the weight as it is now for our own writing; `passing` by in a step, remember a sample of it alone."""
         self.version = _version_of(self.param)
+        self.seal = sealed(sharding.local(self.param), whole=not passing)
+
+    def reseal(self, seal: Seal | None) -> None:
+        """Take a weight that was put back as it was for our own writing."""
+        self.version, self.seal = _version_of(self.param), seal
+
+    def keep(self, *, whole: bool) -> None:
+        """Take a weight that holds what it held for our own writing; from now on, if `whole`, remember all of it."""
+        self.version = _version_of(self.param)
+        if whole and self.seal is not None and not self.seal.is_whole:
+            self.adopt()
 
     @property
     def is_narrow(self) -> bool:
@@ -183,7 +213,7 @@ class Entry:
 
     def disown(self) -> None:
         """Take the weight as it is for somebody else's writing."""
-        self.version = _FOREIGN
+        self.version, self.seal = _FOREIGN, None
 
     def keep_before(self, value: Tensor) -> None:
         """Remember what attach wrote over, as a state that is loaded later may belong to that."""
@@ -203,6 +233,29 @@ class Entry:
         self.params, self.pull_params, self.fitted_at = held.params, held.pull_params, held.fitted_at
         self.state.clear()
         self.state.update(held.state)
+
+    def everything(self) -> _Everything:
+        """All that is known of the weight, and a copy of it."""
+        return _Everything(
+            value=sharding.local(self.param).clone(),
+            held=self.held(),
+            zeros=self.zeros,
+            settled=self.settled,
+            before=self.before,
+            loaded=self.loaded,
+            version=self.version,
+            seal=self.seal,
+        )
+
+    def be_again(self, was: _Everything) -> None:
+        """Be as then."""
+        self.write(was.value)
+        self.put_back(was.held)
+        self.zeros, self.settled, self.before, self.loaded = was.zeros, was.settled, was.before, was.loaded
+        if was.version == _FOREIGN:
+            self.disown()
+        else:
+            self.reseal(was.seal)
 
     def mark(self) -> tuple[int, bool]:
         """What a closure that is evaluated too late would find changed: the weight, and whether it has a gradient."""
@@ -263,7 +316,8 @@ class Entry:
     def follow(self, param: Tensor) -> None:
         """Go on with another object for the same parameter; memory kept for the whole is cut to what is held here."""
         if param is not self.param:
-            self.param, self.version = param, _version_of(param) if self.loaded is None else _FOREIGN
+            self.param, self.seal = param, None
+            self.version = _version_of(param) if self.loaded is None else _FOREIGN
         shape = tuple(sharding.local(param).shape)
         for name, value in self.state.items():
             if tuple(value.shape) == self.claim.layout.shape != shape:
@@ -622,8 +676,6 @@ def mapped_whole(entry: Entry, *, refit: bool) -> Tensor:
 
 def still_fits(entries: list[Entry]) -> bool:
     """Whether a fit to the weights as they are finds the numbers held: written meanwhile, but put back as they were."""
-    if all(entry.is_ours for entry in entries):
-        return True
     held = [entry.params for entry in entries]
     fit_target(entries)
     same = all(
@@ -666,61 +718,6 @@ def _weighed(w: Tensor, h: Tensor | None, target: Target) -> Tensor:
     return w if h is None else w * never_zero(h)
 
 
-def _replaced(model: nn.Module, entries: list[Entry]) -> str | None:
-    named = named_parameters(model)
-    for entry in entries:
-        if named.get(entry.name) is not entry.param:
-            return entry.name
-        # A tie that broke: the other name has a tensor of its own, which nobody claims.
-        untied = [name for name in entry.claim.aliases if named.get(name, entry.param) is not entry.param]
-        if untied:
-            return untied[0]
-    return None
-
-
-def refuse_replaced(model: nn.Module, entries: list[Entry], *, attached: bool) -> None:
-    """Refuse to go on with tensors that the model does not compute with any more.
-
-    Raises:
-        RuntimeError: naming the parameter.
-    """
-    if _replaced(model, entries) is None:
-        return
-    sharding.reshard(model)  # under FSDP2 gathered copies stand in for the weights between forward and backward
-    name = _replaced(model, entries)
-    if name is not None:
-        advice = (
-            "give the new one to the optimizer and call run.rebind()" if attached else "call run.rebind(adopt=True)"
-        )
-        raise RuntimeError(
-            f"{name!r} of the model is another tensor now than the one this run knows (a load_state_dict with "
-            f"assign=True?); {advice}"
-        )
-
-
-def fingerprint(entries: list[Entry]) -> bytes:
-    """What tells other weights from those that were written and put back: a digest of what is held here."""
-    digest = hashlib.blake2b(digest_size=16)
-    for entry in entries:
-        digest.update(sharding.local(entry.param).contiguous().cpu().flatten().view(torch.uint8).numpy().data)
-    return digest.digest()
-
-
-def refuse_retyped(entries: list[Entry]) -> None:
-    """Refuse to go on with weights of another dtype than the plan was made for.
-
-    Raises:
-        RuntimeError: naming the parameter.
-    """
-    for entry in entries:
-        if entry.param.dtype != entry.claim.dtype:
-            raise RuntimeError(
-                f"{entry.name!r} is {entry.param.dtype} now and was {entry.claim.dtype} when this run was made (a "
-                "model.half() since?); convert the model before, or call run.rebind(adopt=True) to go on from the new "
-                "values"
-            )
-
-
 def retyped(plan: Plan, named: Mapping[str, Tensor]) -> Plan:
     """A plan for the same parameters in the dtypes that they have now.
 
@@ -739,43 +736,6 @@ def retyped(plan: Plan, named: Mapping[str, Tensor]) -> Plan:
         return replace(claim, dtype=dtype)
 
     return replace(plan, claims=tuple(map(now, plan.claims)), stages=tuple(tuple(map(now, s)) for s in plan.stages))
-
-
-def found_again(entries: list[Entry], model: nn.Module) -> dict[str, Tensor]:
-    """The claimed parameters of a model by name.
-
-    Raises:
-        ValueError: a claimed name is gone, or has another shape.
-    """
-    named, found = named_parameters(model), {}
-    for entry in entries:
-        param = named.get(entry.name)
-        if param is None:
-            raise ValueError(f"{entry.name!r} is claimed by the recipe but is no parameter of the model any more")
-        if tuple(param.shape) != entry.claim.layout.shape:
-            raise ValueError(f"{entry.name!r} has shape {tuple(param.shape)} now, not {entry.claim.layout.shape}")
-        found[entry.name] = param
-    return found
-
-
-def refuse_foreign_writes(entries: list[Entry], *, over: bool = False) -> None:
-    """Refuse to go on with weights that someone else wrote; `over` if the run does not follow training any more.
-
-    Raises:
-        RuntimeError: naming the parameter.
-    """
-    for entry in entries:
-        if not entry.is_ours and over:
-            raise RuntimeError(
-                f"{entry.name!r} was written since this run was finalized or detached (training went on?), and what it "
-                "knows is of the weights of then; to take them as they are now, call run.rebind(adopt=True)"
-            )
-        if not entry.is_ours:
-            raise RuntimeError(
-                f"{entry.name!r} was written by someone else since attach or the last step (a load_state_dict?); to "
-                "resume, load the optimizer's state too, after the model's; to start afresh from the new values, call "
-                "run.rebind(adopt=True)"
-            )
 
 
 def refuse_nonfinite(name: str, whole: Tensor, target: Target) -> None:

@@ -15,6 +15,7 @@ from detent import claimed
 from detent.claimed import fit_target, refuse_stages
 from detent.contents import DTYPES, contents_of, refuse_unsavable
 from detent.engine import Run
+from detent.guards import refuse_empty
 from detent.lives import Encoded
 from detent.pack import Coding, Writer, sizes
 from detent.pack.checkpoint import Checkpoint
@@ -62,6 +63,7 @@ def compress(model: nn.Module, recipe: Recipe, *, leave_out: str | Sequence[str]
     claimed.refuse_stages(recipe, "compress")
     # A file of this run must not say that weights were pulled.
     run = Run(model, recipe.without_mechanisms().resolve(model, example=example), [], None, "raise")
+    refuse_empty(model, [(entry.name, entry.param) for entry in run._entries])
     run.leave(leave_out, "compress")
     fit_target(run._entries)
     run._adopt()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,10 @@ from detent.claimed import Entry, Held
 from detent.mechanisms import Clock, Slot
 from detent.standins import StandIns
 
-__all__ = ["Driver", "owners_of"]
+__all__ = ["Driver", "owners_of", "register", "release"]
+
+# Two runs on one optimizer would each scale its steps and overwrite each other's state.
+_ATTACHED: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 @dataclass(kw_only=True)
@@ -38,6 +41,10 @@ class Driver:
     skip: bool = False
     clean: list[Entry] = field(default_factory=list)
     pending: bool = False
+    landing: bool = False  # the optimizer has moved the weights: the step counts, and is brought to its end
+    landed: set[Any] = field(default_factory=set)  # what of its end is done
+    late: list[tuple[Entry, Held]] = field(default_factory=list)  # what is fitted after it, as it was before
+    fitted: list[tuple[Entry, Slot]] | None = None  # what has been
     by_hand: bool = False  # no step hooks: the user calls both halves
     begun: list[tuple[Entry, int]] = field(default_factory=list)
     nested: int = 0
@@ -73,8 +80,8 @@ class Driver:
 
     def enter(self, stage: int) -> None:
         """Be in a stage: what it claims is trained, what only earlier ones claimed is kept."""
-        self.stage = stage
-        self.entries, self.kept = self.at(stage)
+        entries, kept = self.at(stage)
+        self.stage, self.entries, self.kept = stage, entries, kept
 
     def at(self, stage: int) -> tuple[list[Entry], list[Entry]]:
         """What a stage trains and what it keeps."""
@@ -185,12 +192,38 @@ class Driver:
     def begin(self, drivers: list[Driver]) -> None:
         """A step begins: remember what it may change besides weights, of all optimizers, as some fits are shared."""
         self.undo = [(each, each.step, [(e, e.held()) for e in each.standing]) for each in drivers]
-        self.slots, self.begun, self.pending = [], [], True
+        self.slots, self.copies, self.begun, self.landed, self.fitted = [], [], [], set(), None
+        self.pending = True
 
-    def end(self) -> None:
+    def end(self, ticks: int = 0) -> None:
         """A step is over, or nobody asks for it any more."""
         self.stand_ins.drop()
-        self.slots, self.copies, self.undo, self.spent, self.pending = [], [], [], {}, False
+        # In one line, so that no step counts twice.
+        self.pending, self.landing, self.step = False, False, self.step + ticks
+        self.slots, self.copies, self.undo, self.spent = [], [], [], {}
+        self.landed, self.late, self.fitted = set(), [], None
+
+    def once(self, what: Any, slots: list[tuple[Entry, Slot]], act: Callable[[], None]) -> None:
+        """A part of the end of a step, which is not done twice; its memory counts when it is done."""
+        if what in self.landed:
+            return
+        for entry, slot in slots:
+            slot.state = dict(entry.state)
+        act()
+        for entry, slot in slots:
+            entry.state = slot.state
+        self.landed.add(what)
+
+    def forget_late_fits(self) -> None:
+        """A fit after the step begins with what was fitted before it, also where one was broken off."""
+        for entry, was in self.late:
+            entry.params, entry.pull_params, entry.fitted_at = was.params, was.pull_params, was.fitted_at
+
+    def land(self) -> None:
+        """The optimizer has moved the weights: from here on the step counts."""
+        if not self.landing:
+            self.late = [(entry, entry.held()) for entry in self.entries if entry.mechanism.fits_after]
+            self.landing = True
 
     def roll_back(self) -> None:
         """The step raised: be as before it, and let every weight be what the forward pass last saw."""
@@ -202,6 +235,9 @@ class Driver:
             entry.mechanism.undo(replace(self.slot(entry), scratch=slot.scratch), self.clock)
         self.hold()
         self.stand_ins.drop()
+
+    def rest(self) -> None:
+        """The step that raised is undone; which gradients it has changed already is remembered."""
         self.slots, self.copies, self.undo, self.pending = [], [], [], False
 
     def hold(self) -> None:
@@ -259,6 +295,65 @@ class Driver:
             if entry.name in self.spent and slot.grad is not None:
                 reference, _, memory = self.spent[entry.name]
                 self.spent[entry.name] = (reference, slot.grad._version, memory)
+
+
+def register(
+    driver: Driver,
+    owner: object,
+    *,
+    before: Callable[[tuple[Any, ...], dict[str, Any]], Any],
+    after: Callable[[], None],
+    save: Callable[[dict[str, Any]], dict[str, Any]],
+    look: Callable[[dict[str, Any]], dict[str, Any]],
+    load: Callable[[], None],
+) -> None:
+    """Hang a run on an optimizer: both halves of its step, and its state dict.
+
+    Args:
+        driver: the optimizer.
+        owner: the run; one at a time.
+        before: what precedes a step, given its arguments.
+        after: what follows it.
+        save: adds our part to a state dict.
+        look: takes it out of one that is about to be loaded.
+        load: takes it over, once torch has accepted its own.
+
+    Raises:
+        ValueError: an optimizer without step hooks, or one that has a run attached.
+    """
+    optimizer = driver.optimizer
+    if not driver.by_hand and not hasattr(optimizer, "register_step_pre_hook"):
+        raise ValueError(
+            f"{type(optimizer).__name__} has no step hooks: attach with hooks=False and call run.before_step() and "
+            "run.after_step() around its step"
+        )
+    if driver.by_hand and not hasattr(optimizer, "register_state_dict_post_hook"):
+        return  # nothing to hang on to; run.state_dict() is there
+    if optimizer in _ATTACHED:
+        raise ValueError(f"this {type(optimizer).__name__} has a run attached already; call its run.detach() first")
+    _ATTACHED[optimizer] = weakref.ref(owner)
+    reason = "Detent keeps a Python clock and cannot be traced; compile the step without fullgraph=True"
+    outside = optimizers.outside_graphs(reason)
+
+    def keep(registered: Callable[[Any], Any], hook: Callable[..., Any]) -> None:
+        driver.handles.append(registered(hook))  # in one line, so that no interrupt leaves a hook that nobody removes
+
+    if not driver.by_hand:
+        keep(optimizer.register_step_pre_hook, outside(lambda opt, args, kwargs: before(args, kwargs)))
+        keep(optimizer.register_step_post_hook, outside(lambda opt, args, kwargs: after()))
+    keep(optimizer.register_state_dict_post_hook, lambda opt, state_dict: save(state_dict))
+    keep(optimizer.register_load_state_dict_pre_hook, lambda opt, state_dict: look(state_dict))
+    keep(optimizer.register_load_state_dict_post_hook, lambda opt: load())
+
+
+def release(driver: Driver, owner: object) -> None:
+    """Take a run off an optimizer; may be called again, also after it was broken off."""
+    while driver.handles:
+        driver.handles[-1].remove()
+        driver.handles.pop()
+    held = _ATTACHED.get(driver.optimizer)
+    if held is not None and held() is owner:
+        del _ATTACHED[driver.optimizer]
 
 
 def owners_of(drivers: list[Driver], entries: list[Entry], params: Mapping[str, Tensor]) -> list[Driver]:

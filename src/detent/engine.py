@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from detent import claimed, optimizers, sharding, states
+from detent import claimed, guards, optimizers, sharding, states
 from detent.averages import Averages
-from detent.batchnorm import Statistics, install
-from detent.claimed import Entry, by_rule, fit_pull, fit_target, mapped_whole
+from detent.batchnorm import Statistics, install, statistics_of, undone, undone_unless_done
+from detent.claimed import Entry, by_rule, fit_target
 from detent.collapse import Losses
 from detent.contents import contents_of, refuse_unsavable, refuse_unused
-from detent.drivers import Driver, owners_of
+from detent.drivers import Driver, owners_of, register, release
+from detent.fitting import fit_due
 from detent.mechanisms import Mechanism
 from detent.parameters import named_parameters, refuse_no_model
 from detent.recipe import Plan, Recipe, refuse_no_recipe
@@ -27,9 +28,6 @@ from detent.standins import refuse_narrow_shards
 __all__ = ["Run", "attach"]
 
 _STATE_KEY = "detent"
-
-# Two runs on one optimizer would each scale its steps and overwrite each other's state.
-_ATTACHED: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def attach(
@@ -53,7 +51,9 @@ def attach(
         model: the model, wrapped or not.
         optimizer: the optimizer, or all optimizers that hold claimed parameters.
         recipe: which weights go where and how.
-        total_steps: optimizer steps in the whole training; needed where the recipe speaks of fractions of training.
+        total_steps: calls of `optimizer.step()` in the whole training, at rate 0 too; needed where the recipe speaks of
+            fractions of training. Steps that the loop leaves out count only with `run.skip_step()`; a step of
+            zero gradients that checkpoint code makes to create an optimizer's state does not count.
         hooks: register hooks around the optimizer's step; with `False` call `run.before_step()` and `run.after_step()`
             yourself. Where the optimizer has no hooks of its state dict either, save and load `run.state_dict()`.
         nonfinite: "raise" stops before the step when a claimed weight's gradient is NaN or infinite (one
@@ -101,10 +101,24 @@ def attach(
     claimed.refuse_unpulled(plan)
     plan.warn_left("attach")
     run = Run(model, plan, [optimizers.unwrap(each) for each in given], total_steps, nonfinite)
-    run.leave(leave_out, "attach")
-    run._start(hooks)
-    run._example = example
-    return run
+    # Mechanisms that look at their weights at the start may write them.
+    looks = [entry for entry in run._all if type(entry.mechanism).open is not Mechanism.open]
+    kept = [(entry, sharding.local(entry.param).clone()) for entry in looks if not entry.param.is_meta]
+
+    def leave() -> None:
+        run.detach()
+        with torch.no_grad():
+            for entry, value in kept:
+                entry.write(value)
+
+    try:
+        run.leave(leave_out, "attach")
+        run._start(hooks, kept)
+        run._example = example
+        return run
+    except BaseException:  # also Ctrl-C: nobody has this run
+        with undone(leave):
+            raise
 
 
 class Run(Averages):
@@ -191,40 +205,33 @@ class Run(Averages):
         found = {entry.name: entry for entry in [*pulled, *self._frozen]}
         self._entries = [found[claim.name] for claim in self.plan.claims if claim.name in found]
 
-    def _start(self, hooks: bool) -> None:
-        # Mechanisms that look at their weights at the start may write them.
-        looks = [entry for entry in self._all if type(entry.mechanism).open is not Mechanism.open]
-        kept = [(entry, sharding.local(entry.param).clone()) for entry in looks if not entry.param.is_meta]
-        try:
-            for driver in self._drivers:
-                optimizers.refuse_unfollowable(driver.optimizer)
-                driver.by_hand = not hooks
-                self._register(driver)
-            for entry in self._all:  # a fraction that cannot be resolved is found now, not at step 3,000
-                entry.check_moments(self._drivers[0].steps_of(entry.stage))
-            if not any(entry.param.is_meta for entry in self._all):
-                claimed.rehearse(self._all, self.plan)
-                self._fit_frozen()
-                self._open(self._drivers)
-            for entry, value in kept:
-                entry.keep_before(value)
-            for driver in self._drivers:
-                steps = optimizers.take_mark(driver.optimizer)
-                if steps:
-                    driver.awaiting = (
-                        f"a state of {type(driver.optimizer).__name__} was loaded before attach, so Detent's part of "
-                        f"it (after {steps} steps) was lost; load it again after attach, or call "
-                        "run.rebind(adopt=True) to start afresh"
-                    )
-        except Exception:
-            self.detach()
-            with torch.no_grad():
-                for entry, value in kept:
-                    entry.write(value)
-            raise
+    def _start(self, hooks: bool, kept: list[tuple[Entry, Tensor]]) -> None:
+        """Register, fit and look; `kept` are weights as they were before."""
+        guards.refuse_empty(self.model, [(entry.name, entry.param) for entry in self._all], waits=True)
+        for driver in self._drivers:
+            optimizers.refuse_unfollowable(driver.optimizer)
+            driver.by_hand = not hooks
+            self._register(driver)
+        for entry in self._all:  # a fraction that cannot be resolved is found now, not at step 3,000
+            entry.check_moments(self._drivers[0].steps_of(entry.stage))
+        if not any(entry.param.is_meta for entry in self._all):
+            claimed.rehearse(self._all, self.plan)
+            self._fit_frozen()
+            self._open(self._drivers)
+        for entry, value in kept:
+            entry.keep_before(value)
+        for driver in self._drivers:
+            steps = optimizers.take_mark(driver.optimizer)
+            if steps:
+                driver.awaiting = (
+                    f"a state of {type(driver.optimizer).__name__} was loaded before attach, so Detent's part of "
+                    f"it (after {steps} steps) was lost; load it again after attach, or call "
+                    "run.rebind(adopt=True) to start afresh"
+                )
 
     def _open(self, drivers: list[Driver]) -> None:
         """First fit of a stage, and the first look of its latent mechanisms at their weights."""
+        guards.refuse_empty(self.model, [(entry.name, entry.param) for driver in drivers for entry in driver.entries])
         for entry in (entry for driver in drivers for entry in driver.entries):
             refuse_narrow_shards(entry)
             # What an earlier stage pruned away altogether is no mistake.
@@ -242,8 +249,36 @@ class Run(Averages):
                     entry.hold()
                 self._adopt(driver)
 
+    def _turn_if_due(self, driver: Driver) -> None:
+        past = driver.bounds[driver.stage][1]
+        if driver.stage + 1 < len(driver.stages) and past is not None and driver.step >= past:
+            self._turn(driver)
+
     def _turn(self, driver: Driver) -> None:
-        """A stage is over: map its weights, hold what later stages may not undo, and open the next one."""
+        """A stage is over: map its weights, hold what later stages may not undo, and open the next one.
+
+        Broken off, everything is as before, and whoever asks next turns it.
+        """
+        stage = driver.stage
+        before = [(entry, entry.everything()) for entry in self._all]
+
+        def back() -> None:
+            for entry, held in before:
+                entry.be_again(held)
+            driver.enter(stage)
+            self._refresh()
+
+        with undone_unless_done(back), torch.no_grad():
+            self._close_stage(driver)
+            zeros = {entry.name: entry.zeros for entry in driver.standing}
+            driver.enter(stage + 1)
+            for entry in driver.entries:
+                entry.zeros = zeros.get(entry.name)
+            self._refresh()
+            self._open([driver])
+
+    def _close_stage(self, driver: Driver) -> None:
+        """Map the weights of a stage, each rule with the fit that it has come to."""
         for entries in by_rule([(entry, entry) for entry in driver.entries]):
             mine = [entry for entry, _ in entries if not entry.settled]
             if mine and mine[0].target.fits_together:  # one threshold, whichever optimizer comes first
@@ -258,39 +293,12 @@ class Run(Averages):
         with torch.no_grad():
             for entry in driver.entries:
                 entry.map_into_target()
-        zeros = {entry.name: entry.zeros for entry in driver.standing}
-        driver.enter(driver.stage + 1)
-        for entry in driver.entries:
-            entry.zeros = zeros.get(entry.name)
-        self._refresh()
-        self._open([driver])
 
     def _register(self, driver: Driver) -> None:
-        optimizer = driver.optimizer
-        if not driver.by_hand and not hasattr(optimizer, "register_step_pre_hook"):
-            raise ValueError(
-                f"{type(optimizer).__name__} has no step hooks: attach with hooks=False and call run.before_step() and "
-                "run.after_step() around its step"
-            )
-        if driver.by_hand and not hasattr(optimizer, "register_state_dict_post_hook"):
-            return  # nothing to hang on to; run.state_dict() is there
-        if optimizer in _ATTACHED:
-            raise ValueError(f"this {type(optimizer).__name__} has a run attached already; call its run.detach() first")
-        _ATTACHED.add(optimizer)
-        reason = "Detent keeps a Python clock and cannot be traced; compile the step without fullgraph=True"
-
-        @optimizers.outside_graphs(reason)
-        def before(opt: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self._before(driver, args, kwargs)
-
-        @optimizers.outside_graphs(reason)
-        def after(opt: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._after(driver)
-
-        def save(opt: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        def save(state_dict: dict[str, Any]) -> dict[str, Any]:
             return optimizers.marked({**state_dict, _STATE_KEY: self._driver_state(driver)}, driver.step)
 
-        def look(opt: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        def look(state_dict: dict[str, Any]) -> dict[str, Any]:
             self._refuse_inside("loading a state")
             self._repair(driver)
             driver.riding, driver.given = state_dict.get(_STATE_KEY), state_dict
@@ -298,17 +306,15 @@ class Run(Averages):
                 states.check_state(driver, driver.riding)
             return optimizers.unmarked({key: value for key, value in state_dict.items() if key != _STATE_KEY})
 
-        def load(opt: Any) -> None:
-            self._load_riding(driver)
-
-        if not driver.by_hand:
-            driver.handles += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
-        driver.handles += [
-            optimizer.register_state_dict_post_hook(save),
-            optimizer.register_load_state_dict_pre_hook(look),
-            # Ours is taken over only after torch has accepted its own.
-            optimizer.register_load_state_dict_post_hook(load),
-        ]
+        register(
+            driver,
+            self,
+            before=lambda args, kwargs: self._before(driver, args, kwargs),
+            after=lambda: self._after(driver),
+            save=save,
+            look=look,
+            load=lambda: self._load_riding(driver),
+        )
 
     # --- the two halves of a step ---------------------------------------------------------------------------------
 
@@ -345,6 +351,33 @@ class Run(Averages):
         """
         self._after(self._driver_of(optimizer))
 
+    def skip_step(self, optimizer: Optimizer | None = None) -> None:
+        """Count a step that the loop left out: time passes, and what the recipe does at this moment happens.
+
+        For a `GradScaler` that found an overflow and did not call `optimizer.step()` at all, or a batch that the loop
+        threw away, where the recipe's last moments are to come in time. The gradients are not looked at.
+
+        Args:
+            optimizer: which one was left out; may be left out if there is only one.
+
+        Raises:
+            ValueError: an optimizer that is not attached.
+            RuntimeError: as `optimizer.step()` would (weights written by others).
+
+        Example:
+            >>> import torch, detent as dt
+            >>> model = torch.nn.Linear(4, 4)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> recipe = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.PSG())])
+            >>> run = dt.attach(model, optimizer, recipe, total_steps=10)
+            >>> run.skip_step()
+            >>> run.clock
+            1
+        """
+        driver = self._driver_of(optimizer)
+        self._before(driver, (), {}, idle=True)
+        self._after(driver)
+
     def _driver_of(self, optimizer: Any) -> Driver:
         if optimizer is None and len(self._drivers) == 1:
             return self._drivers[0]
@@ -354,37 +387,45 @@ class Run(Averages):
         count = len(self._drivers)
         raise ValueError(f"optimizer={type(optimizer).__name__}: name one of the {count} attached optimizers")
 
-    def _before(self, driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before(self, driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any], *, idle: bool = False) -> Any:
         if self._closed:
             return None
         self._refuse_inside("optimizer.step()")
         if (driver.pending or driver.skip) and optimizers.is_nested_step(driver.optimizer):
             driver.nested += 1
             return None
-        if driver.by_hand and driver.pending and any(entry.mark()[0] != version for entry, version in driver.begun):
+        if (
+            driver.by_hand
+            and driver.pending
+            and not driver.landing
+            and any(entry.mark()[0] != version for entry, version in driver.begun)
+        ):
             raise RuntimeError(
                 "weights moved since run.before_step(), and run.after_step() was not called: call both around a step"
             )
         self._repair(driver)
         seen: list[tuple[Entry, int, bool]] = []
         replay = optimizers.replay_closure(args, kwargs, lambda: any(entry.mark() != (v, g) for entry, v, g in seen))
-        driver.skip = optimizers.moves_nothing(driver.optimizer, driver.params, fresh=driver.step == 0)
+        driver.skip = not idle and optimizers.only_makes_state(driver.optimizer, driver.params, fresh=driver.step == 0)
         if driver.skip:
             # A step at rate 0 still writes (w += 0): only what nobody else had written before it stays ours.
             driver.clean = [entry for entry in driver.standing if entry.is_ours]
             if driver.holds_all:  # no gradient comes to tensors that the model has let go of
-                claimed.refuse_replaced(self.model, driver.standing, attached=True)
+                guards.refuse_replaced(self.model, driver.standing, attached=True)
             driver.stand_ins.make(driver.entries)
             driver.stand_ins.lend(watched=False)
             return replay
         self._follow(driver)
         driver.look_up()
-        claimed.refuse_retyped(driver.standing)
-        claimed.refuse_replaced(self.model, driver.standing, attached=True)
+        guards.refuse_retyped(driver.standing)
+        guards.refuse_replaced(self.model, driver.standing, attached=True)
         self._refuse_unresumed()
-        claimed.refuse_foreign_writes(driver.standing)
+        guards.refuse_foreign_writes(driver.standing)
         clock = driver.clock
         active = [entry for entry in driver.entries if entry.mechanism.active(clock)]
+        if idle or optimizers.overflowed(driver.optimizer):
+            self._begin(driver, active, sees_gradients=False)
+            return replay
         grads = {e.name: e.param.grad for e in active if e.param.grad is not None}
         optimizers.refuse_sparse_gradients(grads)
         if self._nonfinite == "raise" and active:
@@ -393,23 +434,30 @@ class Run(Averages):
                 named = named_parameters(self.model).items()
                 grads |= {n: grad for n, p in named if id(p) in mine and (grad := p.grad) is not None}
             optimizers.check_finite_gradients(grads, [e.param for e in active], driver.step, self.model)
-        driver.begin(self._drivers)
-        with torch.no_grad():
-            self._fit_due(driver)
-            driver.stand_ins.make(active)
-            driver.slots = [(entry, driver.slot(entry)) for entry in active]
-            driver.copies = [(e, sharding.local(e.param).clone()) for e in driver.kept if e.is_fixed]
-            for entry in driver.standing:
-                driver.mask_gradient(entry)
-            for slots in by_rule(driver.slots):
-                slots[0][0].mechanism.before_together([slot for _, slot in slots], clock)
-            for entry, slot in driver.slots:
-                driver.first_moment(entry, slot, clock)
-            driver.clip_norm()
-            driver.stand_ins.lend(watched=not driver.checked_copies)
-        driver.begun = [(entry, entry.mark()[0]) for entry in driver.entries] if driver.by_hand else []
+        self._begin(driver, active, sees_gradients=True)
         seen += [(entry, *entry.mark()) for entry in driver.entries]
         return replay
+
+    def _begin(self, driver: Driver, active: list[Entry], *, sees_gradients: bool) -> None:
+        """The first half of a step; one that moves nothing shows the mechanisms no gradient, and time passes alone."""
+        clock = driver.clock
+        with undone_unless_done(partial(self._repair, driver)), torch.no_grad():
+            driver.begin(self._drivers)
+            self._fit_due(driver)
+            driver.stand_ins.make(active)
+            slots = [(entry, driver.slot(entry)) for entry in active]
+            driver.slots = slots if sees_gradients else [(entry, replace(slot, grad=None)) for entry, slot in slots]
+            driver.copies = [(e, sharding.local(e.param).clone()) for e in driver.kept if e.is_fixed]
+            for entry in driver.standing if sees_gradients else ():
+                driver.mask_gradient(entry)
+            for mine in by_rule(driver.slots):
+                mine[0][0].mechanism.before_together([slot for _, slot in mine], clock)
+            for entry, slot in driver.slots:
+                driver.first_moment(entry, slot, clock)
+            if sees_gradients:
+                driver.clip_norm()
+            driver.stand_ins.lend(watched=sees_gradients and not driver.checked_copies)
+            driver.begun = [(entry, entry.mark()[0]) for entry in driver.entries] if driver.by_hand else []
 
     def _after(self, driver: Driver) -> None:
         if self._closed:
@@ -422,103 +470,56 @@ class Run(Averages):
             driver.skip = False
             driver.stand_ins.drop()
             for entry in driver.clean:
-                entry.adopt()
+                entry.adopt(passing=True)
             driver.clean = []
             return
         if not driver.pending:
             raise RuntimeError("run.after_step() without run.before_step(): call both around one optimizer step")
-        if not driver.checked_copies:
-            # Before any mechanism moves a weight away from its copy.
-            named = [(e.name, e.param, driver.options_of(e)) for e in driver.entries]
+        driver.land()
+        with undone_unless_done(partial(self._repair, driver)):  # that is, brought to its end
+            self._refuse_copies(driver)
+            self._land(driver)
+
+    def _refuse_copies(self, driver: Driver) -> None:
+        """Look for a second copy of a weight before any mechanism moves the weight away from it; once."""
+        if driver.checked_copies:
+            return
+        named = [(e.name, e.param, driver.options_of(e)) for e in driver.entries]
+        try:
             optimizers.refuse_copies_in_state(driver.optimizer, named)
             driver.stand_ins.refuse_blind()
-            driver.checked_copies = True
+        except RuntimeError:
+            driver.landing = False  # such a step is none
+            raise
+        driver.checked_copies = True
+
+    def _land(self, driver: Driver) -> None:
+        """The last moments of a step. It has happened: broken off, whoever asks next goes on where they ended."""
         clock = driver.clock
         with torch.no_grad():
             driver.hold()
             for entry, slot in driver.slots:
-                driver.last_moment(entry, slot, clock)
+                driver.once(entry.name, [(entry, slot)], lambda e=entry, s=slot: driver.last_moment(e, s, clock))
             for slots in by_rule(driver.slots):
-                slots[0][0].mechanism.after_together([slot for _, slot in slots], clock)
-            for entry in self._fit_due(driver, after=True):
-                entry.mechanism.after_fit(driver.slot(entry), clock)
+                rule, mine = slots[0][0], [slot for _, slot in slots]
+                driver.once(rule.claim.rule, slots, lambda r=rule, m=mine: r.mechanism.after_together(m, clock))
+            if driver.fitted is None:
+                driver.forget_late_fits()
+                driver.fitted = [(entry, driver.slot(entry)) for entry in self._fit_due(driver, after=True)]
+            for entry, slot in driver.fitted:
+                driver.once((entry.name,), [(entry, slot)], lambda e=entry, s=slot: e.mechanism.after_fit(s, clock))
             driver.hold()
-        driver.end()
-        driver.step += 1
         self._statistics.clear()
-        self._adopt(driver)
+        self._adopt(driver, passing=True)
         for entry in driver.all_entries:
             entry.go_on()
-        past = driver.bounds[driver.stage][1]
-        if driver.stage + 1 < len(driver.stages) and driver.step == past:
-            self._turn(driver)
+        driver.end(ticks=1)
+        self._turn_if_due(driver)
 
     # --- fitting --------------------------------------------------------------------------------------------------
 
     def _fit_due(self, driver: Driver, first: bool = False, after: bool = False) -> list[Entry]:
-        """Fit what is due at this tick; a model-wide target together, whichever optimizer comes first.
-
-        Args:
-            driver: the optimizer.
-            first: the very first fit, of everything.
-            after: fit the mechanisms that want it after the step, instead of those that want it before.
-
-        Returns:
-            The driver's entries that were fitted.
-        """
-        done: list[Entry] = []
-        clock = driver.clock
-        for index, rule in enumerate(self.plan.recipe.rules):
-            mine = [entry for entry in driver.entries if entry.claim.rule == index]
-            if not mine:
-                continue
-            every, until = mine[0].cadence(clock.total_steps)
-            phase = every - 1 if mine[0].mechanism.fit_at_end and not first else 0
-            missing = any(entry.pull_params is None for entry in mine)
-            if mine[0].settled and not missing:  # another optimizer came to the end of the stage, and fixed it for all
-                continue
-            if mine[0].mechanism.fits_after:
-                phase = every - 1
-                if not after and not missing:
-                    continue
-            elif after:
-                continue
-            asked = mine[0].mechanism.wants_fit(clock)
-            open_yet = until is None or clock.step < until or (asked and rule.fit_until is None)
-            if not (missing or (open_yet and (asked or clock.step % every == phase))):
-                continue
-            if mine[0].pull.fits_together:
-                mine = [entry for entry in self._all if entry.claim.rule == index]
-                if torch._C._current_graph_task_id() != -1:
-                    raise RuntimeError(
-                        f"{self.plan.recipe.called(index)} is fitted over the whole model, which an optimizer that "
-                        "steps inside backward cannot offer; use scope='tensor'"
-                    )
-            if after and not mine[0].mechanism.active(clock):
-                continue
-            if not missing and not after and mine[0].fitted_at == clock.step:
-                continue
-            fit_pull(mine, self._ahead(driver, mine))
-            fitted = {id(entry) for entry in mine}
-            for each in self._drivers:  # each by the clock of its own optimizer, which may have parted
-                for entry in each.entries:
-                    entry.fitted_at = each.clock.step if id(entry) in fitted else entry.fitted_at
-            done += [entry for entry in driver.entries if entry.claim.rule == index]
-        return done
-
-    def _ahead(self, driver: Driver, entries: list[Entry]) -> dict[str, Tensor]:
-        """Of those whose optimizer is still in an earlier stage what its end will make of them.
-
-        Fitted together with them as they are, a model-wide target of the new stage would count what is about to be
-        pruned.
-        """
-        found, wanted = {}, {id(entry) for entry in entries}
-        for late in (other for other in self._drivers if other.stage < driver.stage):
-            for entry, old in late.coming(driver.stage):
-                if id(entry) in wanted:
-                    fresh = old is not None and self._is_unfixed(old)
-                    found[entry.name] = entry.hidden_whole() if old is None else mapped_whole(old, refit=fresh)
-        return found
+        return fit_due(driver, self._drivers, self._all, self.plan.recipe, self._is_unfixed, first=first, after=after)
 
     def _is_settled(self, entry: Entry) -> bool:
         if entry.settled:
@@ -528,37 +529,43 @@ class Run(Averages):
 
     # --- keeping up with the outside ------------------------------------------------------------------------------
 
-    def _adopt(self, driver: Driver | None = None) -> None:
+    def _adopt(self, driver: Driver | None = None, *, passing: bool = False) -> None:
         for entry in self._entries if driver is None else driver.standing:
-            entry.adopt()
+            entry.adopt(passing=passing)
 
     def _repair(self, driver: Driver) -> None:
         """Put the weights back as a forward pass may see them if the step before raised half-way."""
         driver.nested = 0
         driver.stand_ins.take_back()
-        if not driver.pending:
+        if driver.landing:
+            self._land(driver)
+        elif driver.pending:
+            with torch.no_grad():
+                driver.roll_back()
+            self._adopt(driver, passing=True)
+            driver.rest()
+        else:
             driver.stand_ins.drop()
-            return
-        with torch.no_grad():
-            driver.roll_back()
-        self._adopt(driver)
+        self._turn_if_due(driver)
 
     def _settle(self) -> None:
         """Between steps: repair what raised, and make sure nobody else wrote the claimed weights."""
         for driver in self._drivers:
             self._repair(driver)
-        claimed.refuse_replaced(self.model, self._entries, attached=bool(self._drivers))
-        claimed.refuse_retyped(self._entries)
+        guards.refuse_replaced(self.model, self._entries, attached=bool(self._drivers))
+        guards.refuse_retyped(self._entries)
         self._refuse_unresumed()
+        guards.refuse_empty(self.model, [(entry.name, entry.param) for entry in self._entries])
         if not self._closed:
             self._fit_frozen()
-        if not self._drivers and not all(entry.is_ours for entry in self._entries):
+        if not self._drivers and not all(entry.holds() for entry in self._entries):
             if claimed.still_fits(self._entries):
                 self._adopt()
             # The same numbers may be fitted to other weights (and none to signs), but statistics are of these alone.
-            if self._statistics and claimed.fingerprint(self._entries) != self._found_for:
+            if self._statistics and guards.fingerprint(self._entries) != self._found_for:
                 self._statistics.clear()
-        claimed.refuse_foreign_writes(self._entries, over=self._closed)
+        over = "detached" if self._closed else ("" if self._drivers else "made")
+        guards.refuse_foreign_writes(self._entries, contents=True, over=over)
 
     def _refuse_unresumed(self) -> None:
         """Refuse to go on where only part of a checkpoint was loaded.
@@ -602,7 +609,7 @@ class Run(Averages):
         model = self.model if model is None else model
         refuse_no_model(model, "run.rebind")
         sharding.reshard(model)
-        params = claimed.found_again([*self._all, *self._frozen], model)
+        params = guards.found_again([*self._all, *self._frozen], model)
         attached = bool(self._drivers) and not self._closed
         owners = self._owners(params) if attached else []
         plan = claimed.retyped(self.plan, named_parameters(model)) if adopt else self.plan
@@ -719,14 +726,28 @@ class Run(Averages):
             )
 
     def _load_driver(self, driver: Driver, state: Mapping[str, Any]) -> None:
-        states.load_state(driver, state, self.model)
-        self._statistics.clear()
-        self._refresh()
+        stage, step, awaiting = driver.stage, driver.step, driver.awaiting
+        before = [(entry, entry.everything()) for entry in driver.all_entries if not entry.param.is_meta]
+
+        def back() -> None:
+            sharding.reshard(self.model)
+            with torch.no_grad():
+                for entry, held in before:
+                    entry.be_again(held)
+            sharding.reshard(self.model)
+            driver.step, driver.awaiting = step, awaiting
+            driver.enter(stage)
+            self._refresh()
+
+        with undone_unless_done(back):
+            states.load_state(driver, state, self.model)
+            self._statistics.clear()
+            self._refresh()
 
     # --- averages ---------------------------------------------------------------------------------------------------
 
     def _alone(self, model: nn.Module) -> Run:
-        claimed.found_again(self._entries, model)
+        guards.found_again(self._entries, model)
         return Run(model, self.standing, [], None, self._nonfinite)
 
     def _is_over(self, entry: Entry) -> bool:
@@ -755,17 +776,33 @@ class Run(Averages):
         self._say_losses("finalize()")
         for entry, target, _ in life:
             claimed.refuse_nonfinite(entry.name, entry.hidden_whole(), target)
-        statistics = self.statistics()
+        statistics, was_over = self.statistics(), self._closed
         sharding.reshard(self.model)
-        with torch.no_grad():
-            for entry, target, params in life:
-                entry.write(entry.map_whole(target.project, target, params, entry.hidden()))
+        before = [(entry, entry.everything()) for entry, _, _ in life]
+        buffers = [(buffer, buffer.clone()) for buffer in statistics_of(self.model).values()]
+
+        def back() -> None:
+            if self._closed and not was_over:
+                return  # it was over already
+            sharding.reshard(self.model)
+            with torch.no_grad():
+                for entry, held in before:
+                    entry.be_again(held)
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            sharding.reshard(self.model)
+
+        with undone_unless_done(back):
+            with torch.no_grad():
+                for entry, target, params in life:
+                    entry.write(entry.map_whole(target.project, target, params, entry.hidden()))
+                if statistics is not None:
+                    install(self.model, statistics)
+            for entry, _, _ in life:
                 entry.state.clear()
-            if statistics is not None:
-                install(self.model, statistics)
-        sharding.reshard(self.model)
-        self._adopt()
-        self.detach()
+            sharding.reshard(self.model)
+            self._adopt()
+            self.detach()
 
     def _warn_early(self, who: str) -> None:
         """Say so if the recipe has not come to its end: what it does in the end is what makes this life a good one."""
@@ -775,18 +812,15 @@ class Run(Averages):
                 continue
             total = "" if driver.total_steps is None else f" of {driver.total_steps}"
             warnings.warn(
-                f"{who} after {driver.step}{total} steps: {why}, so the weights are projected from where they are now",
+                f"{who} after {driver.step}{total} steps: {why}, so the weights are projected from where they are now "
+                "(a step that the loop leaves out, as GradScaler does on overflow, counts only with run.skip_step())",
                 stacklevel=3,
             )
             return
 
     def detach(self) -> None:
         """Remove all hooks: the optimizers are again what they were. The weights stay as they are."""
+        self._closed = True  # hooks that are still there do nothing from here on
         for driver in self._drivers:
             driver.stand_ins.end()
-            for handle in driver.handles:
-                handle.remove()
-            if driver.handles:
-                _ATTACHED.discard(driver.optimizer)
-            driver.handles = []
-        self._closed = True
+            release(driver, self)

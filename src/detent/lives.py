@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from detent import sharding
-from detent.batchnorm import Statistics, reestimate, rounded, swapped_buffers
-from detent.claimed import Entry, entries_of, fingerprint, fit_target, refuse_nonfinite, refuse_stages
+from detent.batchnorm import Statistics, install, reestimate, rounded, statistics_of, undone
+from detent.claimed import Entry, entries_of, fit_target, refuse_nonfinite, refuse_stages
 from detent.collapse import Losses, answers
+from detent.guards import fingerprint
 from detent.plan import Plan, resolve
 from detent.recipe import Recipe, refuse_no_recipe
 from detent.targets import Codes, Params, Target
 from detent.targets.kmeans import sorted_rows
+from detent.writes import Seal
 
 __all__ = ["Encoded", "Lives", "distance_row"]
 
@@ -55,6 +57,15 @@ class Encoded:
         return self.target.decode(self.codes, self.params, self.dtype)
 
 
+@dataclass(kw_only=True)
+class _Aside:
+    """The full life, while the compressed one is shown in its place."""
+
+    weights: list[tuple[Entry, Tensor]]
+    buffers: list[tuple[Tensor, Tensor]]
+    seals: list[tuple[Entry, Seal | None]]
+
+
 def distance_row(name: str, w: Tensor, target: Target, params: Params) -> dict[str, Any]:
     """How far one tensor's two lives are from each other."""
     q = target.project(w, params)
@@ -85,7 +96,8 @@ class Lives(abc.ABC):
     _losses: Losses
     _example: Any
     _statistics: dict[str, Statistics]
-    _inside: bool
+    _inside: bool = False
+    _aside: _Aside | None = None
     _found_for: bytes = b""
     _kept: tuple[int | None, list[tuple[Entry, Target, Params]]] | None = None
 
@@ -103,7 +115,7 @@ class Lives(abc.ABC):
 
     def _fit_frozen(self) -> None:
         """Fit to frozen weights again what was fitted to others: they have no other memory than themselves."""
-        stale = {entry.claim.rule for entry in self._frozen if entry.params is None or not entry.is_ours}
+        stale = {entry.claim.rule for entry in self._frozen if entry.params is None or not entry.holds()}
         mine = [entry for entry in self._frozen if entry.claim.rule in stale]
         if mine and not any(entry.param.is_meta for entry in mine):
             fit_target(mine)
@@ -137,6 +149,24 @@ class Lives(abc.ABC):
     def _refuse_inside(self, what: str) -> None:
         if self._inside:
             raise RuntimeError(f"{what} inside run.compressed(): leave that life first")
+        self._come_back()
+
+    def _come_back(self) -> None:
+        """Put the full life back in its place, if it is not there."""
+        aside = self._aside
+        if aside is None:
+            return
+        self._inside = False
+        sharding.reshard(self.model)
+        with torch.no_grad():
+            for entry, value in aside.weights:
+                entry.write(value)
+            for buffer, value in aside.buffers:
+                buffer.copy_(value)
+        sharding.reshard(self.model)
+        for entry, seal in aside.seals:
+            entry.reseal(seal)
+        self._aside = None  # last: until here an interrupt leaves all of it for the next one who asks
 
     def _is_unfixed(self, entry: Entry) -> bool:
         return entry.params is None or (entry.has_own_fit and not self._is_settled(entry))
@@ -178,11 +208,13 @@ class Lives(abc.ABC):
     @contextmanager
     def _one_life(self, bits: int | None) -> Iterator[None]:
         """Find a compressed life once for all that is asked of it inside, where nothing is trained."""
-        self._kept = (bits, self._life(bits, None))
-        try:
-            yield
-        finally:
+
+        def forget() -> None:
             self._kept = None
+
+        with undone(forget):
+            self._kept = (bits, self._life(bits, None))
+            yield
 
     def _life_of(self, recipe: Recipe) -> list[tuple[Entry, Target, Params]]:
         refuse_stages(recipe, "compressed")
@@ -220,29 +252,27 @@ class Lives(abc.ABC):
         life = self._life(bits, recipe)
         statistics = self.statistics(bits=bits, recipe=recipe) if batchnorm else None
         sharding.reshard(self.model)
-        kept = [(entry, sharding.local(entry.param).clone()) for entry, _, _ in life]
         written: list[str] = []
-        self._inside = True
-        try:
+        self._aside = _Aside(
+            weights=[(entry, sharding.local(entry.param).clone()) for entry, _, _ in life],
+            buffers=[(buffer, buffer.clone()) for buffer in statistics_of(self.model).values()],
+            seals=[(entry, entry.seal) for entry in self._entries],
+        )
+        with undone(self._come_back):
+            self._inside = True
             with torch.no_grad():
                 for entry, target, params in life:
                     entry.write(entry.map_whole(target.project, target, params, entry.hidden()))
                     entry.adopt()
-            with swapped_buffers(self.model, statistics):
-                yield self
-            written = [entry.name for entry, _ in kept if not entry.is_ours]
-        finally:
-            sharding.reshard(self.model)
-            with torch.no_grad():
-                for entry, value in kept:
-                    entry.write(value)
-            sharding.reshard(self.model)
-            self._inside = False
-            self._adopt()
+            if statistics is not None:
+                install(self.model, statistics)
+            yield self
+            written = [entry.name for entry, _, _ in life if not entry.holds()]
         if written:
             raise RuntimeError(
                 f"{written[0]!r} was written inside run.compressed(), which shows weights and keeps none: what was "
-                "written is gone, the full-precision weights are back; load or change weights outside"
+                "written to the weights that the recipe claims is gone, the full-precision weights are back, and "
+                "others keep it; load, change or merge weights outside"
             )
 
     def recalibrate(

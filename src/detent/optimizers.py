@@ -22,8 +22,9 @@ __all__ = [
     "is_nested_step",
     "marked",
     "moments",
-    "moves_nothing",
+    "only_makes_state",
     "outside_graphs",
+    "overflowed",
     "rate_of",
     "refuse_copies_in_state",
     "refuse_sparse_gradients",
@@ -179,12 +180,12 @@ def take_mark(optimizer: Any) -> int:
     return max([int(group.pop(_MARK, 0)) for group in optimizer.param_groups], default=0)
 
 
-def moves_nothing(optimizer: Any, claimed: Sequence[Tensor], *, fresh: bool) -> bool:
-    """Whether the step that is due is no training step: it must not tick, and no mechanism may touch it.
+def only_makes_state(optimizer: Any, claimed: Sequence[Tensor], *, fresh: bool) -> bool:
+    """Whether the step that is due is none of training: checkpoint code makes it to have an optimizer's state created.
 
-    That is a step at rate 0 (warm-up, checkpoint code), a step that only makes an optimizer create its state
-    (checkpoint code: no state yet, every gradient 0), or a fused step under GradScaler that found an overflow and
-    skips inside. Every process that shares a sharded parameter gives the same answer.
+    Such a step comes to an optimizer that has no state yet, with gradients that are all 0, at rate 0 or before the
+    first step of training. Every process that shares a sharded parameter gives the same answer. A step at rate 0 with
+    gradients (a warm-up) is one of training: time passes, and momentum takes them in.
 
     Args:
         optimizer: the optimizer.
@@ -192,15 +193,16 @@ def moves_nothing(optimizer: Any, claimed: Sequence[Tensor], *, fresh: bool) -> 
         fresh: it has made no step yet. Later a step with no gradient is one: weight decay moves the weights in it.
     """
     groups = optimizer.param_groups
-    if all(map(stands_still, groups)):
-        return True
-    found = getattr(optimizer, "found_inf", None)
-    if found is not None and bool(found):
-        return True
-    if not fresh or getattr(optimizer, "state", True):
+    if getattr(optimizer, "state", True) or not (fresh or all(map(stands_still, groups))):
         return False
     grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     return not sharding.anywhere(any(bool(_values(grad).any()) for grad in grads), claimed)
+
+
+def overflowed(optimizer: Any) -> bool:
+    """Whether this is a fused step under a GradScaler that found an overflow: the optimizer skips it inside."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
 
 
 def _values(grad: Tensor) -> Tensor:

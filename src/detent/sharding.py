@@ -23,7 +23,7 @@ __all__ = [
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ODD = 0x1E3779B97F4A7C15  # multiplies the places of a row apart
-_PIECE = 1 << 20  # weights whose 64-bit copies are held at a time
+_PIECE = 1 << 14  # weights whose 64-bit copies are held at a time: few enough for a core's cache
 
 
 def _is_sharded(x: Tensor) -> bool:
@@ -90,6 +90,8 @@ def row_sums(w: Tensor) -> Tensor:
     if w.is_meta:
         return torch.zeros(w.shape[:1] or (1,), dtype=torch.int64)
     bits = w.contiguous().view(_BITS[w.element_size()])
+    if bits.dtype == torch.int64:
+        bits = bits ^ (bits >> 32)  # an even number of signs, 2^63 each, would be lost in a sum
     rows = bits.flatten(1) if bits.dim() > 1 else bits.reshape(-1, 1)
     # Odd, so that no change of one weight is lost; sums wrap around.
     factors = torch.arange(rows.shape[1], device=w.device).mul_(_ODD).bitwise_or_(1)

@@ -539,7 +539,7 @@ def check_mechanism(mechanism: Mechanism, target: Target) -> None:
     * With strength 0, and before its start, every optimizer is bitwise what it is without Detent.
     * A run saved by `torch.save` of the model's and the optimizers' state dicts, loaded with `weights_only=True` into a
       new process's objects, goes on bitwise as the unbroken run; it remembers nothing but its `memory`.
-    * Dummy optimizer steps (rate 0, or zero gradients before there is state) move nothing and do not count.
+    * Dummy optimizer steps (gradients of zero before there is state) move nothing and do not count.
     * No gradient, and in PSG's update form no step, changes its sign (PSG).
     * Masked weights are zero, and the mask holds the exact count the target asks for.
     * The compressed life is put back bitwise, and after `finalize` every claimed weight lies in its target exactly.
@@ -661,7 +661,7 @@ def _resumes(mechanism: Mechanism, target: Target, make: Callable[[nn.Module], l
 def _dummy_steps_move_nothing(
     mechanism: Mechanism, target: Target, make: Callable[[nn.Module], list[Optimizer]], case: str
 ) -> None:
-    for what in ("a rate of 0", "zero gradients and no state"):
+    for what in ("zero gradients at a rate of 0", "zero gradients and no state"):
         model = _model(target)
         optimizers = make(model)
         run = _attach(model, optimizers, mechanism, target)
@@ -669,11 +669,11 @@ def _dummy_steps_move_nothing(
         rates = [(group["lr"], group["weight_decay"]) for group in groups]
         for group in groups:
             group["weight_decay"] = 0.0  # it moves weights on its own, gradient or not
-            group["lr"] = 0.0 if what == "a rate of 0" else group["lr"]
+            group["lr"] = 0.0 if "rate" in what else group["lr"]
         before = [p.detach().clone() for p in model.parameters()]
         _backward(model, 0)
         for p in model.parameters():
-            if what != "a rate of 0" and p.grad is not None:
+            if p.grad is not None:
                 p.grad.zero_()
         for optimizer in optimizers:
             optimizer.step()

@@ -278,7 +278,7 @@ class ADMM(Mechanism):
     def after_step(self, slot: Slot, clock: Clock) -> None:
         hold_weight(slot)
         if "z" in slot.state and self.form == "decoupled" and slot.grad is not None:  # what is frozen is not moved
-            slot.weight.sub_(self._pull(slot).mul_(slot.rate()))
+            slot.write_once("pull", slot.weight, lambda: slot.weight - self._pull(slot).mul_(slot.rate()))
         if "frozen" in slot.state and slot.frozen:
             share = due_share(clock.step + 1, self._freeze_steps(clock), self.rounds)
             if share is not None:

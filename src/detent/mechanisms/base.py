@@ -62,6 +62,8 @@ class Slot:
         pruned: mask of the zeros that earlier stages hold, or `None`.
         state: the mechanism's memory for this weight, saved and resumed by the engine.
         scratch: passing tensors between the two halves of one step, never saved.
+        landed: parts that `write_once` has written in this step.
+        log: what it is about to write.
     """
 
     name: str
@@ -89,6 +91,25 @@ class Slot:
     pruned: Tensor | None
     state: dict[str, Tensor]
     scratch: dict[str, Tensor] = field(default_factory=dict)
+    landed: frozenset[str] = frozenset()
+    log: Tensor | None = None
+
+    def write_once(self, part: str, place: Tensor, make: Callable[[], Tensor]) -> None:
+        """Write over a weight, or part of it, what is not the same made twice: a step that was broken off goes on.
+
+        What is to be written is logged first, so that it is made from what the optimizer left and nothing else.
+
+        Args:
+            part: its name, one of its own for each.
+            place: where to.
+            make: gives a new tensor.
+        """
+        if part in self.landed:
+            return
+        if self.log is None:
+            self.log = make()
+        place.copy_(self.log)
+        self.landed, self.log = self.landed | {part}, None
 
 
 class Mechanism(abc.ABC):
@@ -190,7 +211,7 @@ class Mechanism(abc.ABC):
         """First moment: the gradient is there, the optimizer has not run."""
 
     def after_step(self, slot: Slot, clock: Clock) -> None:
-        """Last moment: the optimizer has run.
+        """Last moment: the optimizer has run. Broken off by an exception, it is called once more with the same slot.
 
         Left out where the full life is the plain weights and this step moved none (no gradient, frozen, rate 0).
         """
@@ -199,7 +220,7 @@ class Mechanism(abc.ABC):
         """All weights of one rule and one optimizer at once, before the first moment of each."""
 
     def after_together(self, slots: Sequence[Slot], clock: Clock) -> None:
-        """All weights of one rule and one optimizer at once, after the last moment of each."""
+        """All weights of one rule and one optimizer at once, after the last moment of each; called again like it."""
 
     def after_fit(self, slot: Slot, clock: Clock) -> None:
         """With `fits_after`: the step is over and the pull has just been fitted to the weights (and the offset)."""

@@ -158,7 +158,7 @@ class CodebookLearning(Mechanism):
 
     def after_together(self, slots: Sequence[Slot], clock: Clock) -> None:
         # All are looked at before any is written, so that a refusal leaves a step that can be undone.
-        moved = [(group, self._moved(group)) for group in _groups(slots)]
+        moved = [(group, self._moved_once(group)) for group in _groups(slots)]
         for group, codewords in moved:
             first = group[0]
             fresh = first.target.with_codebook(first.params, codewords, first.seen.dtype).tensors
@@ -167,8 +167,14 @@ class CodebookLearning(Mechanism):
                 slot.state["codewords"] = codewords
                 params = replace(slot.params, tensors={**slot.params.tensors, **fresh})
                 slot.install(params)
-                slot.scratch.clear()
                 self._show(replace(slot, params=params), clock.step + 1, clock)
+
+    def _moved_once(self, group: list[Slot]) -> Tensor:
+        """The same, also where some members show it already, as the step was broken off."""
+        scratch = group[0].scratch
+        if "moved" not in scratch:
+            scratch["moved"] = self._moved(group)
+        return scratch["moved"]
 
     def _moved(self, group: list[Slot]) -> Tensor:
         """The codewords after the optimizer's step.

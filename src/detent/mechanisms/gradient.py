@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -196,15 +197,18 @@ class PSG(Mechanism):
             slot.scratch["before"] = slot.weight.clone()
 
     def after_step(self, slot: Slot, clock: Clock) -> None:
-        before = slot.scratch.pop("before", None)
+        before = slot.scratch.get("before")
         if before is not None:
             lost = slot.decay()
-            for w, old in _pieces(slot, slot.weight, before):
-                # old + s (step + decay) - decay: only what the optimizer made of the gradient is scaled.
-                decay = old * lost
-                w.sub_(old).add_(decay).mul_(self._scale_of(old, slot, clock)).add_(old).sub_(decay)
+            for i, (w, old) in enumerate(_pieces(slot, slot.weight, before)):
+                slot.write_once(f"piece {i}", w, partial(self._scaled_step, w, old, lost, slot, clock))
         if self.clip and clipping(self.clip_start, slot, clock):
             clip_to_range(slot.weight, slot.pull, slot.pull_params)
+
+    def _scaled_step(self, w: Tensor, old: Tensor, lost: float, slot: Slot, clock: Clock) -> Tensor:
+        """old + s (step + decay) - decay: only what the optimizer made of the gradient is scaled."""
+        decay = old * lost
+        return w.sub(old).add_(decay).mul_(self._scale_of(old, slot, clock)).add_(old).sub_(decay)
 
     def undo(self, slot: Slot, clock: Clock) -> None:
         before = slot.scratch.pop("before", None)
@@ -227,6 +231,8 @@ class PSG(Mechanism):
         slope, offset, cap = self._line(target, params, clock, wide.dtype)
         if cap is not None:
             wide = torch.clamp(wide, max=cap)
+        elif not wide.is_contiguous():
+            wide = wide.clone()  # weights that move together have one distance, which may stand in memory once
         return wide.mul_(slope).add_(offset).to(distance.dtype)
 
     def _line(
@@ -240,8 +246,10 @@ class PSG(Mechanism):
         if self.units == "weight":
             return strength * self.gain, (1 - strength) + strength * self.gain * eps, None
         typical = target.typical(params).to(dtype)
+        # Below 1e-37 the slope would be infinite, and infinity times a distance of 0 is no number.
+        slope = (strength * self.gain / typical).clamp_max(torch.finfo(dtype).max)
         # c / r is 4 on a grid by definition of r, and where there are no cells by definition of c.
-        return strength * self.gain / typical, (1 - strength) + strength * self.gain * 4 * eps, 2 * typical
+        return slope, (1 - strength) + strength * self.gain * 4 * eps, 2 * typical
 
     def scale(self, w: Tensor, target: Target, params: Params, step: int = 0, total_steps: int | None = None) -> Tensor:
         """s(w), the factor on each gradient entry.

@@ -130,10 +130,13 @@ class _Latent(Mechanism):
             slot.weight.copy_(slot.state["latent"])
 
     def after_step(self, slot: Slot, clock: Clock) -> None:
-        if "latent" in slot.state:
-            slot.state["latent"].copy_(slot.weight)
-        else:
-            self._begin(slot, clock, clock.step + 1)
+        if "taken" not in slot.scratch:  # else broken off after that: the weight may be the image already
+            if "latent" in slot.state:
+                slot.state["latent"].copy_(slot.weight)
+            else:
+                self._begin(slot, clock, clock.step + 1)
+            slot.scratch["taken"] = slot.state["latent"]
+        slot.state["latent"] = slot.scratch["taken"]
         self._show(slot, clock, clock.step + 1)
 
     def undo(self, slot: Slot, clock: Clock) -> None:
@@ -556,16 +559,20 @@ class MirrorDescent(_Mapped):
         if self.form == "dual":
             super().after_step(slot, clock)
             return
+        slot.write_once("image", slot.weight, lambda: self._moved(slot, clock))
+
+    def _moved(self, slot: Slot, clock: Clock) -> Tensor:
+        """What is seen of the latent that the optimizer has moved."""
         moved = self._seen(slot, slot.weight, clock.step, clock.total_steps)
-        if "seen" in slot.scratch:
-            seen = slot.scratch["seen"]
-            levels = levels_of(slot, seen)
-            # A rounding away from its level a weight has no latent to come back from: whether the tanh at hand rounds
-            # up to the level or not, it stays.
-            middle, half = (levels[..., -1] + levels[..., 0]) / 2, (levels[..., -1] - levels[..., 0]) / 2
-            frozen = (seen - middle).abs() >= half * (1 - torch.finfo(seen.dtype).eps)
-            moved = torch.where(frozen | (slot.weight == slot.scratch["dual"]), seen, moved)
-        slot.weight.copy_(moved)
+        if "seen" not in slot.scratch:
+            return moved
+        seen = slot.scratch["seen"]
+        levels = levels_of(slot, seen)
+        # A rounding away from its level a weight has no latent to come back from: whether the tanh at hand rounds
+        # up to the level or not, it stays.
+        middle, half = (levels[..., -1] + levels[..., 0]) / 2, (levels[..., -1] - levels[..., 0]) / 2
+        frozen = (seen - middle).abs() >= half * (1 - torch.finfo(seen.dtype).eps)
+        return torch.where(frozen | (slot.weight == slot.scratch["dual"]), seen, moved)
 
     def undo(self, slot: Slot, clock: Clock) -> None:
         if self.form == "dual":

@@ -583,9 +583,11 @@ class Proximal(Mechanism):
         if (clock.step + 1) % self.every:
             return
         t = value_at(self.strength, clock.step, clock.total_steps) * (slot.rate() if self.by_rate else 1.0)
+        slot.write_once("prox", slot.weight, lambda: self._nearer(slot, t))
+
+    def _nearer(self, slot: Slot, t: float) -> Tensor:
         q = slot.pull_project(slot.weight)
         if self.norm == "l2":
-            slot.weight.add_(q, alpha=t).div_(1.0 + t)
-        else:
-            gap = slot.weight - q
-            slot.weight.copy_(q.add_(gap.sign().mul_(gap.abs().sub_(t).clamp_min_(0.0))))
+            return slot.weight.add(q, alpha=t).div_(1.0 + t)
+        gap = slot.weight - q
+        return q.add_(gap.sign().mul_(gap.abs().sub_(t).clamp_min_(0.0)))

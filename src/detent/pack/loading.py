@@ -113,10 +113,18 @@ def load(
         for name, (first, *_) in match.sources.items():
             tensor = contents.tensors[name]
             copies.append((sharding.local(tensor), sharding.from_whole(values[first], tensor, name)))
-        with torch.no_grad():
-            for place, value in copies:
-                place.copy_(value)
-        sharding.reshard(model)
+
+        def put() -> None:
+            with torch.no_grad():
+                for place, value in copies:
+                    place.copy_(value)
+            sharding.reshard(model)
+
+        try:
+            put()
+        except BaseException:  # all is decoded: broken off, it is written to the end all the same
+            put()
+            raise
         header = file.header
         return Loaded(
             **{f.name: getattr(header, f.name) for f in fields(Header)},

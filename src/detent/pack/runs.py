@@ -37,8 +37,8 @@ def save(
     A path that ends in ".safetensors" gives a safetensors file whose entries are the full life, each under its own name
     (the codes stand beside them, bit-packed); any other path gives Detent's own container, which is smaller and is
     written with one tensor in memory at a time. Non-persistent buffers are left out, as in `model.state_dict()`. Under
-    FSDP2 every process must call this; the first one writes. With the compressed life alone it warns as `run.finalize`
-    does.
+    FSDP2 every process must call this; the first one writes. It warns as `run.finalize` does if the recipe has not come
+    to its end.
 
     Args:
         run: from `attach` or `compress`.
@@ -83,8 +83,7 @@ def save(
     is_sharded = any(sharding._is_sharded(p) for p in run.model.parameters())
     if not is_sharded:  # what is wrong with it shall be said before anything is fitted
         destination(path)
-    if life == "compressed":
-        run._warn_early('save(life="compressed")')
+    run._warn_early(f'save(life="{life}")')
     held = contents_of(run.model).without(run.leave_out)
     refuse_unsavable(held, "save", unready=False)
     run._settle()  # may drop statistics of other weights
@@ -143,14 +142,14 @@ def _on_first_rank(write: Callable[[], int], tensors: Iterator[Any]) -> int:
     if dist.get_rank() == 0:
         try:
             outcome = [write()]
-        except Exception as error:  # whatever it is, the others must hear of it, or they wait for ever
+        except BaseException as error:  # whatever it is, the others must hear of it, or they wait for ever
             outcome = [error]
     # All take part in gathering every tensor, also those after a failure; what others refuse the first refuses too.
     with contextlib.suppress(OSError, ValueError):
         for _ in tensors:
             pass
     dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], Exception):
+    if isinstance(outcome[0], BaseException):
         raise outcome[0]
     return outcome[0]
 
