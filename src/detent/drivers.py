@@ -203,6 +203,23 @@ class Driver:
         self.slots, self.copies, self.undo, self.spent = [], [], [], {}
         self.landed, self.late, self.fitted = set(), [], None
 
+    def refuse_copies(self) -> None:
+        """Look for a second copy of a weight before any mechanism moves the weight away from it; once.
+
+        Raises:
+            RuntimeError: naming the parameter, or the optimizer.
+        """
+        if self.checked_copies:
+            return
+        named = [(entry.name, entry.param, self.options_of(entry)) for entry in self.entries]
+        try:
+            optimizers.refuse_copies_in_state(self.optimizer, named)
+            self.stand_ins.refuse_blind()
+        except RuntimeError:
+            self.landing = False  # such a step is none
+            raise
+        self.checked_copies = True
+
     def once(self, what: Any, slots: list[tuple[Entry, Slot]], act: Callable[[], None]) -> None:
         """A part of the end of a step, which is not done twice; its memory counts when it is done."""
         if what in self.landed:

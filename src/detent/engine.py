@@ -477,21 +477,8 @@ class Run(Averages):
             raise RuntimeError("run.after_step() without run.before_step(): call both around one optimizer step")
         driver.land()
         with undone_unless_done(partial(self._repair, driver)):  # that is, brought to its end
-            self._refuse_copies(driver)
+            driver.refuse_copies()
             self._land(driver)
-
-    def _refuse_copies(self, driver: Driver) -> None:
-        """Look for a second copy of a weight before any mechanism moves the weight away from it; once."""
-        if driver.checked_copies:
-            return
-        named = [(e.name, e.param, driver.options_of(e)) for e in driver.entries]
-        try:
-            optimizers.refuse_copies_in_state(driver.optimizer, named)
-            driver.stand_ins.refuse_blind()
-        except RuntimeError:
-            driver.landing = False  # such a step is none
-            raise
-        driver.checked_copies = True
 
     def _land(self, driver: Driver) -> None:
         """The last moments of a step. It has happened: broken off, whoever asks next goes on where they ended."""
