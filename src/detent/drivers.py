@@ -113,6 +113,12 @@ class Driver:
         first, past = self.bounds[stage]
         return self.total_steps if past is None else past - first
 
+    @property
+    def turns(self) -> bool:
+        """Whether the stage is over, and the next one has not begun."""
+        past = self.bounds[self.stage][1]
+        return self.stage + 1 < len(self.stages) and past is not None and self.step >= past
+
     def unfinished(self) -> str:
         """What of the recipe has not come yet, in words; empty if all has."""
         if self.stage + 1 < len(self.bounds):

@@ -19,7 +19,7 @@ from detent.claimed import Entry, by_rule, fit_target
 from detent.collapse import Losses
 from detent.contents import contents_of, refuse_unsavable, refuse_unused
 from detent.drivers import Driver, owners_of, register, release
-from detent.fitting import fit_due
+from detent.fitting import fit_due, settle_stage
 from detent.mechanisms import Mechanism
 from detent.parameters import named_parameters, refuse_no_model
 from detent.recipe import Plan, Recipe, refuse_no_recipe
@@ -249,11 +249,6 @@ class Run(Averages):
                     entry.hold()
                 self._adopt(driver)
 
-    def _turn_if_due(self, driver: Driver) -> None:
-        past = driver.bounds[driver.stage][1]
-        if driver.stage + 1 < len(driver.stages) and past is not None and driver.step >= past:
-            self._turn(driver)
-
     def _turn(self, driver: Driver) -> None:
         """A stage is over: map its weights, hold what later stages may not undo, and open the next one.
 
@@ -269,30 +264,17 @@ class Run(Averages):
             self._refresh()
 
         with undone_unless_done(back), torch.no_grad():
-            self._close_stage(driver)
+            settle_stage(driver, self._all, self._is_unfixed)
+            self._look_for_losses((e, e.target, e.params) for e in driver.entries if e.params is not None)
+            self._losses.say(f"the end of stage {stage + 1}")
+            for entry in driver.entries:
+                entry.map_into_target()
             zeros = {entry.name: entry.zeros for entry in driver.standing}
             driver.enter(stage + 1)
             for entry in driver.entries:
                 entry.zeros = zeros.get(entry.name)
             self._refresh()
             self._open([driver])
-
-    def _close_stage(self, driver: Driver) -> None:
-        """Map the weights of a stage, each rule with the fit that it has come to."""
-        for entries in by_rule([(entry, entry) for entry in driver.entries]):
-            mine = [entry for entry, _ in entries if not entry.settled]
-            if mine and mine[0].target.fits_together:  # one threshold, whichever optimizer comes first
-                mine = [entry for entry in self._all if entry.claim.rule == mine[0].claim.rule]
-            unfixed = [entry for entry in mine if self._is_unfixed(entry)]
-            if unfixed:
-                fit_target(unfixed)
-            for entry in mine:
-                entry.settled = True
-        self._look_for_losses((e, e.target, e.params) for e in driver.entries if e.params is not None)
-        self._losses.say(f"the end of stage {driver.stage + 1}")
-        with torch.no_grad():
-            for entry in driver.entries:
-                entry.map_into_target()
 
     def _register(self, driver: Driver) -> None:
         def save(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -501,7 +483,8 @@ class Run(Averages):
         for entry in driver.all_entries:
             entry.go_on()
         driver.end(ticks=1)
-        self._turn_if_due(driver)
+        if driver.turns:
+            self._turn(driver)
 
     # --- fitting --------------------------------------------------------------------------------------------------
 
@@ -533,7 +516,8 @@ class Run(Averages):
             driver.rest()
         else:
             driver.stand_ins.drop()
-        self._turn_if_due(driver)
+        if driver.turns:
+            self._turn(driver)
 
     def _settle(self) -> None:
         """Between steps: repair what raised, and make sure nobody else wrote the claimed weights."""

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from detent.claimed import Entry, fit_pull, mapped_whole
+from detent.claimed import Entry, by_rule, fit_pull, fit_target, mapped_whole
 from detent.drivers import Driver
 from detent.recipe import Recipe
 
-__all__ = ["fit_due"]
+__all__ = ["fit_due", "settle_stage"]
 
 
 def fit_due(
@@ -94,3 +94,16 @@ def _ahead(
                 fresh = old is not None and is_unfixed(old)
                 found[entry.name] = entry.hidden_whole() if old is None else mapped_whole(old, refit=fresh)
     return found
+
+
+def settle_stage(driver: Driver, everything: list[Entry], is_unfixed: Callable[[Entry], bool]) -> None:
+    """A stage is over: bring the fit of each of its rules to its end. Arguments as for `fit_due`."""
+    for entries in by_rule([(entry, entry) for entry in driver.entries]):
+        mine = [entry for entry, _ in entries if not entry.settled]
+        if mine and mine[0].target.fits_together:  # one threshold, whichever optimizer comes first
+            mine = [entry for entry in everything if entry.claim.rule == mine[0].claim.rule]
+        unfixed = [entry for entry in mine if is_unfixed(entry)]
+        if unfixed:
+            fit_target(unfixed)
+        for entry in mine:
+            entry.settled = True
