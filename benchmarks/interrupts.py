@@ -233,7 +233,8 @@ def broken(make: Make, name: str, place: int) -> tuple[str, str]:
     act.act(new)
     left = it.weights()
     is_old, is_new = same(left, old.weights()), same(left, new.weights())
-    if where.endswith(_NOT_BEGUN) and not same(_moments(it), _moments(old)) and not is_new:
+    begun = not where.endswith(_NOT_BEGUN) or same(_moments(it), _moments(old))
+    if not begun and not same(it.everything(), new.everything()):
         return "moved", where
     if not is_old and not is_new:
         return "WRONG weights", where

@@ -245,8 +245,8 @@ class Driver:
     def land(self) -> None:
         """The optimizer has moved the weights: from here on the step counts."""
         if not self.landing:
-            self.late = [(entry, entry.held()) for entry in self.entries if entry.mechanism.fits_after]
             self.landing = True
+            self.late = [(entry, entry.held()) for entry in self.entries if entry.mechanism.fits_after]
 
     def roll_back(self) -> None:
         """The step raised: be as before it, and let every weight be what the forward pass last saw."""

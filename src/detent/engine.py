@@ -457,10 +457,13 @@ class Run(Averages):
             return
         if not driver.pending:
             raise RuntimeError("run.after_step() without run.before_step(): call both around one optimizer step")
-        driver.land()
-        with undone_unless_done(partial(self._repair, driver)):  # that is, brought to its end
+        try:
+            driver.land()
             driver.refuse_copies()
             self._land(driver)
+        except BaseException:
+            with undone(partial(self._repair, driver)):  # that is, brought to its end
+                raise
 
     def _land(self, driver: Driver) -> None:
         """The last moments of a step. It has happened: broken off, whoever asks next goes on where they ended."""
@@ -754,7 +757,7 @@ class Run(Averages):
 
         def back() -> None:
             if self._closed and not was_over:
-                return  # it was over already
+                return self.detach()  # it was over already
             sharding.reshard(self.model)
             with torch.no_grad():
                 for entry, held in before:
