@@ -15,7 +15,7 @@ from detent.schedules import is_whole
 from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite, compute_dtype
 from detent.targets.declared import Declared, Pieces, scale_ends
 from detent.targets.kmeans import kmeans, ternary_scale
-from detent.targets.search import least_error
+from detent.targets.search import alternating, least_error
 
 __all__ = ["Binary", "LearnedLevels", "PowerOfTwo", "Ternary", "Uniform"]
 
@@ -89,21 +89,8 @@ class _Scaled(Target):
     def _alternating(self, x: Tensor, layout: Layout, rounds: int) -> Tensor:
         """Nearest integers for the scale, best scale for the integers, in turn; neither can make the error larger."""
         groups = granularity_of(self.granularity)
-        largest = groups.amax(x.abs(), layout)
-        # In units of about the largest weight, so that no product leaves the range of the dtype.
-        unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
-        unit = torch.where(largest > 0, unit, 1.0)
-        x = x / groups.expand(unit, layout)
-        live = groups.sum((x != 0).to(x.dtype), layout).clamp_min_(1.0)
-        scale = groups.sum(x.abs(), layout) / live / max(self._n / 2, 1.0)
-        for _ in range(rounds):
-            q = self._indices(x, scale, layout)
-            size, along = groups.sum(q.square(), layout), groups.sum(q.mul_(x), layout)
-            fresh = torch.where(size > 0, along / size.clamp_min(1.0), scale)
-            if torch.equal(fresh, scale):
-                break
-            scale = fresh
-        return scale * unit
+        sizes = groups.sizes(layout).to(x.device)
+        return alternating(groups.cut(x, layout, 0.0), sizes, self._n, self._has_zero, rounds, x.dtype)
 
     def _scale(self, params: Params, dtype: torch.dtype) -> Tensor:
         """One scale a group; 1 where the target stores none and the params come from a file."""

@@ -1,8 +1,9 @@
 """Search among candidate grids for the one with the least squared error, exactly, in pieces that stay in the cache.
 
 A passing tensor of some megabytes is freshly mapped at each use, which costs several times what is computed in it; so
-everything here works on pieces with one buffer. Where rows are long, sums over a histogram of each row bound the error
-of every candidate from both sides, and only those whose bounds overlap are tried on the weights themselves.
+everything here works on pieces with one buffer. The error of every candidate is bounded from both sides, by sums over a
+histogram where rows are long, else by float32 sums of the errors themselves; only candidates whose bounds overlap are
+tried in float64.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["error_bounds", "least_error", "piece_of"]
+__all__ = ["alternating", "error_bounds", "least_error", "piece_of"]
 
-_CACHED = 1 << 15  # numbers a piece on a CPU: with its buffers half a megabyte
+_CACHED = 1 << 16  # numbers a piece on a CPU: with its buffers a megabyte
 _LAUNCHED = 1 << 24  # and on a GPU, where launches cost more than memory
 _SHORTEST = 1024  # numbers of a row from which a histogram pays
+_LONGEST = 1 << 13  # and up to which float32 sums tell candidates apart
 _FEWEST, _MOST = 10, 14  # bins of a histogram, as powers of two
 _TERMS = 1 << 18  # middles of all candidates of a block whose sums are looked up at a time
-_BETWEEN = 4  # candidates tried between two looks at whether the others can be better
+_BETWEEN = 8  # candidates tried between two looks at whether the others can be better
 _FARTHEST = 40  # exponent of a largest weight up to which no square over- or underflows in float32
 
 
@@ -70,6 +72,31 @@ def least_error(
     return torch.cat(found)
 
 
+def alternating(w: Tensor, sizes: Tensor, n: int, zero: bool, rounds: int, dtype: torch.dtype) -> Tensor:
+    """For each row the nearest integers of a scale and the best scale of these integers, in turn, until none moves.
+
+    Args:
+        w: matrix (groups, weights), any floating dtype; a shorter group ends in zeros.
+        sizes: weights of each group, int64.
+        n: the largest integer.
+        zero: whether 0 is one of the integers.
+        rounds: most rounds, >= 1.
+        dtype: dtype to compute in.
+
+    Returns:
+        (groups,) scales, float64.
+
+    Example:
+        >>> alternating(torch.tensor([[1.0, 0.4, -0.6]]), torch.tensor([3]), 1, True, 20, torch.float32)
+        tensor([0.8000], dtype=torch.float64)
+    """
+    rows, columns = w.shape
+    block = max(1, piece_of(w.device) // max(columns, 1))
+    search = _Search(n=n, zero=zero, dtype=dtype, device=w.device)
+    firsts = range(0, rows, block)
+    return torch.cat([search.settled(w[i : i + block], sizes[i : i + block], rounds) for i in firsts])
+
+
 def _in_range(w: Tensor, scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows and their candidates, times a power of two where squares would over- or underflow in float32."""
     tops = torch.maximum(w.amax(1), -w.amin(1)).to(dtype)
@@ -109,29 +136,109 @@ class _Search:
 
     def best(self, w: Tensor, sizes: Tensor, scales: Tensor, bounded: bool) -> Tensor:
         """Which scale is the best of each row of a block, of equal ones the first."""
-        if not bounded:
+        if bounded:
+            integers = torch.arange(0 if self.zero else 1, self.n + 1, dtype=torch.float64)
+            levels = scales.double().unsqueeze(2) * integers
+            low, high = error_bounds(w, sizes, levels, self.dtype, self.buffers)
+        elif w.shape[1] <= _LONGEST:
+            low, high = self.rough(w, sizes, scales)
+        else:
             return self.least(w, sizes, scales)
-        integers = torch.arange(0 if self.zero else 1, self.n + 1, dtype=torch.float64)
-        levels = scales.double().unsqueeze(2) * integers
-        low, high = error_bounds(w, sizes, levels, self.dtype, self.buffers)
         may = low <= high.amin(0)
-        several = may.sum(0)
-        order = may.to(torch.uint8).argsort(dim=0, descending=True, stable=True)[: int(several.max())]
-        best, open_yet = order[0].clone(), (several > 1).nonzero()[:, 0]
+        # In one product: how many there are of each row, and which it is where there is one.
+        count = torch.arange(len(may), dtype=torch.float32, device=w.device)
+        several, best = (torch.stack([torch.ones_like(count), count]) @ may.float()).long()
+        open_yet = (several > 1).nonzero()[:, 0]
         if len(open_yet):
-            order = order[:, open_yet]
+            may = may[:, open_yet]
+            which, row = may.nonzero().unbind(1)
+            order = torch.zeros((int(several.max()), len(open_yet)), dtype=torch.long, device=w.device)
+            order[may.cumsum(0, dtype=torch.int32)[which, row].long() - 1, row] = which
             at = self.least(w[open_yet], sizes[open_yet], scales[:, open_yet].gather(0, order))
             best[open_yet] = order.gather(0, at[None])[0]
         return best
 
-    def least(self, w: Tensor, sizes: Tensor, scales: Tensor) -> Tensor:
-        """Which scale is the best of each row by the weights themselves, of equal ones the first."""
+    def rough(self, w: Tensor, sizes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds (candidates, rows) of what `least` finds, from sums in the dtype of the weights.
+
+        Multiplying by 1 / s instead of dividing by s moves only weights that lie within n roundings of half-way, where
+        both levels cost the same up to 32 n roundings; sums are off by as many roundings as there are terms.
+        """
+        a, live, turned = self._laid(w, sizes)
+        count, rows = scales.shape
+        along, top = 0 if turned else 1, a.amax(0 if turned else 1)
+        off = (a.shape[along] + 32 * self.n + 8) * torch.finfo(a.dtype).eps
+        many = max(1, self.step // max(a.numel(), 1))
+        found = torch.full((count, rows), torch.inf, dtype=a.dtype, device=a.device)
+        used = scales.to(a.dtype).unsqueeze(1 + along)
+        inverse = used.clamp_min(torch.finfo(a.dtype).tiny).reciprocal_()
+        looked = 0
+        for j, (s, r, error) in enumerate(zip(used.split(many), inverse.split(many), found.split(many), strict=True)):
+            if j * many - looked >= _BETWEEN:
+                looked = j * many
+                least = found[:looked].nan_to_num_(nan=torch.inf, posinf=torch.inf).amin(0)
+                if bool((self._clips(scales[looked], top) * (1 - off) > least * (1 + off)).all()):
+                    break
+            q = self.buffers.get("grid", (len(s), *a.shape), a.dtype)
+            torch.mul(a, r, out=q).round_()
+            q = q.clamp_max_(self.n) if self.zero else q.clamp_(1, self.n)
+            q.mul_(s).sub_(a)
+            if live is not None:
+                q.mul_(live)
+            torch.sum(q.mul_(q), 1 + along, out=error)
+        found.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        slack = a.shape[along] * torch.finfo(a.dtype).tiny
+        found[1:, top == 0] = torch.inf
+        return found * (1 - off) - slack, found * (1 + off) + slack
+
+    def _laid(self, w: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor | None, bool]:
+        """(|w|, which of them count, whether rows lie along the last axis): many short rows sum up faster that way."""
         rows, columns = w.shape
-        # Many short rows are summed up faster side by side.
         turned = columns < rows
         live = self._live(columns, sizes, w.device)
         live = live.t().contiguous() if live is not None and turned else live
+        return self.buffers.sizes_of(w.t() if turned else w, self.dtype), live, turned
+
+    def settled(self, w: Tensor, sizes: Tensor, rounds: int) -> Tensor:
+        """The scales, float64, that alternating ends with in a block of rows."""
+        tops = torch.maximum(w.amax(1), -w.amin(1)).to(self.dtype)
+        # In units of about the largest weight, so that no product leaves the range of the dtype.
+        unit = torch.ldexp(torch.ones_like(tops), torch.frexp(tops).exponent - 1)
+        unit = torch.where(tops > 0, unit, 1.0)
+        a = torch.abs(w.to(self.dtype)).div_(unit[:, None])
+        live = self._live(a.shape[1], sizes, w.device)
+        chunks = range(0, a.shape[1], self.step)
+        parts = [(a[:, i : i + self.step], None if live is None else live[:, i : i + self.step]) for i in chunks]
+        many = torch.count_nonzero(a, dim=1).clamp_min_(1)
+        scale = torch.stack([self._exact(part) for part, _ in parts]).sum(0) / many / max(self.n / 2, 1.0)
+        # Squares of integers sum up exactly in float32 too, as long as that holds the sum.
+        whole = min(a.shape[1], self.step) * self.n**2 <= 1 << 24
+        for _ in range(rounds):
+            divisor = torch.where(scale > 0, scale, 1.0).to(self.dtype)[:, None]
+            size, along = torch.zeros_like(scale), torch.zeros_like(scale)
+            for part, here in parts:
+                q = torch.div(part, divisor, out=self.buffers.get("grid", part.shape, self.dtype)).round_()
+                q = q.clamp_max_(self.n) if self.zero else q.clamp_(1, self.n)
+                q = q if here is None else q.mul_(here)
+                square = self.buffers.get("square", part.shape, self.dtype)
+                square = torch.mul(q, q, out=square)
+                size += square.sum(1) if whole else self._exact(square)
+                along += self._exact(q.mul_(part))
+            fresh = torch.where(size > 0, along / size.clamp_min(1.0), scale)
+            if torch.equal(fresh, scale):
+                break
+            scale = fresh
+        return scale * unit
+
+    def _exact(self, x: Tensor) -> Tensor:
+        """Sums of rows in float64, which in one call would convert in a fresh copy."""
+        return self.buffers.get("exact", x.shape, torch.float64).copy_(x).sum(1)
+
+    def least(self, w: Tensor, sizes: Tensor, scales: Tensor) -> Tensor:
+        """Which scale is the best of each row by the weights themselves, of equal ones the first."""
+        rows, columns = w.shape
         if columns > self.step:
+            live = self._live(columns, sizes, w.device)
             errors = torch.zeros((rows, len(scales)), dtype=torch.float64, device=w.device)
             for first in range(0, columns, self.step):
                 chunk = slice(first, first + self.step)
@@ -140,7 +247,7 @@ class _Search:
                 for j in range(len(scales)):
                     errors[:, j] += self._error(a, here, scales[j : j + 1], turned=False)[0]
         else:
-            a = self.buffers.sizes_of(w.t() if turned else w, self.dtype)
+            a, live, turned = self._laid(w, sizes)
             errors = self._tried(a, live, scales, turned=turned)
         return errors.argmin(dim=1)
 
