@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from benchmarks.mask_models import by_row, memoryless
 from detent.pack import mixing, models
-from detent.pack.coder import Meter, Reader, Writer
+from detent.pack.coder import Meter, Reader, Tape, Writer
 from detent.pack.coding import CODINGS, Coding, Piece, Spec, decode_tensor, encode_tensor
 from detent.pack.models import Grid
 
@@ -312,6 +312,79 @@ def test_memory_stays_near_what_the_values_take() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 * codes.nbytes  # the values, the words, and one block as 32-bit numbers
+
+
+# --- what is tried -------------------------------------------------------------------------------------------------
+
+
+def small_masks() -> dict[str, np.ndarray]:
+    """Masks of small layers, each with one thing to learn, or with none."""
+    rng = np.random.default_rng(11)
+    kernels = (rng.random((40, 30, 1)) < 0.3) & (rng.random((40, 30, 9)) < 0.8)
+    image = (rng.random((60, 3, 25)) < 0.4 * np.exp(-0.15 * (np.arange(25) - 12) ** 2)).reshape(60, 75)
+    dead = rng.random((60, 80)) < 0.2
+    dead[rng.random(60) < 0.5] = 0
+    dead[:, rng.random(80) < 0.5] = 0
+    smooth = np.cumsum(rng.standard_normal((32, 16, 9)), axis=2) > 0
+    alike = np.repeat(rng.random((20, 100)) < 0.3, 3, axis=0) ^ (rng.random((60, 100)) < 0.03)
+    masks = {
+        "signs of a matrix": rng.random((96, 64)) < 0.5,
+        "signs of kernels": rng.random((32, 32, 9)) < 0.5,
+        "a tenth": rng.random((64, 80)) < 0.1,
+        "a tenth of kernels": rng.random((32, 32, 9)) < 0.1,
+        "uneven rows": rng.random((64, 90)) < 0.15 * np.exp(rng.standard_normal((64, 1))),
+        "uneven columns": rng.random((64, 90)) < 0.15 * np.exp(rng.standard_normal((1, 90))),
+        "uneven both": uneven_mask(rng, (60, 90), 0.05).reshape(60, 90),
+        "kernels": kernels,
+        "smooth signs": smooth,
+        "an image": image,
+        "dead lines": dead,
+        "rows alike": alike,
+        "tiny": rng.random((16, 3, 9)) < 0.3,
+    }
+    return {name: mask.astype(np.uint8).reshape(*mask.shape[:2], -1) for name, mask in masks.items()}
+
+
+@pytest.mark.parametrize("name", small_masks())
+def test_what_is_not_tried_would_save_little(name: str) -> None:
+    """Against every fold of the mixing model run to its end: at most 2 % and two bytes of a mask."""
+    mask = small_masks()[name]
+    grid, flat = Grid(*mask.shape), mask.reshape(-1)
+    found = models._best(flat, 2, grid).bits
+    for fold, size in enumerate(mixing.FOLDS):
+        if models._folded(grid, size)[0]:
+            assert found <= 1.02 * models._measured(flat, 2, grid, models._Plan(model=4, fold=fold)) + 16
+
+
+def test_signs_that_say_nothing_cost_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "sparse_mask", lambda *_: pytest.fail("the mixing model was run"))
+    for name in ("signs of a matrix", "signs of kernels", "a tenth"):
+        mask = small_masks()[name]
+        models._best(mask.reshape(-1), 2, Grid(*mask.shape))
+
+
+def test_a_trial_is_written_as_it_was_measured() -> None:
+    """A tape says the same as the model run once more, in the file and in the meter."""
+    mask = small_masks()["kernels"]
+    grid, flat = Grid(*mask.shape), mask.reshape(-1)
+    plan = models._best(flat, 2, grid)
+    assert plan.model == 4 and plan.tape is not None
+    again = models._Plan(model=4, fold=plan.fold)
+    files, meters = (Writer(), Writer()), (Meter(), Meter())
+    for coders in (files, meters):
+        for coder, each in zip(coders, (plan, again), strict=True):
+            models.whole_numbers(coder, flat, flat.size, 2, grid, each)
+    assert files[0].finish() == files[1].finish() and files[0].turns == files[1].turns
+    assert math.isclose(meters[0].bits, meters[1].bits) and math.isclose(meters[0].bits, plan.bits)
+    assert meters[0].turns == meters[1].turns
+
+
+@pytest.mark.parametrize(("size", "count"), [(2, 5000), (256, 777), (3, 16), (300, 4000)])
+def test_tables_counted_at_once_take_what_they_take_one_by_one(size: int, count: int) -> None:
+    values = np.minimum(np.random.default_rng(size).geometric(0.1, count) - 1, size - 1).astype(np.uint16)
+    meter, tape = Meter(), Tape()
+    after = [models._adaptive(coder, values, count, np.full(size, 8))[1].tolist() for coder in (meter, tape)]
+    assert after[0] == after[1] and math.isclose(meter.bits, tape.bits) and meter.turns == tape.turns
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------

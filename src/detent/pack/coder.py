@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Coder", "Meter", "Reader", "Writer", "most_turns"]
+__all__ = ["Coder", "Meter", "Reader", "Tape", "Writer", "most_turns"]
 
 PRECISION = 24
 _LEAST_TURNS, _TURNS_A_BYTE = 1 << 11, 32  # what the bytes of a blob may cost to decode
@@ -39,9 +39,11 @@ class Coder(abc.ABC):
     Attributes:
         turns: what has been done so far, in calls that each cost a little time whatever they decode, less the values
             that account for them.
+        tables: whether many tables at once can be counted, by `counted`.
     """
 
     reads: bool
+    tables: bool = False
     turns: int = 0
 
     def spend(self, turns: int) -> None:
@@ -70,12 +72,16 @@ class Coder(abc.ABC):
     def raw(self, values: np.ndarray | None, size: int) -> np.ndarray:
         """`size` bytes as they are."""
 
+    def even(self, values: np.ndarray | None, count: int, size: int) -> np.ndarray:
+        """`count` symbols of `size`, all alike."""
+        return self.symbols(np.ones(size), values, count)
+
     def number(self, value: int | None, size: int) -> int:
         """A number from 0 to size - 1, all alike."""
         if size < 2:
             return 0
         given = None if value is None else np.array([value])
-        return int(self.symbols(np.ones(size), given, 1)[0])
+        return int(self.even(given, 1, size)[0])
 
 
 @functools.cache
@@ -86,6 +92,11 @@ def _library() -> Any:
 
 def _table(weights: np.ndarray) -> Any:
     return _library().model.Categorical(np.ascontiguousarray(weights, dtype=np.float64), perfect=False)
+
+
+@functools.lru_cache(maxsize=64)
+def _even_table(size: int) -> Any:
+    return _table(np.ones(size))
 
 
 @functools.cache
@@ -118,6 +129,13 @@ class Writer(Coder):
             self._todo.append((values, _table(weights)))
         return values
 
+    def even(self, values: np.ndarray | None, count: int, size: int) -> np.ndarray:
+        assert values is not None and values.size == count, count
+        self.spend(1 + size // _PER_TABLE)
+        if count:
+            self._todo.append((values, _even_table(size)))
+        return values
+
     def decisions(self, ones: np.ndarray, values: np.ndarray | None) -> np.ndarray:
         assert values is not None and values.size == ones.size, ones.size
         self.spend(1)
@@ -129,6 +147,12 @@ class Writer(Coder):
         assert values is not None and values.size == size, size
         self._raw.append(values)
         return values
+
+    def replay(self, tape: Tape) -> None:
+        """All that a tape keeps, in its order."""
+        self.spend(tape.turns)
+        for probabilities, values, decisions in tape.kept:
+            self._todo.append((values, _pairs(probabilities) if decisions else _table(probabilities)))
 
     def finish(self) -> tuple[bytes, bytes]:
         """The raw bytes and the coded ones."""
@@ -151,6 +175,7 @@ class Meter(Coder):
     """Only counts the bits that a `Writer` would write."""
 
     reads = False
+    tables = True
 
     def __init__(self) -> None:
         self.bits = 0.0
@@ -165,6 +190,24 @@ class Meter(Coder):
             self.bits += float((found[used] * (math.log2(float(shares.sum())) - np.log2(shares[used]))).sum())
         return values
 
+    def even(self, values: np.ndarray | None, count: int, size: int) -> np.ndarray:
+        assert values is not None
+        self.spend(1 + size // _PER_TABLE)
+        self.bits += count * math.log2(size)
+        return values
+
+    def counted(self, weights: np.ndarray, found: np.ndarray) -> None:
+        """As many calls of `symbols` as there are rows: the weights, and how often each symbol came."""
+        self.spend(len(weights) * (1 + weights.shape[1] // _PER_TABLE))
+        shares = np.maximum(weights, weights.sum(axis=1, keepdims=True) / (1 << PRECISION))
+        whole = np.log2(shares.sum(axis=1))
+        self.bits += float(found.sum(axis=1) @ whole - (found * np.log2(shares)).sum())
+
+    def replay(self, tape: Tape) -> None:
+        """All that a tape keeps."""
+        self.spend(tape.turns)
+        self.bits += tape.bits
+
     def decisions(self, ones: np.ndarray, values: np.ndarray | None) -> np.ndarray:
         assert values is not None
         self.spend(1)
@@ -175,6 +218,38 @@ class Meter(Coder):
         assert values is not None
         self.bits += 8 * size
         return values
+
+
+class Tape(Meter):
+    """A meter that also keeps what it counts, so that a trial that wins need not be run again.
+
+    Attributes:
+        kept: probabilities or weights, the values, and whether these are decisions.
+    """
+
+    tables = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[tuple[np.ndarray, np.ndarray, bool]] = []
+
+    def symbols(self, weights: np.ndarray, values: np.ndarray | None, count: int) -> np.ndarray:
+        found = super().symbols(weights, values, count)
+        if count:
+            self.kept.append((weights.copy(), found, False))
+        return found
+
+    def even(self, values: np.ndarray | None, count: int, size: int) -> np.ndarray:
+        return self.symbols(np.ones(size), values, count)
+
+    def decisions(self, ones: np.ndarray, values: np.ndarray | None) -> np.ndarray:
+        found = super().decisions(ones, values)
+        if ones.size:
+            self.kept.append((ones, found, True))
+        return found
+
+    def raw(self, values: np.ndarray | None, size: int) -> np.ndarray:
+        raise AssertionError("plain bytes have no probabilities to keep")
 
 
 class Reader(Coder):

@@ -12,7 +12,7 @@ import numpy as np
 
 from detent.pack.coder import Coder
 
-__all__ = ["FOLDS", "sparse_mask", "takes", "within_limits"]
+__all__ = ["FOLDS", "estimated_bits", "sparse_mask", "takes", "within_limits"]
 
 FOLDS = (1, 4, 9, 16, 25, 36, 49, 64)  # inner positions that the inputs of a matrix may hide: a flattened image
 
@@ -166,6 +166,53 @@ def takes(mask: np.ndarray) -> bool:
     """Whether a mask of (rows, inputs, inner) within the limits takes few enough rounds."""
     rows = int(np.count_nonzero(mask.any(axis=(1, 2))))
     return rows * len(_parts(rows, np.asarray(mask.any(axis=0)))) <= _MOST_ROUNDS
+
+
+def _entropy(ones: np.ndarray, seen: np.ndarray | int) -> float:
+    """Bits of ones among so many places, context by context, with half a logarithm for what each has to learn."""
+    ones, seen = np.broadcast_arrays(np.asarray(ones, dtype=np.float64), np.asarray(seen, dtype=np.float64))
+    ones, seen = ones[seen > 0], seen[seen > 0]
+    parts = [n * np.log2(np.maximum(n, 1)) for n in (seen, ones, seen - ones)]
+    return float((parts[0] - parts[1] - parts[2] + 0.5 * np.log2(seen + 1)).sum())
+
+
+def _of_contexts(contexts: np.ndarray, mask: np.ndarray, alive: np.ndarray, size: int) -> float:
+    """Bits of a mask where every place knows the ones of its context in the whole mask."""
+    both = (2 * contexts + mask)[:, alive]
+    counts = np.bincount(both.reshape(-1), minlength=2 * size).reshape(size, 2)
+    return _entropy(counts[:, 1], counts.sum(axis=1))
+
+
+def estimated_bits(mask: np.ndarray) -> float:
+    """About what the model takes for a mask of (rows, inputs, inner), in a hundredth of its time.
+
+    What its sets of contexts save one by one over a single count: rows, columns, and the better of the neighbours in a
+    kernel and those in the rows above. Mixed, they save at most about the sum.
+    """
+    rows, alive = mask.any(axis=(1, 2)), np.asarray(mask.any(axis=0))
+    kept = mask[rows]
+    ones, width, inner = int(np.count_nonzero(kept)), int(np.count_nonzero(alive)), mask.shape[2]
+    lines = sum(_entropy(np.count_nonzero(line), line.size) for line in (rows, alive))
+    base = _entropy(np.array([ones]), len(kept) * width)
+    by_row = _entropy(np.count_nonzero(kept, axis=(1, 2)), width)
+    by_column = _entropy(np.count_nonzero(kept, axis=0)[alive], len(kept))
+    side = math.isqrt(inner) if math.isqrt(inner) ** 2 == inner else inner
+    near = np.zeros(kept.shape, dtype=np.int32)
+    left = np.zeros_like(kept)
+    if inner > 1:
+        few = np.minimum(np.cumsum(kept, axis=2, dtype=np.int16) - kept, 3)
+        left[:, :, 1:] = kept[:, :, :-1]
+        left[:, :, ::side] = 0
+        near += 4 * few + 2 * left
+    above = near * 2
+    above[1:] += 2 * kept[:-1]
+    above[2:] += kept[:-2]
+    best = min(base, _of_contexts(above, kept, alive, 32))
+    if inner > 1:
+        near += 16 * np.arange(inner, dtype=np.int32)
+        near[:, :, side:] += kept[:, :, :-side]
+        best = min(best, _of_contexts(near, kept, alive, 16 * inner))
+    return lines + best - max(0.0, base - by_row) - max(0.0, base - by_column)
 
 
 def sparse_mask(coder: Coder, values: np.ndarray | None, rows: int, inputs: int, inner: int) -> np.ndarray:

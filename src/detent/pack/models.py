@@ -6,15 +6,15 @@ docs/format-streams.md, section 4, defines every step in whole numbers.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 
-from detent.pack.coder import PRECISION, Coder, Meter, most_turns
-from detent.pack.mixing import FOLDS, sparse_mask, takes, within_limits
+from detent.pack.coder import PRECISION, Coder, Meter, Tape, Writer, most_turns
+from detent.pack.mixing import FOLDS, estimated_bits, sparse_mask, takes, within_limits
 
 __all__ = ["Grid", "patterns", "whole_numbers"]
 
@@ -29,6 +29,10 @@ _SMALL = 1 << 20  # values up to which candidates are measured, not estimated
 _SAMPLE = 1 << 14
 _MIXED_CELLS = 1 << 18  # cells in rows and columns with a one up to which the mixing model is tried: it is slow
 _FOLDED_CELLS = 1 << 16  # and in all its foldings
+_MIXED_GAIN = 0.01  # of a mask's bits that the mixing model must be expected to save before it is tried
+_CLASS_GAIN = 0.002  # and that classes of lines must
+_FACTORIALS = 1 << 12  # counts whose logarithms are looked up
+_COUNTED_AT_ONCE = 1 << 16  # values whose runs are measured in one go
 _FEWEST_OF_CLASSES = 256  # values from which on rows and columns may differ by more than chance
 _FEW = 16  # zeros, or ones, from which on a model of masks has something to learn
 _MOST_LISTED = 1 << 12
@@ -76,7 +80,7 @@ class Grid:
     def columns(self) -> int:
         return self.inputs * self.inner
 
-    @cached_property
+    @functools.cached_property
     def per_row(self) -> np.ndarray:
         """Values of each row."""
         if self.mask is None:
@@ -116,6 +120,7 @@ class _Plan:
         pivot: the value that the mask sets apart.
         fold: index into the folds.
         way: of a mask by its gaps or by the ones of its lines.
+        tape: of the mixing model, what its trial coded.
     """
 
     model: int
@@ -126,6 +131,7 @@ class _Plan:
     pivot: int = 0
     fold: int = 0
     way: int = 0
+    tape: Tape | None = None
 
     @property
     def cost(self) -> float:
@@ -183,6 +189,9 @@ def whole_numbers(
     inputs, inner = _folded(grid, fold)
     if not inputs:
         raise ValueError(f"{grid.inputs} inputs do not fold into runs of {fold}")
+    if values is not None and plan and plan.tape and isinstance(coder, (Meter, Writer)):
+        coder.replay(plan.tape)
+        return values
     return sparse_mask(coder, values, grid.rows, inputs, inner)
 
 
@@ -197,7 +206,13 @@ def _even(coder: Coder, values: np.ndarray | None, count: int, size: int) -> np.
     """All values alike; whole bytes are copied, which is as small and faster."""
     if size == 256:
         return coder.raw(values, count)
-    return coder.symbols(np.ones(size), values, count)
+    return coder.even(values, count, size)
+
+
+@functools.cache
+def _lengths(count: int) -> np.ndarray:
+    """How many values each run has."""
+    return np.array([past - first for first, past in _spans(count)], dtype=np.int64)
 
 
 def _spans(count: int) -> Iterator[tuple[int, int]]:
@@ -214,12 +229,25 @@ def _adaptive(
 ) -> tuple[np.ndarray, np.ndarray]:
     """By the counts so far, in sixteenths; also returns them."""
     weights = weights.astype(np.int64)
+    if isinstance(coder, Meter) and coder.tables and values is not None and count <= _COUNTED_AT_ONCE:
+        runs = _lengths(count)
+        if count and runs.size * weights.size <= 4 * _COUNTED_AT_ONCE:
+            return values, _counted_at_once(coder, values, runs, weights)
     out = np.empty(count, dtype=np.uint8 if weights.size <= 256 else np.uint16)
     for first, past in _spans(count):
         part = coder.symbols(weights, None if values is None else values[first:past], past - first)
         out[first:past] = part
         weights += 16 * np.bincount(part, minlength=weights.size)
     return out, weights
+
+
+def _counted_at_once(meter: Meter, values: np.ndarray, runs: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The weights after all runs, with what the runs take counted: a table of its own for each."""
+    run = np.repeat(np.arange(0, runs.size * weights.size, weights.size), runs)
+    found = np.bincount(run + values, minlength=runs.size * weights.size).reshape(runs.size, -1)
+    after = weights + 16 * np.cumsum(found, axis=0)
+    meter.counted(after - 16 * found, found)
+    return after[-1]
 
 
 def _by_classes(
@@ -406,17 +434,18 @@ def _plans(values: np.ndarray, size: int, grid: Grid, part: bool = False) -> lis
     if size > 2 and not part and 2 * int(found.max()) > values.size:
         plans.append(_split_plan(values, size, grid, int(found.argmax())))
     plans += _class_plans(values, size, grid, plans[0].bits)
-    if size == 2 and grid.mask is None and int(found.min()) >= _FEW and within_limits(grid.rows, grid.columns):
-        plans += _mixed_plans(values, grid)
     if size == 2 and _FEW <= int(found[1]) <= values.size // 4:
         plans += _distance_plans(values, grid)
     for plan in plans[1:]:
         if plan.model == _CLASSES:
             plan.prior = min(priors, key=lambda plan: plan.bits).prior
-    if values.size <= _SMALL and len(plans) > 1:
+    mixes = size == 2 and grid.mask is None and int(found.min()) >= _FEW and within_limits(grid.rows, grid.columns)
+    if values.size <= _SMALL and (mixes or len(plans) > 1):
         for plan in plans:
-            known = plan.model == _MIXED or (plan.model == _GAPS and size == 2)
+            known = plan.model == _GAPS and size == 2
             plan.bits = plan.bits if known else _measured(values, size, grid, plan)
+    if mixes:
+        plans += _mixed_plans(values, grid, min(plan.bits for plan in plans))
     return plans
 
 
@@ -440,12 +469,20 @@ def _split_plan(values: np.ndarray, size: int, grid: Grid, pivot: int) -> _Plan:
     return _Plan(model=_SPLIT, pivot=pivot, parts=parts, bits=bits)
 
 
-def _adaptive_bits(found: np.ndarray, prior: int) -> float:
+@functools.cache
+def _rising(prior: int) -> np.ndarray:
+    """ln(a (a + 1) ... (a + n - 1)) by n, with a = prior / 16."""
+    steps = np.log(np.arange(_FACTORIALS) + prior / 16)
+    return np.concatenate([[0.0], np.cumsum(steps[:-1])])
+
+
+def _adaptive_bits(found: np.ndarray, prior: int, size: int | None = None) -> float:
     """Size by counts that adapt after every value (Dirichlet-multinomial)."""
-    alpha, total = prior / 16, int(found.sum())
-    used = found[found > 0].tolist()
-    each = sum(math.lgamma(n + alpha) for n in used) - len(used) * math.lgamma(alpha)
-    return (math.lgamma(total + found.size * alpha) - math.lgamma(found.size * alpha) - each) / math.log(2)
+    alpha, total, size = prior / 16, int(found.sum()), size or found.size
+    few = found[found < _FACTORIALS]
+    each = float(_rising(prior)[few].sum())
+    each += sum(math.lgamma(n + alpha) - math.lgamma(alpha) for n in found[found >= _FACTORIALS].tolist())
+    return (math.lgamma(total + size * alpha) - math.lgamma(size * alpha) - each) / math.log(2)
 
 
 def _class_plans(values: np.ndarray, size: int, grid: Grid, base: float) -> list[_Plan]:
@@ -454,18 +491,25 @@ def _class_plans(values: np.ndarray, size: int, grid: Grid, base: float) -> list
     if values.size < _FEWEST_OF_CLASSES or lines > _MOST_LINES or lines * size > _MOST_CELLS:
         return []
     plans, best = [], dict[int, _Plan]()
-    for axis, counts in enumerate(_line_counts(values, size, grid)):
+    for axis, length in enumerate((grid.rows, grid.columns)):
+        if length < 4 or values.size < 4 * length:
+            continue
+        counts = _line_counts(values, size, grid, axis)
+        used = counts[:, counts.any(axis=0)].astype(np.float64)
+        if not _differ(used, base):
+            continue
         none = np.zeros(grid.columns if axis == 0 else grid.rows, dtype=np.uint8)
         for classes in (2, 4, 8):
-            if len(counts) < 2 * classes or values.size < 4 * len(counts):
+            if length < 2 * classes:
                 continue
-            of_line = _clustered(counts, classes)
+            of_line = _clustered(used, classes)
             both = (of_line, none) if axis == 0 else (none, of_line)
-            plan = _Plan(model=_CLASSES, lines=both, bits=_class_bits(counts, of_line))
+            plan = _Plan(model=_CLASSES, lines=both, bits=_class_bits(used, of_line, size))
             plans.append(plan)
             if classes <= 4 and plan.bits < (best[axis].bits if axis in best else base):
                 best[axis] = plan
-    plans = sorted((plan for plan in plans if plan.bits < 0.998 * base), key=lambda plan: plan.bits)[:1]
+    most = (1 - _CLASS_GAIN) * base
+    plans = sorted((plan for plan in plans if plan.bits < most), key=lambda plan: plan.bits)[:1]
     if len(best) == 2:
         plans.append(_pair_plan(values, size, grid, best[0], best[1]))
     return plans
@@ -483,25 +527,34 @@ def _pair_plan(values: np.ndarray, size: int, grid: Grid, rows: _Plan, columns: 
     return _Plan(model=_CLASSES, lines=lines, bits=bits)
 
 
-def _line_counts(values: np.ndarray, size: int, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """How often each symbol is found in each row and in each column."""
-    by_row = np.zeros((grid.rows, size), dtype=np.int64)
-    by_column = np.zeros((grid.columns, size), dtype=np.int64)
-    per_row = grid.per_row
-    past_of = np.cumsum(per_row)
-    step = max(1, _BLOCK // max(1, grid.columns))
+def _differ(counts: np.ndarray, base: float) -> bool:
+    """Whether lines, each with counts of its own, save more than by chance, and more than it takes to be worth it."""
+    n, total = np.maximum(counts, 1), np.maximum(counts.sum(axis=1), 1)
+    own = float((total * np.log2(total)).sum() - (counts * np.log2(n)).sum())
+    by_chance = (np.count_nonzero(counts) - len(counts)) / (2 * math.log(2))
+    return own + by_chance < (1 - _CLASS_GAIN) * base
+
+
+def _line_counts(values: np.ndarray, size: int, grid: Grid, axis: int) -> np.ndarray:
+    """How often each symbol is found in each row (axis 0) or in each column (axis 1)."""
+    lines = (grid.rows, grid.columns)[axis]
+    out = np.zeros(lines * size, dtype=np.int64)
+    past_of = np.cumsum(grid.per_row)
+    step = max(1, max(_COUNTED_AT_ONCE, 2 * lines * size * axis) // max(1, grid.columns))
     for top in range(0, grid.rows, step):
         low = min(grid.rows, top + step)
-        lengths = per_row[top:low]
-        part = values[int(past_of[top] - per_row[top]) : int(past_of[low - 1])].astype(np.int64)
-        row = np.repeat(np.arange(low - top) * size, lengths)
-        by_row[top:low] = np.bincount(row + part, minlength=(low - top) * size).reshape(-1, size)
+        part = values[int(past_of[top] - grid.per_row[top]) : int(past_of[low - 1])]
+        if axis == 0:
+            where = np.repeat(np.arange(low - top) * size, grid.per_row[top:low])
+            out[top * size : low * size] = np.bincount(where + part, minlength=(low - top) * size)
+            continue
+        where = np.broadcast_to(np.arange(lines) * size, (low - top, lines))
         if grid.mask is None:
-            column = np.tile(np.arange(grid.columns) * size, low - top)
+            both = where + part.reshape(where.shape)
         else:
-            column = np.nonzero(grid.mask.reshape(grid.rows, -1)[top:low])[1] * size
-        by_column += np.bincount(column + part, minlength=grid.columns * size).reshape(-1, size)
-    return by_row, by_column
+            both = where[grid.mask.reshape(grid.rows, -1)[top:low].astype(bool)] + part
+        out += np.bincount(both.reshape(-1), minlength=out.size)
+    return out.reshape(lines, size)
 
 
 def _clustered(counts: np.ndarray, classes: int) -> np.ndarray:
@@ -513,20 +566,26 @@ def _clustered(counts: np.ndarray, classes: int) -> np.ndarray:
     found = np.empty(len(counts), dtype=np.uint8)
     found[order] = np.arange(len(counts)) * classes // len(counts)
     for _ in range(4):
-        sums = np.stack([counts[found == c].sum(axis=0) for c in range(classes)]) + 0.1
+        sums = (found == np.arange(classes)[:, None]).astype(np.float64) @ counts + 0.1
         bits = -np.log2(sums / sums.sum(axis=1, keepdims=True))
         found = np.argmin(counts @ bits.T, axis=1).astype(np.uint8)
     return found
 
 
-def _class_bits(counts: np.ndarray, found: np.ndarray) -> float:
-    """Size with these classes, and of saying them."""
-    sums = np.stack([counts[found == c].sum(axis=0) for c in range(int(found.max()) + 1)])
-    return sum(_adaptive_bits(row, 2) for row in sums) + _adaptive_bits(np.bincount(found), 8)
+def _class_bits(counts: np.ndarray, found: np.ndarray, size: int) -> float:
+    """Size with these classes, and of saying them; `counts` may leave symbols out that never come."""
+    sums = (found == np.arange(int(found.max()) + 1)[:, None]).astype(np.float64) @ counts
+    return sum(_adaptive_bits(row, 2, size) for row in sums.astype(np.int64)) + _adaptive_bits(np.bincount(found), 8)
 
 
-def _mixed_plans(values: np.ndarray, grid: Grid) -> list[_Plan]:
-    """The mixing model, plain and with the inputs of a matrix folded where that tells most."""
+def _mixed_plans(values: np.ndarray, grid: Grid, rival: float) -> list[_Plan]:
+    """The mixing model as it promises most, plain or with the inputs of a matrix folded, where that beats `rival` bits.
+
+    Args:
+        values: the mask.
+        grid: where they lie.
+        rival: bits of the best other model.
+    """
     whole = values.reshape(grid.rows, grid.columns)
     cells = int(np.count_nonzero(whole.any(axis=1))) * int(np.count_nonzero(whole.any(axis=0)))
     if cells > _MIXED_CELLS:
@@ -536,13 +595,15 @@ def _mixed_plans(values: np.ndarray, grid: Grid) -> list[_Plan]:
         by_column = whole.sum(axis=0, dtype=np.int64)
         told = {i: _told(by_column, f) for i, f in enumerate(FOLDS) if f > 1 and _folded(grid, f)[0] > 1}
         folds += [i for i in sorted(told, key=lambda i: -told[i])[:2] if told[i] > 0]
+    masks = {fold: values.reshape(grid.rows, *_folded(grid, FOLDS[fold])) for fold in folds}
+    hopes = {fold: estimated_bits(mask) for fold, mask in masks.items() if takes(mask)}
+    hopes = {fold: bits for fold, bits in hopes.items() if bits < (1 - _MIXED_GAIN) * rival}
     plans = []
-    for fold in folds:
-        inputs, inner = _folded(grid, FOLDS[fold])
-        if takes(values.reshape(grid.rows, inputs, inner)):
-            plan = _Plan(model=_MIXED, fold=fold)
-            plan.bits = _measured(values, 2, grid, plan)
-            plans.append(plan)
+    for fold in sorted(hopes, key=lambda fold: hopes[fold])[:1]:
+        tape = Tape()
+        sparse_mask(tape, values, *masks[fold].shape)
+        bits = tape.bits + math.log2(5) + math.log2(len(FOLDS))
+        plans.append(_Plan(model=_MIXED, fold=fold, bits=_readable(bits, tape.turns), tape=tape))
     return plans
 
 
@@ -666,7 +727,7 @@ def _below(coder: Coder, steps: np.ndarray | None, lengths: np.ndarray, width: i
             digit = min(16, left)
             left -= digit
             low = None if steps is None else steps[here] >> left & dtype.type((1 << digit) - 1)
-            part = coder.symbols(np.ones(1 << digit), None if low is None else low.astype(np.uint16), found.size)
+            part = coder.even(None if low is None else low.astype(np.uint16), found.size, 1 << digit)
             found = found << digit | part.astype(dtype)
         out[here] = found
     return out
