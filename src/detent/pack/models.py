@@ -30,6 +30,7 @@ _SAMPLE = 1 << 14
 _MIXED_CELLS = 1 << 18  # cells in rows and columns with a one up to which the mixing model is tried: it is slow
 _FOLDED_CELLS = 1 << 16  # and in all its foldings
 _MIXED_GAIN = 0.01  # of a mask's bits that the mixing model must be expected to save before it is tried
+_DOUBT = 0.1  # by which the estimate for a sparse mask may lose and yet be wrong
 _CLASS_GAIN = 0.002  # and that classes of lines must
 _FACTORIALS = 1 << 12  # counts whose logarithms are looked up
 _COUNTED_AT_ONCE = 1 << 16  # values whose runs are measured in one go
@@ -597,7 +598,9 @@ def _mixed_plans(values: np.ndarray, grid: Grid, rival: float) -> list[_Plan]:
         folds += [i for i in sorted(told, key=lambda i: -told[i])[:2] if told[i] > 0]
     masks = {fold: values.reshape(grid.rows, *_folded(grid, FOLDS[fold])) for fold in folds}
     hopes = {fold: estimated_bits(mask) for fold, mask in masks.items() if takes(mask)}
-    hopes = {fold: bits for fold, bits in hopes.items() if bits < (1 - _MIXED_GAIN) * rival}
+    sparse = 32 * int(np.count_nonzero(values)) < values.size  # lines of few ones: what they have to learn is overrated
+    most = rival * (1 + _DOUBT if sparse else 1 - _MIXED_GAIN)
+    hopes = {fold: bits for fold, bits in hopes.items() if bits < most}
     plans = []
     for fold in sorted(hopes, key=lambda fold: hopes[fold])[:1]:
         tape = Tape()
