@@ -71,7 +71,7 @@ def test_what_is_written_is_what_is_declared(name: str) -> None:
 
 
 def stream(item: Encoded, which: str, **changes: object) -> Encoded:
-    streams = tuple(replace(s, **changes) if s.name == which else s for s in item.codes.streams)  # type: ignore[arg-type]
+    streams = tuple(replace(s, **changes) if s.name == which else s for s in item.codes.streams)
     return replace(item, codes=dt.Codes(streams=streams))
 
 

@@ -190,14 +190,15 @@ def bind(model: nn.Module, inputs: Inputs, field: str = "example_inputs") -> Cal
     bound.apply_defaults()
     several = {name for name, p in signature.parameters.items() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     spread = next((name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
-    order = [*arguments, *arguments.get(spread, {})]  # of the signature, in which exporters list inputs
+    extra: dict[str, Any] = {} if spread is None else arguments.get(spread, {})
+    order = [*arguments, *extra]  # of the signature, in which exporters list inputs
     kwargs = {name: kwargs[name] for name in sorted(kwargs, key=order.index)}
     constants = {
         name: value
         for name, value in bound.arguments.items()
         if not any(isinstance(x, Tensor) for x in tree_leaves(value)) and (name not in several or value)
     }
-    flat = {name: value for name, value in arguments.items() if name != spread} | arguments.get(spread, {})
+    flat = {name: value for name, value in arguments.items() if name != spread} | extra
     names = tuple(path for path, x in _named(flat) if isinstance(x, Tensor))
     return Call(args=args, kwargs=kwargs, arguments=arguments, constants=constants, names=names)
 

@@ -453,7 +453,9 @@ def _program(model: nn.Module, example: _Example, opset: int) -> ir.Model:
     )
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    # Fused attention on the CPU gives other strides than what the exporter takes it apart into, and a view that the
+    # trace found possible (T5's) would not be.
+    with warnings.catch_warnings(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         # Whatever the model warns of was shown when it was called; the rest is torch's and nothing to a user of ours.
         warnings.simplefilter("ignore")
         for logger in loggers:
