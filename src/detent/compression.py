@@ -87,7 +87,7 @@ class Compressed:
         raw_bytes: that of the tensors it came from.
         weights: how many there are.
         compressed_weights: how many of them have codes.
-        nominal_bits: bits each of those takes at true width.
+        nominal_bits: bits each of those takes at true width, scales and codebooks included.
         bits_per_weight: bits each of those takes as written.
         error: squared error of those, as a share of their squares.
         notes: what had to be guessed, and what did nothing, in sentences.
@@ -142,7 +142,7 @@ def compress_state_dict(
         ...     save_file({"fc.weight": torch.randn(64, 64)}, f"{folder}/w.safetensors")
         ...     made = compress_state_dict(f"{folder}/w.safetensors", f"{folder}/w.detent", recipe)
         >>> made.compressed_weights, made.nominal_bits, made.bytes < 2500
-        (4096, 4.0, True)
+        (4096, 4.5, True)
     """
     refuse_no_recipe(recipe, "compress_state_dict")
     if not isinstance(source, Checkpoint):

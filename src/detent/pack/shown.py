@@ -28,7 +28,7 @@ class Header:
             bits_per_weight (codes and params).
 
     Example:
-        >>> import tempfile, detent as dt
+        >>> import tempfile, torch, detent as dt
         >>> run = dt.compress(torch.nn.Linear(16, 4), dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=2))]))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = dt.save(run, f"{folder}/model.detent", notes={"author": "me"})

@@ -53,7 +53,7 @@ def least_error(
     Example:
         >>> w = torch.tensor([[1.0, 0.4, -0.6]])
         >>> least_error(w, torch.tensor([3]), lambda rows: torch.tensor([[1.0], [0.5]]), 1, True, torch.float32)
-        tensor([1.])
+        tensor([0.5000])
     """
     rows, columns = w.shape
     count, step = len(choices(slice(0, 1))), piece_of(w.device)
