@@ -106,7 +106,7 @@ class _Scaled(Target):
             return index.round_().clamp_(-self._n, self._n)
         # By the sign of the weight, not of the quotient: sign(0) and sign(-0) are both +1.
         size = index.abs_().round_().clamp_(1, self._n)
-        return torch.where(x < 0, -size, size)
+        return torch.copysign(size, x + 0.0, out=size)  # -0.0 + 0.0 is 0.0
 
     def _on_grid(self, x: Tensor, scale: Tensor, layout: Layout) -> Tensor:
         step = granularity_of(self.granularity).expand(scale.to(x.dtype), layout)
