@@ -208,7 +208,7 @@ MECHANISMS: dict[str, tuple[dt.Mechanism | None, dt.Target]] = {
 }
 
 
-_NOT_BEGUN = ("in <lambda>", "in _after", "in land", "in <listcomp>")
+_NOT_BEGUN = ("in <lambda>", "in _after", "in _end_step", "in land", "in <listcomp>")
 
 
 def broken(make: Make, name: str, place: int) -> tuple[str, str]:

@@ -32,7 +32,7 @@ _SPECS = _MECHANISMS | {"mechanisms"}
 _RECIPE = _SPECS | {"sharding", "specs", "parameters", "ends", "plan", "contents"}
 _LIVES = _RECIPE | {"recipe"}
 _ENGINE = _LIVES | {"averages", "batchnorm", "claimed", "collapse", "drivers", "fitting", "guards", "lives"}
-_ENGINE |= {"optimizers", "standins", "states"}
+_ENGINE |= {"optimizers", "resuming", "standins", "states", "threads"}
 _PACK = _ENGINE | {"engine"}
 _CORE = _PACK | {"pack", "compression"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -54,12 +54,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "claimed": _LIVES | {"writes"},
     "fitting": _LIVES | {"claimed", "drivers"},
     "guards": _LIVES | {"claimed"},
-    "lives": _LIVES | {"batchnorm", "claimed", "collapse", "guards", "writes"},
+    "threads": {"batchnorm"},
+    "lives": _LIVES | {"batchnorm", "claimed", "collapse", "guards", "threads", "writes"},
     "optimizers": {"sharding"},
     "standins": _LIVES | {"claimed", "optimizers"},
     "drivers": _LIVES | {"claimed", "optimizers", "standins"},
     "averages": _LIVES | {"claimed", "lives"},
     "states": _LIVES | {"claimed", "drivers"},
+    "resuming": _LIVES | {"averages", "batchnorm", "claimed", "drivers", "states"},
     "engine": _ENGINE,
     "pack": _PACK,
     "compression": _PACK | {"pack"},

@@ -46,7 +46,8 @@ class Averages(Lives):
         changes.
 
         Raises:
-            RuntimeError: inside `compressed()`; on leaving, if a latent was written inside.
+            RuntimeError: inside `compressed()`, or while another thread works on the same model; on leaving, if a
+                latent was written inside.
 
         Example:
             >>> import torch, detent as dt
@@ -60,14 +61,15 @@ class Averages(Lives):
             >>> len(model.weight.unique()) < len(average.module.weight.unique())
             True
         """
-        self._refuse_inside("run.latents()")
-        self._settle()
-        self._averages = self._inside = True
-        try:
-            with _shown(self.model, self._entries):
-                yield
-        finally:
-            self._inside = False
+        with self._one_thread("run.latents()"):
+            self._refuse_inside("run.latents()")
+            self._settle()
+            self._averages = self._inside = True
+            try:
+                with _with_latents(self.model, self._entries):
+                    yield
+            finally:
+                self._inside = False
 
     def averaged(self: _A, model: nn.Module | None = None) -> _A:
         """The lives of averaged weights: on the numbers of this training where those are final, else fitted to them.
@@ -94,21 +96,22 @@ class Averages(Lives):
             ...     len(average.module.weight.unique()) <= 3
             True
         """
-        self._refuse_inside("run.averaged()")
-        self._refuse_unresumed()
-        _refuse_average_of_seen(self._entries, shown=self._averages)
         if isinstance(model, AveragedModel):
             model = model.module
         model = self.model if model is None else model
         refuse_no_model(model, "run.averaged")
-        run = self._alone(model)
-        _take_over(run._entries, [(entry, self._is_over(entry)) for entry in self._entries])
-        run._adopt()
+        with self._one_thread("run.averaged()"):
+            self._refuse_inside("run.averaged()")
+            self._refuse_unresumed()
+            _refuse_average_of_seen(self._entries, shown=self._averages)
+            run = self._alone(model)
+            _take_over(run._entries, [(entry, self._is_over(entry)) for entry in self._entries])
+            run._adopt()
         return run
 
 
 @contextmanager
-def _shown(model: nn.Module, entries: Sequence[Entry]) -> Iterator[None]:
+def _with_latents(model: nn.Module, entries: Sequence[Entry]) -> Iterator[None]:
     """Let the weights be what the optimizer moves, and put them back.
 
     Raises:

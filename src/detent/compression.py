@@ -26,6 +26,7 @@ from detent.plan import Plan
 from detent.recipe import Recipe, refuse_no_recipe
 from detent.specs import short
 from detent.targets import Params
+from detent.threads import OneThread
 
 __all__ = ["Compressed", "compress", "compress_state_dict", "skeleton"]
 
@@ -49,6 +50,7 @@ def compress(model: nn.Module, recipe: Recipe, *, leave_out: str | Sequence[str]
     Raises:
         ValueError: a rule that claims nothing, a target that refuses a parameter, NaN weights, something in
             `model.state_dict()` that no file could hold.
+        RuntimeError: another thread works on the same model.
 
     Example:
         >>> import torch, detent as dt
@@ -61,17 +63,18 @@ def compress(model: nn.Module, recipe: Recipe, *, leave_out: str | Sequence[str]
     refuse_no_model(model, "compress")
     refuse_no_recipe(recipe, "compress")
     claimed.refuse_stages(recipe, "compress")
-    # A file of this run must not say that weights were pulled.
-    run = Run(model, recipe.without_mechanisms().resolve(model, example=example), [], None, "raise")
-    refuse_empty(model, [(entry.name, entry.param) for entry in run._entries])
-    run.leave(leave_out, "compress")
-    fit_target(run._entries)
-    run._adopt()
-    run.plan.warn_left("compress")
-    run._example = example
-    run._look_for_losses(run._life(None, None))
-    run._say_losses("compress")
-    return run
+    with OneThread.of(model).doing("detent.compress"):
+        # A file of this run must not say that weights were pulled.
+        run = Run(model, recipe.without_mechanisms().resolve(model, example=example), [], None, "raise")
+        refuse_empty(model, [(entry.name, entry.param) for entry in run._entries])
+        run.leave(leave_out, "compress")
+        fit_target(run._entries)
+        run._adopt()
+        run.plan.warn_left("compress")
+        run._example = example
+        run._look_for_losses(run._life(None, None))
+        run._say_losses("compress")
+        return run
 
 
 # --- a state dict without training --------------------------------------------------------------------------------

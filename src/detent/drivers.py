@@ -217,7 +217,7 @@ class Driver:
         """
         if self.checked_copies:
             return
-        named = [(entry.name, entry.param, self.options_of(entry)) for entry in self.entries]
+        named = [(entry.name, entry.param, entry.moved, self.options_of(entry)) for entry in self.entries]
         try:
             optimizers.refuse_copies_in_state(self.optimizer, named)
             self.stand_ins.refuse_blind()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from detent import claimed, guards, optimizers, sharding, states
-from detent.averages import Averages
 from detent.batchnorm import Statistics, install, statistics_of, undone, undone_unless_done
 from detent.claimed import Entry, by_rule, fit_target
 from detent.collapse import Losses
@@ -23,7 +23,9 @@ from detent.fitting import fit_due, settle_stage
 from detent.mechanisms import Mechanism
 from detent.parameters import named_parameters, refuse_no_model
 from detent.recipe import Plan, Recipe, refuse_no_recipe
+from detent.resuming import Resumable
 from detent.standins import refuse_narrow_shards
+from detent.threads import OneThread
 
 __all__ = ["Run", "attach"]
 
@@ -70,6 +72,7 @@ def attach(
             fitted once); a trained weight whose rule has no mechanism; a claimed parameter that is all zero, or in no
             attached optimizer or in two; an optimizer that keeps a second copy of the weights; something in
             `model.state_dict()` that no file could hold.
+        RuntimeError: another thread works on the same model.
 
     Example:
         >>> import torch, detent as dt
@@ -97,31 +100,32 @@ def attach(
     refuse_no_recipe(recipe, "attach")
     sharding.refuse_flattened(model)
     sharding.reshard(model)
-    plan = recipe.resolve(model, example=example)
-    claimed.refuse_unpulled(plan)
-    plan.warn_left("attach")
-    run = Run(model, plan, [optimizers.unwrap(each) for each in given], total_steps, nonfinite)
-    # Mechanisms that look at their weights at the start may write them.
-    looks = [entry for entry in run._all if type(entry.mechanism).open is not Mechanism.open]
-    kept = [(entry, sharding.local(entry.param).clone()) for entry in looks if not entry.param.is_meta]
+    with OneThread.of(model).doing("detent.attach"):
+        plan = recipe.resolve(model, example=example)
+        claimed.refuse_unpulled(plan)
+        plan.warn_left("attach")
+        run = Run(model, plan, [optimizers.unwrap(each) for each in given], total_steps, nonfinite)
+        # Mechanisms that look at their weights at the start may write them.
+        looks = [entry for entry in run._all if type(entry.mechanism).open is not Mechanism.open]
+        kept = [(entry, sharding.local(entry.param).clone()) for entry in looks if not entry.param.is_meta]
 
-    def leave() -> None:
-        run.detach()
-        with torch.no_grad():
-            for entry, value in kept:
-                entry.write(value)
+        def leave() -> None:
+            run.detach()
+            with torch.no_grad():
+                for entry, value in kept:
+                    entry.write(value)
 
-    try:
-        run.leave(leave_out, "attach")
-        run._start(hooks, kept)
-        run._example = example
-        return run
-    except BaseException:  # also Ctrl-C: nobody has this run
-        with undone(leave):
-            raise
+        try:
+            run.leave(leave_out, "attach")
+            run._start(hooks, kept)
+            run._example = example
+            return run
+        except BaseException:  # also Ctrl-C: nobody has this run
+            with undone(leave):
+                raise
 
 
-class Run(Averages):
+class Run(Resumable):
     """A recipe attached to a model. Made by `attach` and `compress`, never directly.
 
     Attributes:
@@ -281,11 +285,12 @@ class Run(Averages):
             return optimizers.marked({**state_dict, _STATE_KEY: self._driver_state(driver)}, driver.step)
 
         def look(state_dict: dict[str, Any]) -> dict[str, Any]:
-            self._refuse_inside("loading a state")
-            self._repair(driver)
-            driver.riding, driver.given = state_dict.get(_STATE_KEY), state_dict
-            if driver.riding is not None:
-                states.check_state(driver, driver.riding)
+            with self._one_thread("optimizer.load_state_dict()"):
+                self._refuse_inside("loading a state")
+                self._repair(driver)
+                driver.riding, driver.given = state_dict.get(_STATE_KEY), state_dict
+                if driver.riding is not None:
+                    states.check_state(driver, driver.riding)
             return optimizers.unmarked({key: value for key, value in state_dict.items() if key != _STATE_KEY})
 
         register(
@@ -299,6 +304,18 @@ class Run(Averages):
         )
 
     # --- the two halves of a step ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def _one_thread(self, what: str) -> Iterator[None]:
+        """The same, and what one thread has begun of an optimizer's step stays its own until that is over."""
+        with OneThread.of(self.model).doing(what), undone(self._mark_step):
+            yield
+
+    def _mark_step(self) -> None:
+        if not self._closed and any(driver.pending or driver.skip for driver in self._drivers):
+            OneThread.of(self.model).stay(self, "optimizer.step()")
+        else:
+            OneThread.of(self.model).go(self)
 
     @property
     def clock(self) -> int:
@@ -357,8 +374,9 @@ class Run(Averages):
             1
         """
         driver = self._driver_of(optimizer)
-        self._before(driver, (), {}, idle=True)
-        self._after(driver)
+        with self._one_thread("run.skip_step()"):
+            self._before(driver, (), {}, idle=True)
+            self._after(driver)
 
     def _driver_of(self, optimizer: Any) -> Driver:
         if optimizer is None and len(self._drivers) == 1:
@@ -372,6 +390,10 @@ class Run(Averages):
     def _before(self, driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any], *, idle: bool = False) -> Any:
         if self._closed:
             return None
+        with self._one_thread("optimizer.step()"):
+            return self._start_step(driver, args, kwargs, idle)
+
+    def _start_step(self, driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any], idle: bool) -> Any:
         self._refuse_inside("optimizer.step()")
         if (driver.pending or driver.skip) and optimizers.is_nested_step(driver.optimizer):
             driver.nested += 1
@@ -444,6 +466,12 @@ class Run(Averages):
     def _after(self, driver: Driver) -> None:
         if self._closed:
             return
+        try:
+            self._end_step(driver)
+        finally:
+            self._mark_step()
+
+    def _end_step(self, driver: Driver) -> None:
         if driver.nested:
             driver.nested -= 1
             return
@@ -541,17 +569,6 @@ class Run(Averages):
         over = "detached" if self._closed else ("" if self._drivers else "made")
         guards.refuse_foreign_writes(self._entries, contents=True, over=over)
 
-    def _refuse_unresumed(self) -> None:
-        """Refuse to go on where only part of a checkpoint was loaded.
-
-        Raises:
-            RuntimeError: saying what is missing.
-        """
-        for driver in self._drivers:
-            if driver.awaiting:
-                raise RuntimeError(driver.awaiting)
-            states.refuse_other_weights(driver, self.model)
-
     def _follow(self, driver: Driver) -> None:
         """Find parameters again that were replaced after attach (FSDP2, accelerate, model.to)."""
         if not driver.holds_all or any(entry.pull_params is None for entry in driver.entries):
@@ -579,9 +596,13 @@ class Run(Averages):
             >>> _ = model.load_state_dict({"weight": torch.eye(4), "bias": torch.zeros(4)})
             >>> run.rebind(adopt=True)
         """
-        self._refuse_inside("run.rebind()")
         model = self.model if model is None else model
         refuse_no_model(model, "run.rebind")
+        with self._one_thread("run.rebind()"):
+            self._refuse_inside("run.rebind()")
+            self._rebind(model, adopt)
+
+    def _rebind(self, model: nn.Module, adopt: bool) -> None:
         sharding.reshard(model)
         params = guards.found_again([*self._all, *self._frozen], model)
         attached = bool(self._drivers) and not self._closed
@@ -620,104 +641,6 @@ class Run(Averages):
                 if not driver.frozen(entry):
                     entry.params = entry.pull_params = None
 
-    # --- state ----------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs besides weights and optimizer state: clocks, fitted params, latents, masks.
-
-        It also rides as key "detent" in the optimizer's own state dict, so saving model and optimizer is enough;
-        save this one explicitly under `torch.distributed.checkpoint`, and for an optimizer without state-dict hooks.
-
-        Raises:
-            RuntimeError: inside `compressed()`, where the model's weights are not those that training goes on from.
-
-        Example:
-            >>> import torch, detent as dt
-            >>> model = torch.nn.Linear(4, 4)
-            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            >>> recipe = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.STE())])
-            >>> run = dt.attach(model, optimizer, recipe)
-            >>> sorted(run.state_dict()["weights"]["weight"])
-            ['fitted_at', 'held', 'params', 'places', 'pull', 'seen', 'state']
-        """
-        weights: dict[str, Any] = {}
-        for driver in self._drivers:
-            weights |= self._driver_state(driver, complete=True)["weights"]
-        return {
-            "version": states.STATE_VERSION,
-            "steps": [driver.step for driver in self._drivers],
-            "awaiting": [driver.awaiting for driver in self._drivers],
-            "total_steps": self._drivers[0].total_steps if self._drivers else None,
-            "weights": weights,
-        }
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; load the model's weights of then too, before or after this.
-
-        Args:
-            state_dict: from `state_dict()` of a run with the same recipe.
-
-        Raises:
-            ValueError: another version, number of optimizers, length of training, or set of claimed weights. The run
-                then stays as it was.
-        """
-        self._refuse_inside("loading a state")
-        kinds = {"steps": Sequence, "awaiting": Sequence, "weights": Mapping}
-        if not isinstance(state_dict, Mapping) or not all(isinstance(state_dict.get(k), t) for k, t in kinds.items()):
-            raise ValueError(f"run.load_state_dict({type(state_dict).__name__}): must be what run.state_dict() gave")
-        steps, awaiting, weights = state_dict["steps"], state_dict["awaiting"], state_dict["weights"]
-        if not len(steps) == len(awaiting) == len(self._drivers):
-            raise ValueError(f"state has {len(steps)} optimizer clocks, this run has {len(self._drivers)}")
-        mine = {entry.name for entry in self._all}
-        for odd in sorted(set(weights) - mine)[:1]:
-            raise ValueError(f"Detent state and recipe disagree: {odd!r} is in only one of them")
-        parts = []
-        for driver, step, missing in zip(self._drivers, steps, awaiting, strict=True):
-            self._repair(driver)
-            mine = {entry.name for entry in driver.all_entries}
-            part = {name: saved for name, saved in weights.items() if name in mine}
-            parts.append({**state_dict, "step": step, "awaiting": missing, "weights": part})
-            states.check_state(driver, parts[-1])
-        for driver, part in zip(self._drivers, parts, strict=True):
-            self._load_driver(driver, part)
-
-    def _driver_state(self, driver: Driver, complete: bool = False) -> dict[str, Any]:
-        self._refuse_inside("saving a state")
-        self._repair(driver)
-        return states.saved_state(driver, complete=complete)
-
-    def _load_riding(self, driver: Driver) -> None:
-        (state, driver.riding), (given, driver.given) = (driver.riding, None), (driver.given, None)
-        if given is not None:
-            driver.stand_ins.load(given, driver.all_entries)
-        if state is not None:
-            self._load_driver(driver, state)
-        elif self.plan.recipe.stages or any(entry.mechanism.memory for entry in driver.entries):
-            kept = ", ".join(sorted({m for e in self._all for m in e.mechanism.memory}) or ["the stage it is in"])
-            driver.awaiting = (
-                f"the optimizer's state was loaded without Detent's part, and this recipe keeps state ({kept}); load a "
-                "checkpoint saved with the run attached, or call run.rebind(adopt=True) to start it afresh"
-            )
-
-    def _load_driver(self, driver: Driver, state: Mapping[str, Any]) -> None:
-        stage, step, awaiting = driver.stage, driver.step, driver.awaiting
-        before = [(entry, entry.everything()) for entry in driver.all_entries if not entry.param.is_meta]
-
-        def back() -> None:
-            sharding.reshard(self.model)
-            with torch.no_grad():
-                for entry, held in before:
-                    entry.be_again(held)
-            sharding.reshard(self.model)
-            driver.step, driver.awaiting = step, awaiting
-            driver.enter(stage)
-            self._refresh()
-
-        with undone_unless_done(back):
-            states.load_state(driver, state, self.model)
-            self._statistics.clear()
-            self._refresh()
-
     # --- averages ---------------------------------------------------------------------------------------------------
 
     def _alone(self, model: nn.Module) -> Run:
@@ -745,38 +668,39 @@ class Run(Averages):
             3
         """
         self._warn_early("finalize()")
-        life = self._life(None, None)
-        self._look_for_losses(life)
-        self._say_losses("finalize()")
-        for entry, target, _ in life:
-            claimed.refuse_nonfinite(entry.name, entry.hidden_whole(), target)
-        statistics, was_over = self.statistics(), self._closed
-        sharding.reshard(self.model)
-        before = [(entry, entry.everything()) for entry, _, _ in life]
-        buffers = [(buffer, buffer.clone()) for buffer in statistics_of(self.model).values()]
+        with self._one_thread("run.finalize()"):
+            life = self._life(None, None)
+            self._look_for_losses(life)
+            self._say_losses("finalize()")
+            for entry, target, _ in life:
+                claimed.refuse_nonfinite(entry.name, entry.hidden_whole(), target)
+            statistics, was_over = self.statistics(), self._closed
+            sharding.reshard(self.model)
+            before = [(entry, entry.everything()) for entry, _, _ in life]
+            buffers = [(buffer, buffer.clone()) for buffer in statistics_of(self.model).values()]
 
-        def back() -> None:
-            if self._closed and not was_over:
-                return self.detach()  # it was over already
-            sharding.reshard(self.model)
-            with torch.no_grad():
-                for entry, held in before:
-                    entry.be_again(held)
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-            sharding.reshard(self.model)
+            def back() -> None:
+                if self._closed and not was_over:
+                    return self.detach()  # it was over already
+                sharding.reshard(self.model)
+                with torch.no_grad():
+                    for entry, held in before:
+                        entry.be_again(held)
+                    for buffer, value in buffers:
+                        buffer.copy_(value)
+                sharding.reshard(self.model)
 
-        with undone_unless_done(back):
-            with torch.no_grad():
-                for entry, target, params in life:
-                    entry.write(entry.map_whole(target.project, target, params, entry.hidden()))
-                if statistics is not None:
-                    install(self.model, statistics)
-            for entry, _, _ in life:
-                entry.state.clear()
-            sharding.reshard(self.model)
-            self._adopt()
-            self.detach()
+            with undone_unless_done(back):
+                with torch.no_grad():
+                    for entry, target, params in life:
+                        entry.write(entry.map_whole(target.project, target, params, entry.hidden()))
+                    if statistics is not None:
+                        install(self.model, statistics)
+                for entry, _, _ in life:
+                    entry.state.clear()
+                sharding.reshard(self.model)
+                self._adopt()
+                self.detach()
 
     def _warn_early(self, who: str) -> None:
         """Say so if the recipe has not come to its end: what it does in the end is what makes this life a good one."""
@@ -795,6 +719,7 @@ class Run(Averages):
     def detach(self) -> None:
         """Remove all hooks: the optimizers are again what they were. The weights stay as they are."""
         self._closed = True  # hooks that are still there do nothing from here on
+        OneThread.of(self.model).go(self)
         for driver in self._drivers:
             driver.stand_ins.end()
             release(driver, self)

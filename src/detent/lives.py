@@ -22,6 +22,7 @@ from detent.plan import Plan, resolve
 from detent.recipe import Recipe, refuse_no_recipe
 from detent.targets import Codes, Params, Target
 from detent.targets.kmeans import sorted_rows
+from detent.threads import OneThread
 from detent.writes import Seal
 
 __all__ = ["Encoded", "Lives", "distance_row"]
@@ -112,6 +113,12 @@ class Lives(abc.ABC):
     @abc.abstractmethod
     def _adopt(self) -> None:
         """Take the weights as they are for our own writing."""
+
+    @contextmanager
+    def _one_thread(self, what: str) -> Iterator[None]:
+        """Work on the weights inside, which no other thread may meanwhile."""
+        with OneThread.of(self.model).doing(what):
+            yield
 
     def _fit_frozen(self) -> None:
         """Fit to frozen weights again what was fitted to others: they have no other memory than themselves."""
@@ -212,7 +219,7 @@ class Lives(abc.ABC):
         def forget() -> None:
             self._kept = None
 
-        with undone(forget):
+        with self._one_thread("finding a compressed life"), undone(forget):
             self._kept = (bits, self._life(bits, None))
             yield
 
@@ -239,7 +246,8 @@ class Lives(abc.ABC):
 
         Raises:
             ValueError: both bits and recipe, or bits where no target has a width.
-            RuntimeError: inside another `compressed()`; on leaving, if a claimed weight was written inside.
+            RuntimeError: inside another `compressed()`, or while another thread works on the same model; on leaving,
+                if a claimed weight was written inside.
 
         Example:
             >>> import torch, detent as dt
@@ -249,6 +257,11 @@ class Lives(abc.ABC):
             ...     print(len(model.weight.unique()))
             3
         """
+        with self._one_thread("run.compressed()"), self._shown(bits, recipe, batchnorm):
+            yield self
+
+    @contextmanager
+    def _shown(self, bits: int | None, recipe: Recipe | None, batchnorm: bool) -> Iterator[None]:
         life = self._life(bits, recipe)
         statistics = self.statistics(bits=bits, recipe=recipe) if batchnorm else None
         sharding.reshard(self.model)
@@ -266,7 +279,7 @@ class Lives(abc.ABC):
                     entry.adopt()
             if statistics is not None:
                 install(self.model, statistics)
-            yield self
+            yield
             written = [entry.name for entry, _, _ in life if not entry.holds()]
         if written:
             raise RuntimeError(
@@ -306,9 +319,10 @@ class Lives(abc.ABC):
             >>> bool((model[1].running_mean == 0).all())    # the full life keeps its own
             True
         """
-        with self.compressed(bits=bits, recipe=recipe, batchnorm=False):
-            found = reestimate(self.model, batches, forward)
-        self._keep_statistics(found, bits, recipe)
+        with self._one_thread("run.recalibrate()"):
+            with self.compressed(bits=bits, recipe=recipe, batchnorm=False):
+                found = reestimate(self.model, batches, forward)
+            self._keep_statistics(found, bits, recipe)
 
     def round_statistics(self, dtype: str, *, bits: int | None = None, recipe: Recipe | None = None) -> None:
         """Round a compressed life's BatchNorm statistics to a shorter float, so that a file takes as many bits each.
@@ -332,10 +346,11 @@ class Lives(abc.ABC):
             >>> run.statistics().source
             'own, rounded to bfloat16'
         """
-        if not self._inside:
-            self._settle()
-        found = rounded(self.model, self.statistics(bits=bits, recipe=recipe), dtype)
-        self._keep_statistics(found, bits, recipe)
+        with self._one_thread("run.round_statistics()"):
+            if not self._inside:
+                self._settle()
+            found = rounded(self.model, self.statistics(bits=bits, recipe=recipe), dtype)
+            self._keep_statistics(found, bits, recipe)
 
     def _keep_statistics(self, found: Statistics, bits: int | None = None, recipe: Recipe | None = None) -> None:
         """Take statistics for a life of the weights as they are now."""
@@ -370,13 +385,15 @@ class Lives(abc.ABC):
             True
         """
         rows = []
-        for entry, target, params in self._life(bits, recipe):
-            rows.append(distance_row(entry.name, entry.hidden_whole(), target, params))
+        with self._one_thread("run.measure()"):
+            for entry, target, params in self._life(bits, recipe):
+                rows.append(distance_row(entry.name, entry.hidden_whole(), target, params))
         return rows
 
     def encoded(self, *, bits: int | None = None, recipe: Recipe | None = None) -> dict[str, Encoded]:
         """The claimed tensors of a compressed life as codes, by name: what a file holds."""
-        return {name: encode() for name, encode in self.encoders(bits=bits, recipe=recipe).items()}
+        with self._one_thread("run.encoded()"):
+            return {name: encode() for name, encode in self.encoders(bits=bits, recipe=recipe).items()}
 
     def encoders(self, *, bits: int | None = None, recipe: Recipe | None = None) -> dict[str, Callable[[], Encoded]]:
         """What `encoded` gives, one call a tensor, so that one is held at a time; collectives under sharding."""
@@ -388,4 +405,5 @@ class Lives(abc.ABC):
             self._losses.note(entry.name, whole, target.project(whole, params), target)
             return Encoded(target=target, params=params, codes=codes, dtype=entry.claim.dtype)
 
-        return {life[0].name: partial(encode, *life) for life in self._life(bits, recipe)}
+        with self._one_thread("run.encoders()"):
+            return {life[0].name: partial(encode, *life) for life in self._life(bits, recipe)}

@@ -273,19 +273,19 @@ def refuse_unfollowable(optimizer: Any) -> None:
         )
 
 
-def refuse_copies_in_state(optimizer: Any, named: Iterable[tuple[str, Tensor, Mapping[str, Any]]]) -> None:
+def refuse_copies_in_state(optimizer: Any, named: Iterable[tuple[str, Tensor, Tensor, Mapping[str, Any]]]) -> None:
     """After the first step, look for a master copy: state that equals the weight itself, and that steps start from.
 
     Args:
         optimizer: the optimizer.
-        named: name, parameter and its group.
+        named: name, parameter, what the step moved (it, or the latent in its place), and its group.
 
     Raises:
         RuntimeError: naming the parameter and the key of its copy.
     """
-    for name, param, group in named:
+    for name, param, moved, group in named:
         own = getattr(optimizer, "state", {}).get(param, {})
-        w = sharding.local(param)
+        w = sharding.local(moved)
         for key, value in own.items():
             if isinstance(value, Tensor) and value.shape == param.shape and value.is_floating_point():
                 same = sharding.local(value).to(w.dtype)

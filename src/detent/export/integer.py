@@ -89,9 +89,10 @@ def to_integer(
     settings = activations or Activations()
     if settings.method == "batchnorm":
         raise ValueError('to_integer(activations=...): method="batchnorm" is for ONNX only; give calibration data')
-    encoded = {name: on_cpu(item) for name, item in run.encoded(bits=bits).items()}
-    with run.compressed(bits=bits), unwrapped(run.model) as bare:
-        model = copy.deepcopy(bare).cpu().eval()
+    with run._one_thread("to_integer"):
+        encoded = {name: on_cpu(item) for name, item in run.encoded(bits=bits).items()}
+        with run.compressed(bits=bits), unwrapped(run.model) as bare:
+            model = copy.deepcopy(bare).cpu().eval()
     batches = iter(calibration)
     first = next(batches, None)
     if first is None:

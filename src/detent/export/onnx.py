@@ -120,7 +120,7 @@ def to_onnx(
     if not tolerance > 0:
         raise ValueError(f"to_onnx(tolerance={tolerance}): must be > 0")
     where = destination(path)
-    with compressed_life(source, codes, bits, recipe) as (model, encoded):
+    with _one_thread(source), compressed_life(source, codes, bits, recipe) as (model, encoded):
         call = bind(model, example_inputs, "to_onnx(example_inputs=...)")
         example = _Example.of(call, dynamic, dynamic_batch)
         graph = traced(model, example, encoded)
@@ -287,6 +287,11 @@ def _named_axes(call: Call, dynamic: Mapping[str, Mapping[int, str]]) -> list[di
 def first_line(error: BaseException) -> str:
     """What an exception says first, or its kind."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _one_thread(source: Any) -> contextlib.AbstractContextManager[None]:
+    """Codes and graph are of the same weights: no other thread works on them meanwhile."""
+    return source._one_thread("to_onnx") if isinstance(source, Lives) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ def save(
     Raises:
         ValueError: no run, no path, an unknown life or coding, notes that are not JSON, a tensor that a file cannot
             hold, both bits and recipe.
-        RuntimeError: inside `run.compressed()`.
+        RuntimeError: inside `run.compressed()`, or while another thread works on the same model.
         OSError: the file cannot be written.
 
     Example:
@@ -78,28 +78,29 @@ def save(
     if not isinstance(path, (str, os.PathLike)):
         raise ValueError(f"save(path={path!r}): must be the path of a file")
     coding = check_form(path, life, coding)
-    if run._inside:
-        raise RuntimeError("save inside run.compressed(): leave the compressed life first, the file needs both")
-    is_sharded = any(sharding._is_sharded(p) for p in run.model.parameters())
-    if not is_sharded:  # what is wrong with it shall be said before anything is fitted
-        destination(path)
-    run._warn_early(f'save(life="{life}")')
-    held = contents_of(run.model).without(run.leave_out)
-    refuse_unsavable(held, "save", unready=False)
-    run._settle()  # may drop statistics of other weights
-    found = run.statistics(bits=bits, recipe=recipe)
-    own = any(getattr(m, "running_mean", None) is not None for m in run.model.modules())
-    batchnorm = found.source if found else ("own" if own else "none")
-    tensors = _tensors(run, held, life, bits, recipe)
+    with run._one_thread("detent.save"):
+        if run._inside:
+            raise RuntimeError("save inside run.compressed(): leave the compressed life first, the file needs both")
+        is_sharded = any(sharding._is_sharded(p) for p in run.model.parameters())
+        if not is_sharded:  # what is wrong with it shall be said before anything is fitted
+            destination(path)
+        run._warn_early(f'save(life="{life}")')
+        held = contents_of(run.model).without(run.leave_out)
+        refuse_unsavable(held, "save", unready=False)
+        run._settle()  # may drop statistics of other weights
+        found = run.statistics(bits=bits, recipe=recipe)
+        own = any(getattr(m, "running_mean", None) is not None for m in run.model.modules())
+        batchnorm = found.source if found else ("own" if own else "none")
+        tensors = _tensors(run, held, life, bits, recipe)
 
-    def write() -> int:
-        # Made here: of several processes only the one that writes looks at the path, which others may not have.
-        writer = Writer(path, life, coding=coding, batchnorm=batchnorm, notes=notes)
-        return _write(writer, tensors, held.aliases)
+        def write() -> int:
+            # Made here: of several processes only the one that writes looks at the path, which others may not have.
+            writer = Writer(path, life, coding=coding, batchnorm=batchnorm, notes=notes)
+            return _write(writer, tensors, held.aliases)
 
-    size = _on_first_rank(write, tensors) if is_sharded else write()
-    run._say_losses("save", bits, recipe)
-    return size
+        size = _on_first_rank(write, tensors) if is_sharded else write()
+        run._say_losses("save", bits, recipe)
+        return size
 
 
 def _tensors(
