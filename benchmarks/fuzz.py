@@ -1,4 +1,4 @@
-"""What damaged, spliced and lying files do to the reader, and what killing a save does to the file that was there.
+"""What damaged and lying files do to the reader, kills to a file that is being saved, exceptions to the engine.
 
 python -m benchmarks.fuzz
 """
@@ -537,6 +537,17 @@ def _meaning() -> Any:
     return fuzz_meaning
 
 
+def _interrupted(stride: int) -> dict[str, Any]:
+    """Every act of the engine broken off at every `stride`-th line of ours that it runs."""
+    from benchmarks import interrupts
+
+    command = [sys.executable, "-m", "benchmarks.interrupts", "--stride", str(stride)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode not in (0, 1) or not done.stdout:
+        raise RuntimeError(f"benchmarks.interrupts: {done.stderr[-500:]}")
+    return {"stride": stride, "mechanisms": list(interrupts.MECHANISMS), **json.loads(done.stdout)}
+
+
 def main(
     count: Annotated[int, typer.Option(help="mutated files")] = 120_000,
     kills: Annotated[int, typer.Option(help="saves to kill")] = 500,
@@ -544,6 +555,7 @@ def main(
     batch: Annotated[int, typer.Option(help="mutations a process")] = 10_000,
     jobs: Annotated[int, typer.Option(help="processes at a time")] = 1,
     meanings: Annotated[int, typer.Option(help="files that are sound and mean what they cannot")] = 40_000,
+    stride: Annotated[int, typer.Option(help="break the engine off at every so many lines")] = 7,
     out: Annotated[Path | None, typer.Option(help="another record file")] = None,
     worker: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
@@ -554,7 +566,7 @@ def main(
         return
     with recording(
         "fuzz",
-        question="What do mutated files do to the reader, and kill -9 to a file that is being replaced?",
+        question="What do mutated files do to the reader, kill -9 to a save, and exceptions to the engine?",
         seeds=[seed],
         config={
             "mutations": count,
@@ -563,18 +575,23 @@ def main(
             "headroom_bytes": HEADROOM,
             "kills": kills,
             "meanings": meanings,
+            "stride": stride,
         },
         notes="Allowed are FormatError, ValueError for another model, or the same weights to the bit; a forged file "
         "(wrong in a value or a blob, right in every checksum) may also be a sound file of other weights. Every fourth "
         "file is also read tensor by tensor without a model. Files of another meaning (benchmarks/fuzz_meaning.py) are "
-        "refused, or give a tensor that is a member of its target's set: projected again it is the same to the bit.",
+        "refused, or give a tensor that is a member of its target's set: projected again it is the same to the bit. An "
+        "exception at a line of the engine (benchmarks/interrupts.py) leaves the old state or the new one, and "
+        "training goes on as the unbroken one; `moved` are those between the optimizer's own step and the first line of ours.",
         out=out,
     ) as results:
         results |= _summed(batches(seed, count, batch, jobs), MUTATIONS)
         results["meaning"] = _summed(batches(seed, meanings, batch, jobs, "meaning:"), [*_meaning().MEANINGS, "any"])
+        results["interrupted"] = _interrupted(stride)
         results["killed"] = killed(kills)
         print(json.dumps(results, indent=1))
-    if results["wrong"] or results["meaning"]["wrong"] or "WRONG" in results["killed"]["whole_file"]:
+    parts = (results, results["meaning"], results["interrupted"])
+    if any(part["wrong"] for part in parts) or "WRONG" in results["killed"]["whole_file"]:
         raise typer.Exit(1)
 
 

@@ -457,7 +457,36 @@ def fuzz(record: dict[str, Any]) -> str:
     text += f"\nKill -9 at random moments of {trials} saves: the name stood for the whole old or the whole new file "
     left = killed["left_a_temporary_file"]
     text += f"{whole} times; {left} times a hidden file was left, and the next save removed it.\n"
-    return text
+    return text + _meaning(results["meaning"]) + _interrupted(results["interrupted"])
+
+
+def _meaning(part: dict[str, Any]) -> str:
+    """Files that are sound in every checksum and mean what their target cannot."""
+    columns = ["FormatError", "a member of the set", "cannot be written"]
+    if part["wrong"]:
+        raise ValueError(f"fuzz: {part['wrong'][0]}")
+    rows = [[kind, *(f"{found.get(what, 0):,}" for what in columns)] for kind, found in part["outcomes"].items()]
+    text = (
+        f"\n{part['files']:,} forged tensors, sound in every checksum, with one thing that is not so; the slowest took "
+    )
+    return text + f"{1e3 * part['slowest_cpu_seconds']:.0f} ms of CPU time.\n\n" + markdown(["changed", *columns], rows)
+
+
+def _interrupted(part: dict[str, Any]) -> str:
+    """What an exception at a line of the engine leaves."""
+    columns = ["old", "new", "same", "moved"]
+    if part["wrong"]:
+        raise ValueError(f"fuzz: {part['wrong'][0]}")
+    rows = [[act, *(f"{found.get(what, 0):,}" for what in columns)] for act, found in part["counts"].items()]
+    total = sum(sum(found.values()) for found in part["counts"].values())
+    text = (
+        f"\n{total:,} exceptions, one at every line of {part['stride']} that {len(part['mechanisms'])} trainings run: "
+    )
+    text += (
+        "the old state was left, the new one, or one that is both (`moved`: between the optimizer's own step and our "
+    )
+    text += "first line after it); each training then went on to the same end.\n\n"
+    return text + markdown(["broken off", *columns], rows)
 
 
 @simple("resume")
