@@ -582,7 +582,7 @@ def main(
         "file is also read tensor by tensor without a model. Files of another meaning (benchmarks/fuzz_meaning.py) are "
         "refused, or give a tensor that is a member of its target's set: projected again it is the same to the bit. An "
         "exception at a line of the engine (benchmarks/interrupts.py) leaves the old state or the new one, and "
-        "training goes on as the unbroken one; `moved` are those between the optimizer's own step and the first line of ours.",
+        "training goes on as the unbroken one; `moved`: after the optimizer's own step and before our first line.",
         out=out,
     ) as results:
         results |= _summed(batches(seed, count, batch, jobs), MUTATIONS)

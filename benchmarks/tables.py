@@ -457,7 +457,8 @@ def fuzz(record: dict[str, Any]) -> str:
     text += f"\nKill -9 at random moments of {trials} saves: the name stood for the whole old or the whole new file "
     left = killed["left_a_temporary_file"]
     text += f"{whole} times; {left} times a hidden file was left, and the next save removed it.\n"
-    return text + _meaning(results["meaning"]) + _interrupted(results["interrupted"])
+    parts = {"meaning": _meaning, "interrupted": _interrupted}  # a record of before they were there has none of them
+    return text + "".join(show(results[part]) for part, show in parts.items() if part in results)
 
 
 def _meaning(part: dict[str, Any]) -> str:

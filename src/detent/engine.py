@@ -100,29 +100,30 @@ def attach(
     refuse_no_recipe(recipe, "attach")
     sharding.refuse_flattened(model)
     sharding.reshard(model)
-    with OneThread.of(model).doing("detent.attach"):
-        plan = recipe.resolve(model, example=example)
-        claimed.refuse_unpulled(plan)
-        plan.warn_left("attach")
-        run = Run(model, plan, [optimizers.unwrap(each) for each in given], total_steps, nonfinite)
-        # Mechanisms that look at their weights at the start may write them.
-        looks = [entry for entry in run._all if type(entry.mechanism).open is not Mechanism.open]
-        kept = [(entry, sharding.local(entry.param).clone()) for entry in looks if not entry.param.is_meta]
+    plan = recipe.resolve(model, example=example)
+    claimed.refuse_unpulled(plan)
+    plan.warn_left("attach")
+    run = Run(model, plan, [optimizers.unwrap(each) for each in given], total_steps, nonfinite)
+    kept: list[tuple[Entry, Tensor]] = []
 
-        def leave() -> None:
-            run.detach()
-            with torch.no_grad():
-                for entry, value in kept:
-                    entry.write(value)
+    def leave() -> None:
+        run.detach()
+        with torch.no_grad():
+            for entry, value in kept:
+                entry.write(value)
 
-        try:
+    try:
+        with OneThread.of(model).doing("detent.attach"):
+            # Mechanisms that look at their weights at the start may write them.
+            looks = [entry for entry in run._all if type(entry.mechanism).open is not Mechanism.open]
+            kept += [(entry, sharding.local(entry.param).clone()) for entry in looks if not entry.param.is_meta]
             run.leave(leave_out, "attach")
             run._start(hooks, kept)
-            run._example = example
-            return run
-        except BaseException:  # also Ctrl-C: nobody has this run
-            with undone(leave):
-                raise
+        run._example = example
+        return run
+    except BaseException:  # also Ctrl-C: nobody has this run
+        with undone(leave):
+            raise
 
 
 class Run(Resumable):
