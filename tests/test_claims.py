@@ -345,6 +345,68 @@ def test_known_axes_are_not_overruled() -> None:
         dt.Recipe([dt.Rule(match="weight", target=U4, axis=1)]).resolve(nn.Linear(3, 4))
 
 
+class Own(nn.Module):
+    """A module nobody knows that keeps (inputs, outputs) and calls it `weight`."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.randn(outputs)) if bias else None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "bias", "axis", "assumed"),
+    [((6, 4), False, 0, True), ((6, 4), True, 1, False), ((4, 4), True, 0, True), ((4, 4), False, 0, True)],
+)
+def test_axes_that_nothing_tells_are_said_to_be_assumed(sizes: Any, bias: bool, axis: int, assumed: bool) -> None:
+    model = Own(sizes[0], sizes[1], bias)
+    plan = dt.Recipe([dt.Rule(match="@weights", target=ROWS)]).resolve(model)
+    (claim,) = plan.claimed
+    assert claim.layout.channel_dim == axis and ("(assumed; axis=" in claim.note) == assumed
+    said = dt.Recipe([dt.Rule(match="@weights", target=ROWS, axis=1)]).resolve(model)
+    assert said.claimed[0].layout.channel_dim == 1 and "assumed" not in said.claimed[0].note
+
+
+class TurnedLinear(nn.Linear):
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, bias)
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+
+
+class TurnedEmbedding(nn.Embedding):
+    def __init__(self) -> None:
+        super().__init__(6, 4)
+        self.weight = nn.Parameter(torch.randn(4, 6))
+
+
+class TurnedConv(nn.Conv2d):
+    def __init__(self) -> None:
+        super().__init__(6, 4, 3)
+        self.weight = nn.Parameter(torch.randn(6, 4, 3, 3))
+
+
+class PlainLinear(nn.Linear):
+    """A subclass that changes nothing of the weight."""
+
+
+@pytest.mark.parametrize(
+    ("make", "axis", "assumed"),
+    [
+        (lambda: TurnedLinear(6, 4), 1, False),
+        (lambda: TurnedLinear(6, 4, bias=False), 0, True),
+        (TurnedEmbedding, 0, True),
+        (TurnedConv, 0, True),
+        (lambda: PlainLinear(6, 4), 0, False),
+        (lambda: TurnedLinear(4, 4), 0, False),
+    ],
+)
+def test_a_subclass_is_known_as_far_as_its_shape_is_that_of_its_class(make: Any, axis: int, assumed: bool) -> None:
+    (claim,) = dt.Recipe([dt.Rule(match="weight", target=ROWS)]).resolve(make()).claimed
+    assert claim.layout.channel_dim == axis and ("assumed" in claim.note) == assumed
+    (claim,) = dt.Recipe([dt.Rule(match="weight", target=ROWS, axis=1)]).resolve(make()).claimed
+    assert claim.layout.channel_dim == 1 and "assumed" not in claim.note
+
+
 def test_training_moves_a_turned_weight_as_its_twin() -> None:
     """PSG on (inputs, outputs) takes the very steps that it takes on the transposed matrix."""
     torch.manual_seed(0)
@@ -717,3 +779,58 @@ def test_turned_weights_export_as_codes(target: dt.Target, stacked: bool, tmp_pa
     report = to_onnx(run, tmp_path / "f.onnx", torch.randn(2, 8))  # refuses where the session's answer differs
     assert max(report.difference.values()) < 1e-4
     assert ["float" in each.form for each in report.tensors if each.target] == [False]
+
+
+class StyleNorm(nn.Module):
+    """A linear map in a class that is called a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 256))
+
+
+class Named(nn.Module):
+    """Most weights in tensors that rules pass over by a word of their name or of their class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+        self.bias_table = nn.Parameter(torch.randn(4, 64, 64))
+        self.bias_proj = nn.Parameter(torch.randn(64, 64))
+        self.style = StyleNorm()
+        self.norm = nn.LayerNorm(64)
+
+
+@pytest.mark.parametrize("recipe", [dt.Recipe.preset("uniform-w4"), dt.Recipe([dt.Rule(match=".", target=U4)])])
+def test_what_is_passed_over_by_its_name_is_left_with_its_reason(recipe: dt.Recipe) -> None:
+    model = Named()
+    plan = recipe.resolve(model)
+    reasons = {claim.name: claim.reason for claim in plan.claims}
+    for name, why in (("bias_table", "bias"), ("bias_proj", "bias"), ("style.weight", "normalisation weight")):
+        assert reasons[name] == f"passed over: {why}; name it in include= to claim it"
+        assert f"{name} (" in plan.left() and f"% of the weights; {reasons[name]})" in plan.left()
+    assert "norm.weight" not in plan.left() and "fc" not in plan.left()
+    (said,) = told(lambda: dt.compress(model, recipe))
+    assert said.startswith("compress: bias_table (")
+    kept = dt.Recipe([dt.Rule(match="bias_|style", keep=True), *recipe.rules]).resolve(model)
+    assert not kept.left()
+    taken = dt.Recipe([dt.Rule(match="@weights", include="bias_|style", target=U4)]).resolve(model)
+    assert not taken.left() and {"bias_table", "bias_proj", "style.weight"} <= {c.name for c in taken.claimed}
+
+
+def test_state_dicts_count_their_layers_by_number(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from detent.compression import compress_state_dict, skeleton
+    from detent.pack.checkpoint import Checkpoint
+
+    save_file({f"{i}.weight": torch.randn(4, 4) for i in (0, 3, 7, 12)}, tmp_path / "w.safetensors")
+    rules = [dt.Rule(match=end, target=dt.Uniform(bits=8)) for end in ("@first", "@last")]
+    recipe = dt.Recipe([*rules, dt.Rule(match="@weights", target=U4)])
+    made = compress_state_dict(tmp_path / "w.safetensors", tmp_path / "w.detent", recipe)
+    assert any("@first is 0.weight and @last is 12.weight" in note for note in made.notes)
+    with Checkpoint(tmp_path / "w.safetensors") as weights:
+        plan = recipe.resolve(skeleton(weights))
+    assert {claim.name: plan.rule_of(claim).target for claim in plan.claimed} == {
+        f"{i}.weight": dt.Uniform(bits=bits) for i, bits in ((0, 8), (3, 4), (7, 4), (12, 8))
+    }

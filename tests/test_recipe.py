@@ -359,6 +359,31 @@ def test_presets_resolve_and_attach(name, net) -> None:
         assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("uniform-w5", "'uniform-w8', 'uniform-w6', 'uniform-w4', 'uniform-w3' or 'uniform-w2'"),
+        ("admm-prune-50x", "'admm-prune-10x', 'admm-prune-70x' or 'admm-prune-246x'"),
+        ("PSG-W3", "'psg-w3'"),
+        ("KQ-Layr", "'kq-layer'"),
+    ],
+)
+def test_a_preset_that_is_not_there_names_those_it_may_have_meant(name: str, meant: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        dt.Recipe.preset(name)
+    assert f"unknown; did you mean {meant}?" in str(caught.value)
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
+def test_paper_presets_claim_linear_biases(bits: int) -> None:
+    """Of every linear layer, be it an end or between, and of nothing else."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), *(nn.Linear(4, 4) for _ in range(3)))
+    plan = dt.Recipe.preset(f"psg-paper-w{bits}").resolve(net)
+    found = {claim.name: plan.rule_of(claim).target for claim in plan.claimed if claim.name.endswith("bias")}
+    widths = {"3.bias": bits, "4.bias": bits, "5.bias": 8 if bits <= 3 else bits}
+    assert found == {name: dt.Uniform(bits=width, range="ema") for name, width in widths.items()}
+
+
 @pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
 def test_presets_keep_the_ends_wider(bits: int) -> None:
     assert _widths(f"psg-w{bits}", mlp()) == {"0.weight": 8, "2.weight": bits, "4.weight": 8}

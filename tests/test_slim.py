@@ -680,6 +680,32 @@ class Flagged(nn.Module):
         return self.b(x)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_reads_a_parameter_without_being_understood_is_named(nested: bool) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(6, 2)
+            self.w = nn.Parameter(torch.randn(8, 6))
+            with torch.no_grad():
+                self.w[:, 2:4] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.einsum("bi,io->bo", torch.relu(self.a(x)), self.w))
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.m = Mixed()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.m(x)
+
+    (said,) = slim(Outer() if nested else Mixed(), torch.randn(2, 4)).left
+    name = "m.w" if nested else "w"
+    assert said == f"{name}: 0 of 8 rows and 2 of 6 columns of zeros stay: 'einsum' reads it, which is not understood"
+
+
 def test_flags_keep_their_defaults_and_inputs_may_be_named() -> None:
     model, x = half(Flagged(), "b"), torch.randn(2, 3, 8, 8)
     assert shapes(slim(model, x)) == {"a": (3, 4), "b": (4, 4)}

@@ -347,7 +347,8 @@ def compress(
             said: dict[str, Any] = {"data": "none", "epochs": 0, "calibration": "none"}
             said["made by"] = f"detent compress {weights.name or weights.resolve().name}"
             if model is None:
-                said["order"] = "alphabetical, as in a state dict: which weight is really first or last is not known"
+                order = "of names and their numbers, as a state dict has none"
+                said["order"] = f"{order}: which weight is really first or last is not known"
             made = dataclasses.asdict(
                 compress_state_dict(
                     opened,

@@ -21,7 +21,7 @@ from detent.pack import Coding, Writer, sizes
 from detent.pack.checkpoint import Checkpoint
 from detent.pack.header import Life
 from detent.pack.loading import Rename, names_in_model, same_bits
-from detent.parameters import canonical_name, refuse_no_model
+from detent.parameters import by_numbers, canonical_name, refuse_no_model
 from detent.plan import Plan
 from detent.recipe import Recipe, refuse_no_recipe
 from detent.specs import short
@@ -315,6 +315,7 @@ def _encoded(
 def skeleton(weights: Checkpoint) -> nn.Module:
     """A module with the names, shapes and dtypes of a state dict, on the meta device: no weight is kept.
 
+    Names come in alphabetical order, numbers in theirs.
     A state dict does not say which convolutions are transposed or which 2-D tensors are buffers; BatchNorm's running
     statistics are known by their names.
 
@@ -322,7 +323,8 @@ def skeleton(weights: Checkpoint) -> nn.Module:
         ValueError: a file that is no state dict.
     """
     root = nn.Module()
-    for name, shape in weights.shapes.items():
+    for name in sorted(weights.shapes, key=by_numbers):
+        shape = weights.shapes[name]
         try:
             _hang(root, name, torch.empty(shape, dtype=DTYPES[weights.dtypes[name]], device="meta"))
         except KeyError as error:
@@ -382,8 +384,8 @@ def guesses(plan: Plan) -> list[str]:
     ranked = [claim.name for claim in plan.claims if len(claim.layout.shape) > 1]
     if used and ranked:
         said.append(
-            f"A state dict keeps its names in alphabetical order, so @first is {ranked[0]} and @last is {ranked[-1]}; "
-            "if that is wrong, name them in the recipe or give --model."
+            f"A state dict keeps no order, so that of names and their numbers must do: @first is {ranked[0]} and "
+            f"@last is {ranked[-1]}; if that is wrong, name them in the recipe or give --model."
         )
     return said
 

@@ -14,7 +14,15 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from detent.grouping import Layout
 
-__all__ = ["Parameter", "canonical_name", "census", "named_parameters", "own_name", "refuse_no_model"]
+__all__ = [
+    "Parameter",
+    "by_numbers",
+    "canonical_name",
+    "census",
+    "named_parameters",
+    "own_name",
+    "refuse_no_model",
+]
 
 _WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _BIASES = {"bias", "biases"}
@@ -54,6 +62,16 @@ def canonical_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def by_numbers(name: str) -> list[str | int]:
+    """A key that sorts names by the numbers in them, as the layers of a model run.
+
+    Example:
+        >>> sorted(["12.weight", "7.weight"], key=by_numbers)
+        ['7.weight', '12.weight']
+    """
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))]
+
+
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by canonical name, tied ones under each of their names."""
     return {canonical_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
@@ -80,7 +98,8 @@ class Parameter:
         dtype: its dtype.
         passed_over: why rules pass over it unless `include=` names it; empty if they do not.
         owner: the module whose weight or bias it is.
-        kind: class name of a module whose axes are known; empty where the axes are assumed.
+        kind: class name of a module whose axes are known; empty where they are told by a bias, or assumed.
+        told: whether the length of a bias tells its axes.
         order: place among all names of the model's parameters, of its last name where it is tied.
         frozen: whether it requires no gradient.
         pruned: name of the mask that `torch.nn.utils.prune` multiplies it with; empty for none.
@@ -94,6 +113,7 @@ class Parameter:
     passed_over: str
     owner: nn.Module
     kind: str
+    told: bool
     order: int
     frozen: bool
     pruned: str
@@ -108,6 +128,17 @@ class Parameter:
     def is_layer(self) -> bool:
         """Whether it is the weight of a layer, and no position embedding or class token of the model's own."""
         return not self.passed_over and (bool(self.kind) or "weight" in own_name(self.name))
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether its module is a subclass of a layer of torch, which may use its weight the other way round."""
+        outside = type(self.owner).__module__.partition(".")[0] != "torch"
+        return outside and isinstance(self.owner, (_CONVOLUTIONS, *_ROWS))
+
+    @property
+    def is_assumed(self) -> bool:
+        """Whether nothing says which of its axes are the outputs."""
+        return not self.kind and not self.told and len(self.layout.shape) > 1
 
     @property
     def is_weight(self) -> bool:
@@ -142,6 +173,7 @@ def census(model: nn.Module) -> Iterator[Parameter]:
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"{first!r} has no shape yet (a lazy module); run one batch through the model first")
         layout, kind = _layout_of(own_name(first), parameter, layer)
+        outputs = _outputs_by_bias(own_name(first), parameter, layer)
         mask = f"{own.removesuffix('_orig')}_mask"
         yield Parameter(
             name=first,
@@ -151,6 +183,7 @@ def census(model: nn.Module) -> Iterator[Parameter]:
             passed_over=_passed_over(first, own, parameter, layer, module, kind),
             owner=layer,
             kind=kind,
+            told=outputs is not None,
             order=order[key],
             frozen=not parameter.requires_grad,
             pruned=mask if own.endswith("_orig") and mask in module._buffers else "",
@@ -172,10 +205,11 @@ def own_name(name: str) -> str:
 def _layout_of(own: str, parameter: nn.Parameter, owner: nn.Module) -> tuple[Layout, str]:
     """The axes of a parameter, and the class that they are known from; no class where they are assumed."""
     shape, kind = tuple(parameter.shape), type(owner).__name__
-    if isinstance(owner, _CONVOLUTIONS):
+    trusted = len(shape) < 2 or _is_of_torch(own, shape, owner)
+    if isinstance(owner, _CONVOLUTIONS) and trusted:
         turned = owner.transposed and len(shape) >= 3
         return Layout(shape=shape, channel_dim=int(turned), conv_groups=owner.groups if turned else 1), kind
-    if len(shape) < 2 or isinstance(owner, (*_ROWS, *_NORMS)):
+    if len(shape) < 2 or (isinstance(owner, (*_ROWS, *_NORMS)) and trusted):
         return Layout(shape=shape), kind
     known = _KNOWN.get(kind)
     # Experts of transformers 5: `use_experts_implementation` tells how their tensors lie.
@@ -184,15 +218,40 @@ def _layout_of(own: str, parameter: nn.Parameter, owner: nn.Module) -> tuple[Lay
         known = (2 if transposed else 1, (0,))
     if known is not None and len(shape) == len(known[1]) + 2:
         return Layout(shape=shape, channel_dim=known[0], batch_axes=known[1]), kind
-    bias = owner._parameters.get("bias") if own == "weight" else None
-    if len(shape) == 2 and bias is not None and tuple(bias.shape) == shape[1:] != shape[:1]:
-        return Layout(shape=shape, channel_dim=1), ""  # as many biases as outputs
+    outputs = _outputs_by_bias(own, parameter, owner)
+    if outputs is not None:
+        return Layout(shape=shape, channel_dim=outputs), ""
     if shape[0] == 1 and len(shape) > 2:  # a table of positions with an axis for the batch
         ones = next((i for i, length in enumerate(shape[:-2]) if length > 1), len(shape) - 2)
         return Layout(shape=shape, channel_dim=ones, batch_axes=tuple(range(ones))), ""
     if len(shape) == 3 and own != "weight":  # matrices for `bmm`, as those of experts
         return Layout(shape=shape, channel_dim=1, batch_axes=(0,)), ""
     return Layout(shape=shape), ""
+
+
+def _is_of_torch(own: str, shape: tuple[int, ...], owner: nn.Module) -> bool:
+    """Whether a weight lies as torch's own class of its module has it: a subclass may keep it the other way round."""
+    if isinstance(owner, nn.Linear):
+        expected = (owner.out_features, owner.in_features)
+    elif isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+        expected = (owner.num_embeddings, owner.embedding_dim)
+    elif isinstance(owner, _CONVOLUTIONS):
+        channels = (
+            (owner.in_channels, owner.out_channels) if owner.transposed else (owner.out_channels, owner.in_channels)
+        )
+        expected = (channels[0], channels[1] // owner.groups, *owner.kernel_size)
+    else:
+        return True
+    return shape == expected
+
+
+def _outputs_by_bias(own: str, parameter: nn.Parameter, owner: nn.Module) -> int | None:
+    """The axis of a matrix that alone is as long as the bias beside it; none where that tells nothing."""
+    bias = owner._parameters.get("bias") if own == "weight" else None
+    if parameter.dim() != 2 or bias is None or bias.dim() != 1:
+        return None
+    fits = [axis for axis, length in enumerate(parameter.shape) if length == len(bias)]
+    return fits[0] if len(fits) == 1 else None
 
 
 def _get(module: nn.Module, name: str) -> Any:

@@ -94,6 +94,7 @@ class Plan:
     def left(self, share: float = _MUCH) -> str:
         """Which tensors that no rule keeps on purpose hold more than a share of all weights, by name; empty if none.
 
+        All of two axes or more count, whatever their reason: what is taken for a bias may hold most of a model.
         Tensors whose names differ in their numbers alone count together, as those of the layers of a transformer.
 
         Args:
@@ -102,7 +103,8 @@ class Plan:
         total = sum(claim.layout.numel for claim in self.claims)
         alike: dict[tuple[str, str], list[Claim]] = {}
         for claim in self.claims:
-            if not claim.claimed and claim.is_weight and not claim.reason.startswith(_KEPT):
+            wide = claim.dtype.is_floating_point and len(claim.layout.shape) > 1
+            if wide and not claim.claimed and not claim.reason.startswith(_KEPT):
                 alike.setdefault((re.sub(r"\d+", "#", claim.name), claim.reason), []).append(claim)
         parts = []
         for (_, reason), claims in alike.items():
@@ -348,7 +350,9 @@ def _decide(
             hit = p.name in special[rule.match] or (named and p.name in special.get(f"beside {rule.match}", ()))
         else:
             hit = any(map(match.search, names))
-        if not hit:
+        # "@weights" means every weight: what it does not take for one is passed over, and says why.
+        aside = rule.match == "@weights" and not rule.keep and len(p.layout.shape) > 1 and bool(p.passed_over)
+        if not (hit or aside):
             continue
         matched[i] += 1
         if decided is not None:
@@ -405,7 +409,7 @@ def _placed(p: Parameter, rule: Rule, called: str) -> Layout:
     said = f"axis={rule.axis}, batch_axes={rule.batch_axes}"
     if max(axis, *batch, 0) >= len(p.layout.shape) or axis in batch:
         raise ValueError(f"{p.name!r} claimed by {called}: {said} does not fit its shape {p.layout.shape}")
-    if p.kind and (axis, batch) != (p.layout.channel_dim, p.layout.batch_axes):
+    if p.kind and not p.is_derived and (axis, batch) != (p.layout.channel_dim, p.layout.batch_axes):
         raise ValueError(
             f"{p.name!r} claimed by {called}: {said}, but the outputs of {p.kind} are on axis {p.layout.channel_dim}"
             + (f", stacked on {p.layout.batch_axes}" if p.layout.batch_axes else "")
@@ -416,7 +420,7 @@ def _placed(p: Parameter, rule: Rule, called: str) -> Layout:
 def _note(p: Parameter, layout: Layout, rule: Rule) -> str:
     """What a reader of the plan would not expect of a claimed tensor."""
     said = []
-    assumed = not p.kind and rule.axis is None and (len(layout.shape) > 2 or not p.is_layer)
+    assumed = p.is_assumed and rule.axis is None
     expected = isinstance(p.owner, nn.modules.conv._ConvNd)  # transposed or not, torch's own pages say it
     if assumed or not (expected or layout.is_row_major) or layout.batch_axes:
         said.append(channels_of(layout) + (" (assumed; axis= and batch_axes= say otherwise)" if assumed else ""))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 from typing import Any, get_args, get_type_hints
 
 import pydantic
@@ -181,7 +182,19 @@ def build(cls: type, values: Any, where: str) -> Any:
 
 
 def nearest(word: str, known: Any) -> str:
-    """A question for a misspelt word, or nothing."""
-    begun = [name for name in known if len(word) > 1 and name.startswith(word)]
-    near = begun or difflib.get_close_matches(word, list(known), 1, 0.5)
+    """A question for a misspelt word, or nothing; for a number that is not there, the numbers that are.
+
+    Example:
+        >>> nearest("grid-w5", ["grid-w4", "grid-w6", "other"]), nearest("OTHER", ["grid-w4", "other"])
+        ("; did you mean 'grid-w4' or 'grid-w6'?", "; did you mean 'other'?")
+    """
+    plain = word.casefold()
+    if same := [name for name in known if name.casefold() == plain]:
+        return f"; did you mean {same[0]!r}?"
+    kin = [name for name in known if re.sub(r"\d+", "#", name.casefold()) == re.sub(r"\d+", "#", plain)]
+    if kin:
+        *most, last = map(repr, kin)
+        return f"; did you mean {', '.join(most)} or {last}?" if most else f"; did you mean {last}?"
+    begun = [name for name in known if len(word) > 1 and name.casefold().startswith(plain)]
+    near = begun or difflib.get_close_matches(plain, list(known), 1, 0.5)
     return f"; did you mean {near[0]!r}?" if near else ""

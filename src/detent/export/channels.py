@@ -406,19 +406,22 @@ class ChannelGraph:
                 rows, columns = int((~live.any(dim=1)).sum()), int((~live.any(dim=0)).sum())
                 if rows or columns:
                     counts = f"{rows} of {live.shape[0]} rows and {columns} of {live.shape[1]} columns"
-                    why = called.get(name) or self._outside(name)
                     full = f"{name}.{own}" if name else own
+                    why = called.get(name) or self._outside(name, full)
                     lines.append(f"{full}: {counts} of zeros stay: {why}")
         return (*grouped(self._stuck), *lines)
 
-    def _outside(self, name: str) -> str:
-        """Why a module is no node of the graph."""
+    def _outside(self, name: str, full: str) -> str:
+        """Why a parameter is no weight of a node of the graph."""
         within = [str(node.target) for node in self.nodes if node.op == "call_module"]
         within = [whole for whole in within if name.startswith(f"{whole}.")]
-        used = any(node.op == "get_attr" and str(node.target).startswith(f"{name}.") for node in self.nodes)
         if within:
             return f"it is part of {within[0]!r} ({type(self.modules[within[0]]).__name__}), which is not understood"
-        return "a function reads its weights" if used else "the example's call does not reach it"
+        reads = [node for node in self.nodes if node.op == "get_attr" and str(node.target) == full]
+        readers = [user for node in reads for user in node.users]
+        if readers:
+            return f"{self.linker.called(readers[0])} reads it, which is not understood"
+        return "the example's call does not reach it"
 
     # Removing .......................................................................................................
 
