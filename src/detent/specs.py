@@ -196,5 +196,6 @@ def nearest(word: str, known: Any) -> str:
         *most, last = map(repr, kin)
         return f"; did you mean {', '.join(most)} or {last}?" if most else f"; did you mean {last}?"
     begun = [name for name in known if len(word) > 1 and name.casefold().startswith(plain)]
-    near = begun or difflib.get_close_matches(plain, list(known), 1, 0.5)
+    folded = {name.casefold(): name for name in known}
+    near = begun or [folded[each] for each in difflib.get_close_matches(plain, list(folded), 1, 0.5)]
     return f"; did you mean {near[0]!r}?" if near else ""
