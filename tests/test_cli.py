@@ -827,7 +827,9 @@ def test_what_is_no_file_of_ours_is_called_so(tmp_path: Path) -> None:
         sentence = refused(call(command, code), 2)
         assert sentence == f"detent: {code}: is damaged or neither a Detent nor a safetensors file"
     save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
-    assert "is a safetensors file without a Detent header" in refused(call("inspect", tmp_path / "a.safetensors"), 2)
+    sentence = refused(call("inspect", tmp_path / "a.safetensors"), 2)
+    assert "is a safetensors file without a Detent header" in sentence
+    assert "`detent compress` makes a Detent file of it, safetensors.torch.load_file reads it" in sentence
 
 
 def test_reading_a_whole_file_shows_how_far_it_is(file: Path, watched: dict[str, list[int]]) -> None:
@@ -863,7 +865,9 @@ def test_a_wrong_unpack_is_refused(file: Path) -> None:
     assert plain.read_bytes() == before
     alone = file.with_name("alone.detent")
     save(dt.compress(Net(), Recipe.preset("psg-w4")), alone, "compressed")
-    assert "holds only the compressed life" in refused(call("unpack", alone, "--life", "full"), 2)
+    sentence = refused(call("unpack", alone, "--life", "full"), 2)
+    assert "holds only the compressed life; give --life compressed" in sentence
+    assert "detent compress --life both" in sentence and "life=" not in sentence
 
 
 def test_the_card_in_three_forms(file: Path) -> None:
@@ -1134,6 +1138,16 @@ def test_wrong_flags_of_an_onnx_export_are_refused_in_one_sentence(
 ) -> None:
     assert words in refused(call("export", file, "--model", f"{HERE}:Net", "--input", "1,3,9,9", *flags), 2)
     assert not file.with_suffix(".onnx").exists()
+
+
+def test_advice_for_python_alone_is_called_so(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fixed(*_: Any, **__: Any) -> None:
+        raise ValueError("the graph fixes the batch at 2; export with dynamic_batch=False, or mend the model")
+
+    monkeypatch.setattr(cli_work, "to_onnx", fixed)
+    monkeypatch.setattr(cli_work, "_try", lambda *_: None)
+    sentence = refused(call("export", file, "--model", f"{HERE}:Net", "--input", "1,3,9,9"), 2)
+    assert "no option for that: in Python, detent.export.to_onnx(..., dynamic_batch=False)" in sentence
 
 
 @pytest.mark.parametrize(

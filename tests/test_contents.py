@@ -88,6 +88,7 @@ LOST: list[tuple[str, Callable[[], nn.Module], str, str]] = [
     ("complex128", buffered(torch.ones(2, dtype=torch.complex128)), "odd", "persistent=False"),
     ("e8m0", buffered(torch.ones(2).to(torch.float8_e4m3fnuz)), "odd", "persistent=False"),
     ("sparse", buffered(torch.eye(2).to_sparse()), "odd", "persistent=False"),
+    ("expanded", buffered(torch.randn(1, 4).expand(3, 4)), "odd", r"\.contiguous\(\)"),
 ]
 
 
@@ -117,6 +118,16 @@ def test_what_a_file_cannot_hold_is_refused_before_training(
         assert dt.load(path, net, strict=False).missing == (name,)
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_an_expanded_buffer_that_repeats_nothing_is_saved_and_loaded(tmp_path: Path) -> None:
+    """The position_ids of transformers' models; and, with the way out taken, a buffer that did repeat its memory."""
+    for value in (torch.arange(5).expand(1, -1), torch.randn(1, 4).expand(3, 4).contiguous()):
+        net = buffered(value)()
+        dt.save(dt.compress(net, RECIPE), tmp_path / "f.detent")
+        twin = buffered(torch.zeros_like(value))()
+        dt.load(tmp_path / "f.detent", twin)
+        assert torch.equal(twin.get_buffer("odd"), value)
 
 
 def test_packed_weights_of_torch_s_own_quantization_are_refused() -> None:

@@ -1335,9 +1335,20 @@ def test_no_state_is_saved_inside_the_compressed_life() -> None:
         save()
 
 
+def test_steps_beyond_the_length_that_was_given_are_said_once() -> None:
+    model = net()
+    optimizer = sgd(model)
+    run = dt.attach(model, optimizer, recipe(), total_steps=2)
+    train(model, optimizer, range(2))
+    words = r"step 3 is beyond total_steps=2, which counts the calls of SGD\.step\(\) in the whole training"
+    with pytest.warns(UserWarning, match=words) as said:
+        train(model, optimizer, range(2, 5))
+    assert len(said) == 1 and run.clock == 5
+
+
 def test_a_moment_without_a_length_of_training_names_the_mechanisms_field() -> None:
     model = net()
-    with pytest.raises(ValueError, match=r"PSG\.eps: Linear\.end=0\.8 is a fraction of training"):
+    with pytest.raises(ValueError, match=r"^pass total_steps= .*: Linear\.end=0\.8 is a fraction of it.*\(PSG\.eps\)"):
         dt.attach(model, sgd(model), recipe())
 
 

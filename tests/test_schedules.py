@@ -67,7 +67,7 @@ def test_moments(moment, total, step) -> None:
         (1.5, 10, r"start=1.5: a fraction of training must lie in \[0, 1\]"),
         (-0.5, 10, r"must lie in \[0, 1\]"),
         (math.nan, 10, r"must lie in \[0, 1\]"),
-        (0.5, None, "pass total_steps= to attach"),
+        (0.5, None, r"^pass total_steps= \(calls of optimizer.step\(\) in the whole training\) to attach: start=0.5"),
     ],
 )
 def test_moments_that_mean_nothing(moment, total, says) -> None:

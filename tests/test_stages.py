@@ -388,7 +388,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a stage that is none": (lambda: dt.Recipe(stages=[prune(0.5)]), "must be a Stage, not Rule"),  # type: ignore[list-item]
     "both": (lambda: dt.Recipe([prune(0.5)], stages=[ONE]), "give one of them"),
     "too little": (lambda: dt.Recipe(stages=[dt.Stage(share=0.5, rules=[prune(0.5)])]), "add up to 0.5, not to 1"),
-    "no length": (lambda: _attach(None), "needs attach(total_steps=...)"),
+    "no length": (lambda: _attach(None), "the stages of a recipe get their shares of it"),
     "too short": (lambda: _attach(2), "gets no step of attach(total_steps=2)"),
     "yaml: both": (lambda: dt.Recipe.from_yaml("rules: []\nstages: []"), "the one key 'rules'"),
     "yaml: unknown key": (

@@ -182,3 +182,57 @@ def test_an_empty_model_is_refused_where_its_weights_are_wanted() -> None:
     run = dt.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), recipe, total_steps=4)
     with pytest.raises(ValueError, match="'weight' is on the meta device"):
         run.measure()
+
+
+LATENTS = {
+    "ste": dt.STE(),
+    "relaxed": dt.BinaryRelax(),
+    "mirror": dt.MirrorDescent(),
+    "codebook": dt.CodebookLearning(),
+}
+
+
+@pytest.mark.parametrize("name", LATENTS)
+@pytest.mark.parametrize("size", [8, 200])
+def test_a_clip_through_data_that_the_step_would_undo_is_refused(name: str, size: int) -> None:
+    """As the critic of a WGAN clips: the step puts the latent, which the clip did not reach, in the weight's place."""
+    mechanism = LATENTS[name]
+    target = cases.TARGETS["vectors"] if name == "codebook" else dt.Uniform(bits=2)
+    model, optimizer, run = attached(mechanism, size, target)
+    step(model, optimizer)
+    step(model, optimizer)
+    own = model.weight.detach().clone()
+    model.weight.data.clamp_(-1e-3, 1e-3)
+    with pytest.raises(RuntimeError, match="'weight' was written by someone else since attach or the last step"):
+        step(model, optimizer)
+    assert run.clock == 2
+    model.weight.data.copy_(own)  # what is put back as it was is no write
+    step(model, optimizer)
+    assert run.clock == 3
+
+
+@pytest.mark.parametrize("name", ["psg", "ste"])
+def test_a_clip_through_data_counts_where_no_latent_stands_in_the_weights_place(name: str) -> None:
+    """Under PSG the clipped weights are what the step moves; so they are under STE before it begins."""
+    ends = []
+    mechanism = dt.STE(start=8) if name == "ste" else cases.MECHANISMS[name]
+    for clips in (False, True):
+        model, optimizer, run = attached(mechanism, target=dt.Uniform(bits=4))
+        step(model, optimizer)
+        optimizer.zero_grad()
+        if clips:
+            model.weight.data.clamp_(-0.05, 0.05)
+        optimizer.step()  # without a gradient the weights stay
+        ends.append(model.weight.detach().clone())
+        assert run.clock == 2
+    assert torch.equal(ends[1], ends[0].clamp(-0.05, 0.05)) and not torch.equal(*ends)
+
+
+def test_another_order_in_memory_is_no_write() -> None:
+    w = torch.randn(64, 32, 3, 3)
+    for given in (w, w.to(memory_format=torch.channels_last)):
+        for whole in (True, False):
+            seal = sealed(given, whole=whole)
+            assert seal is not None
+            assert seal.holds(w) and seal.holds(w.to(memory_format=torch.channels_last))
+            assert not seal.holds(-w)

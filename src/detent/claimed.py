@@ -132,6 +132,14 @@ class Entry:
         """
         return self.version in (-1, _version_of(self.param)) or self.holds()
 
+    @property
+    def is_ours_in_step(self) -> bool:
+        """The same before a step, in which the weight may be replaced by a memory: what was written would be undone.
+
+        There a write that moved no count is looked for too; elsewhere such a write is what training goes on from.
+        """
+        return self.holds() if self.is_replaced else self.is_ours
+
     def holds(self) -> bool:
         """Whether the weight is bitwise what it was when the engine last wrote it, whatever was written meanwhile."""
         if self.seal is None:
@@ -202,9 +210,14 @@ class Entry:
         return moves is not None and self.param.dtype != compute_dtype(self.param.dtype)
 
     @property
+    def is_replaced(self) -> bool:
+        """Whether the optimizer moves a memory in place of the weight now."""
+        return self.rule.mechanism is not None and self.rule.mechanism.moves in self.state
+
+    @property
     def is_wide(self) -> bool:
         """Whether the optimizer moves a float32 memory in place of this half-precision weight now."""
-        return self.is_narrow and self.mechanism.moves in self.state
+        return self.is_narrow and self.is_replaced
 
     @property
     def moved(self) -> Tensor:
@@ -288,7 +301,7 @@ class Entry:
                 try:
                     value(0, total_steps)
                 except ValueError as error:
-                    raise ValueError(f"{type(self.mechanism).__name__}.{name}: {error}") from None
+                    raise ValueError(f"{error} ({type(self.mechanism).__name__}.{name})") from None
         self.cadence(total_steps)  # after the mechanism, which may be where the moment comes from and can name it
         last = self.mechanism.mapping(self.target, clock)
         if total_steps is not None and last is not None and last[0] > total_steps:

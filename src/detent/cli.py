@@ -499,6 +499,11 @@ def unpack(
         with Reader(file) as opened, _watched() as watch:  # first: another kind of file is at fault before its name is
             if life not in ("full", "compressed"):
                 raise ValueError(f"--life {life}: must be full or compressed")
+            if life == "full" and opened.header.life == "compressed":
+                raise ValueError(
+                    f"--life full: {file} holds only the compressed life; give --life compressed, or write the file "
+                    "anew with both (detent compress --life both)"
+                )
             bound = None if shard_size is None else bytes_in(shard_size)
             plain = out or file.with_suffix("" if bound else ".safetensors")
             # A folder of shards is never named file by file.

@@ -202,6 +202,7 @@ def bench_of(data: str) -> Bench:
     )
 
 
+_PYTHON_ONLY = ("dynamic_batch=False", "check=False")  # what `to_onnx` advises and `detent export` has no option for
 _SCALED = "pixels scaled by the training split's mean and deviation"
 
 
@@ -395,15 +396,22 @@ def _export_onnx(file: Path, model: str, path: Path, options: OnnxOptions, watch
     advance()
     example = _example(sizes_of_input, settings, images)
     _try(net, example, options.shape)
-    said = to_onnx(
-        net,
-        path,
-        example,
-        codes=file,
-        fold_batchnorm=options.batchnorm == "fold",
-        activations=settings,
-        calibration=None if images is None else images.batches,
-    )
+    try:
+        said = to_onnx(
+            net,
+            path,
+            example,
+            codes=file,
+            fold_batchnorm=options.batchnorm == "fold",
+            activations=settings,
+            calibration=None if images is None else images.batches,
+        )
+    except (ValueError, RuntimeError) as error:
+        if not (named := next((word for word in _PYTHON_ONLY if word in str(error)), None)):
+            raise
+        raise ValueError(
+            f"{error} (this command has no option for that: in Python, detent.export.to_onnx(..., {named}))"
+        ) from error
     advance()
     forms = ", ".join(Counter(row.form for row in said.tensors if row.target))
     rounded = "" if settings is None else f", activations in {settings.bits} bits"

@@ -191,6 +191,11 @@ def unfit(tensor: Tensor) -> Unsavable | None:
         return _NO_DATA
     if tensor.layout != torch.strided or tensor.is_quantized:
         return Unsavable(f"is not a dense tensor ({tensor.layout})", f"make it dense {_DROP}")
+    if any(step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True)):
+        # Also torch's own load_state_dict fails in such a place.
+        return Unsavable(
+            "repeats its memory (an expanded tensor)", f"make it .contiguous() before registering it {_DROP}"
+        )
     if tensor.dtype not in _STORABLE:
         return Unsavable(f"is {tensor.dtype}", f"convert it {_DROP}")
     return None

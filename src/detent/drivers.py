@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -49,6 +50,7 @@ class Driver:
     begun: list[tuple[Entry, int]] = field(default_factory=list)
     nested: int = 0
     checked_copies: bool = False
+    warned_beyond: bool = False
     handles: list[Any] = field(default_factory=list)
     undo: list[tuple[Driver, int, list[tuple[Entry, Held]]]] = field(default_factory=list)
     spent: dict[str, tuple[Any, int, dict[str, Tensor]]] = field(default_factory=dict)
@@ -197,9 +199,22 @@ class Driver:
 
     def begin(self, drivers: list[Driver]) -> None:
         """A step begins: remember what it may change besides weights, of all optimizers, as some fits are shared."""
+        self._warn_beyond(drivers)
         self.undo = [(each, each.step, [(e, e.held()) for e in each.standing]) for each in drivers]
         self.slots, self.copies, self.begun, self.landed, self.fitted = [], [], [], set(), None
         self.pending = True
+
+    def _warn_beyond(self, drivers: list[Driver]) -> None:
+        """Say once a run that training goes on beyond its end: it may, but a length that was misjudged looks alike."""
+        if self.total_steps is None or self.step < self.total_steps or any(each.warned_beyond for each in drivers):
+            return
+        self.warned_beyond = True
+        warnings.warn(
+            f"step {self.step + 1} is beyond total_steps={self.total_steps}, which counts the calls of "
+            f"{type(self.optimizer).__name__}.step() in the whole training: whatever the recipe says in fractions of "
+            "training has come to its end, and stays as it is",
+            stacklevel=2,
+        )
 
     def end(self, ticks: int = 0) -> None:
         """A step is over, or nobody asks for it any more."""

@@ -414,7 +414,7 @@ class Run(Resumable):
         driver.skip = not idle and optimizers.only_makes_state(driver.optimizer, driver.params, fresh=driver.step == 0)
         if driver.skip:
             # A step at rate 0 still writes (w += 0): only what nobody else had written before it stays ours.
-            driver.clean = [entry for entry in driver.standing if entry.is_ours]
+            driver.clean = [entry for entry in driver.standing if entry.is_ours_in_step]
             if driver.holds_all:  # no gradient comes to tensors that the model has let go of
                 guards.refuse_replaced(self.model, driver.standing, attached=True)
             driver.stand_ins.make(driver.entries)

@@ -27,13 +27,14 @@ def refuse_foreign_writes(entries: list[Entry], *, contents: bool = False, over:
 
     Args:
         entries: the weights.
-        contents: compare what they hold also where no write was counted (writes through `.data` are not).
+        contents: compare what they hold also where no write was counted (writes through `.data` are not). Else, before
+            a step, only where that would undo the write.
         over: what the run is if it does not follow training: "made" without an optimizer, or "detached".
 
     Raises:
         RuntimeError: on every process, naming the parameter on those that hold what was written.
     """
-    bad = next((entry for entry in entries if not (entry.holds() if contents else entry.is_ours)), None)
+    bad = next((entry for entry in entries if not (entry.holds() if contents else entry.is_ours_in_step)), None)
     if not sharding.anywhere(bad is not None, [entry.param for entry in entries]):
         for entry in entries:
             entry.keep(whole=contents)

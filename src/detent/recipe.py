@@ -250,7 +250,10 @@ class Recipe:
         if not self.stages:
             return [(0, None)]
         if total_steps is None:
-            raise ValueError("a recipe with stages needs attach(total_steps=...), of which they get their shares")
+            raise ValueError(
+                "pass total_steps= (calls of optimizer.step() in the whole training) to attach: "
+                "the stages of a recipe get their shares of it"
+            )
         ends = [
             round(total_steps * sum(stage.share for stage in self.stages[: i + 1])) for i in range(len(self.stages))
         ]

@@ -110,7 +110,10 @@ def step_at(moment: Moment, total_steps: int | None, field: str) -> int:
     if total_steps is None:
         if moment == 0.0:
             return 0
-        raise ValueError(f"{field}={moment} is a fraction of training: pass total_steps= to attach, or an int step")
+        raise ValueError(
+            "pass total_steps= (calls of optimizer.step() in the whole training) to attach: "
+            f"{field}={moment} is a fraction of it; or give that as an int, a step number"
+        )
     return round(moment * total_steps)
 
 

@@ -25,10 +25,11 @@ class Seal:
 
     is_whole: bool
     bits: Tensor
+    order: torch.memory_format = torch.contiguous_format
 
     def holds(self, w: Tensor) -> bool:
         """Whether the weights are bitwise what they were, as far as was looked."""
-        now = sharding.row_sums(w) if self.is_whole else _sample(w)
+        now = sharding.row_sums(w) if self.is_whole else _sample(w.contiguous(memory_format=self.order))
         return now.shape == self.bits.shape and torch.equal(now.to(self.bits.device), self.bits)
 
 
@@ -36,7 +37,10 @@ def sealed(w: Tensor, *, whole: bool) -> Seal | None:
     """What a weight holds now; `None` for one on the meta device."""
     if w.is_meta:
         return None
-    return Seal(is_whole=True, bits=sharding.row_sums(w)) if whole else Seal(is_whole=False, bits=_sample(w))
+    if whole:
+        return Seal(is_whole=True, bits=sharding.row_sums(w))
+    last = w.dim() == 4 and not w.is_contiguous() and w.is_contiguous(memory_format=torch.channels_last)
+    return Seal(is_whole=False, bits=_sample(w), order=torch.channels_last if last else torch.contiguous_format)
 
 
 def _sample(w: Tensor) -> Tensor:

@@ -296,7 +296,10 @@ def round_steps(begin: int, every: Moment | None, rounds: int, total_steps: int 
     """
     if every is None:
         if total_steps is None:
-            raise ValueError(f"{who}: pass total_steps= to attach, or the steps between rounds as an int")
+            raise ValueError(
+                "pass total_steps= (calls of optimizer.step() in the whole training) to attach: "
+                f"{who} shares it among its rounds; or give the steps between rounds as an int"
+            )
         left = total_steps - begin
         if 0 < left < rounds:
             raise ValueError(

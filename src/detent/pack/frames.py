@@ -245,7 +245,10 @@ def _read_safetensors(path: str, mapped: mmap.mmap) -> tuple[Head, list[int]]:
         why = of_torch(mapped[:4]) or why
         raise FormatError(f"{path}: is damaged or neither a Detent nor a safetensors file{why}") from None
     if "detent" not in metadata:
-        raise FormatError(f"{path}: is a safetensors file without a Detent header")
+        raise FormatError(
+            f"{path}: is a safetensors file without a Detent header, that is, plain weights; `detent compress` makes a "
+            "Detent file of it, safetensors.torch.load_file reads it"
+        )
     _check_version(path, metadata["detent"])
     try:
         header = base64.b64decode(metadata.get("header", ""), validate=True)
