@@ -365,7 +365,7 @@ def test_periodic_rate() -> None:
         ),
         (lambda: dt.periodic_rate(dt.Recipe.preset("kq"), _sgd(), total=9), "must be a torch.optim.Optimizer, not Rec"),  # type: ignore[arg-type]
         (lambda: dt.residuals(nn.Linear(2, 2)), "residuals(run=...): must be the run that attach gave, not Linear"),
-        (lambda: _attach(dt.ADMM(until=0.5, every=3), None), "ADMM.until=0.5 is a fraction of training: pass"),
+        (lambda: _attach(dt.ADMM(until=0.5, every=3), None), "to attach: ADMM.until=0.5 is a fraction of it"),
         (lambda: dt.periodic_rate(_sgd(), 5, until=0.5, total=9), "until=0.5): must be a whole"),  # type: ignore[arg-type]
         (lambda: dt.periodic_rate(_sgd(), 5, until=-1, total=9), "until=-1): must be a whole number >= 0"),
         (lambda: dt.periodic_rate(_sgd(), 5, total=0), "total=0): must be a whole number >= 1"),

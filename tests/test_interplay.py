@@ -107,7 +107,7 @@ def test_targets_in_a_tuple_survive_yaml() -> None:
 def test_a_period_in_fractions_of_an_unknown_training_is_found_at_once() -> None:
     model = net()
     rule = dt.Rule(match="weight", target=dt.TopK(keep=0.2), mechanism=dt.ADMM(until=None, start=5))
-    with pytest.raises(ValueError, match=r"ADMM\.every=0\.05 is a fraction of training"):
+    with pytest.raises(ValueError, match=r"ADMM\.every=0\.05 is a fraction of it"):
         dt.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), dt.Recipe([rule]))
 
 
