@@ -1104,10 +1104,10 @@ def test_only_abandoned_temporary_files_of_this_file_are_removed(tmp_path: Path)
 
 
 def test_many_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
-    run = small_run()
+    runs = [small_run() for _ in range(4)]  # one a thread: a run is one thread's
     failures: list[BaseException] = []
 
-    def work() -> None:
+    def work(run: dt.Run) -> None:
         try:
             for _ in range(5):
                 dt.save(run, tmp_path / "f")
@@ -1115,7 +1115,7 @@ def test_many_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=work, args=(run,)) for run in runs]
     for thread in threads:
         thread.start()
     for thread in threads:

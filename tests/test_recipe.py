@@ -252,6 +252,10 @@ def test_names_are_canonical_through_wrappers(name: str) -> None:
     inside = small_net()
     inside.fc = Wrapper(name, inside.fc)  # type: ignore[assignment]
     assert [claim.name for claim in recipe.resolve(inside).claims] == bare
+    if name == "_fsdp_wrapped_module":  # names are understood, flattened weights are not
+        with pytest.raises(ValueError, match="FSDP1"):
+            dt.compress(wrapped, recipe)
+        return
     run = dt.compress(Wrapper("module", wrapped), recipe)
     assert sorted(run.encoded()) == ["conv1.weight", "fc.weight"]
 
