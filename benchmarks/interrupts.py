@@ -208,7 +208,9 @@ MECHANISMS: dict[str, tuple[dt.Mechanism | None, dt.Target]] = {
 }
 
 
-_NOT_BEGUN = ("in <lambda>", "in _after", "in _end_step", "in land", "in <listcomp>")
+# Lines between torch's step and the first of ours that can be undone; the guard against other threads is among them.
+_GUARD = ("in of", "in doing", "in _at_work", "in _forget_the_dead", "in _one_thread", "in <genexpr>", "in take_back")
+_NOT_BEGUN = ("in <lambda>", "in _after", "in _end_step", "in land", "in <listcomp>", *_GUARD)
 
 
 def broken(make: Make, name: str, place: int) -> tuple[str, str]:

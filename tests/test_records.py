@@ -170,7 +170,17 @@ def test_every_table_stands_in_a_page() -> None:
 
 
 def test_every_record_has_a_table() -> None:
-    shown = {"psg_noise", "strength_zero", "warp", "bytes_on_disk", "step_cost", "demo-psg", "admm_quadratic", "fuzz"}
+    shown = {
+        "psg_noise",
+        "strength_zero",
+        "warp",
+        "bytes_on_disk",
+        "step_cost",
+        "demo-psg",
+        "admm_quadratic",
+        "fuzz",
+        "resume",
+    }
     shown |= {"demo_times", "slim", "hf_llama", "integer", "onnx_resnet32", "training_memory"}
     shown |= {"squeezenet", "lenet_bytes", "layer_bytes", "coding_speed", "mask_models"}
     shown |= {
@@ -329,11 +339,11 @@ def test_noise_in_small() -> None:
 @pytest.mark.parametrize("optimizer", step_cost.OPTIMIZERS)
 @pytest.mark.parametrize("arm", ["PSG, gradient form", "PSG, update form"])
 def test_psg_keeps_nothing_between_steps(optimizer: str, arm: str) -> None:
-    shape = (2, 256, 64)
+    shape = (2, 1024, 1024)
     plain, ours = (step_cost.kept_by(name, optimizer, shape, seed=0) for name in ("plain", arm))
     # The weight, its gradient, the given gradient it is copied from, and one or two moments, four bytes each.
     assert plain == pytest.approx(16 if "SGD" in optimizer else 20, abs=0.01)
-    # Room for the grid's own scale and the clip's limits, nothing that grows with the weights.
+    # Room for the grid's own scale, the clip's limits and a sample of 4,096 weights; nothing that grows with the weights.
     assert ours - plain < 0.02
     assert step_cost.passing_of(arm, optimizer, shape, 0) > step_cost.passing_of("plain", optimizer, shape, 0)
 

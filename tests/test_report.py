@@ -307,6 +307,7 @@ def test_a_run_of_a_file_is_the_file_whatever_a_fresh_fit_would_find(
     with torch.no_grad():
         for entry in run._entries:
             entry.param.data.add_(torch.randn_like(entry.param), alpha=0.1)
+    run._adopt()  # as after a step
     dt.save(run, tmp_path / "x.detent")
     expected = {name: item.decode() for name, item in run.encoded().items()}
     twin = copy.deepcopy(model)
@@ -428,8 +429,10 @@ def test_a_training_that_diverged_has_gaps_and_still_a_report(tmp_path: Path) ->
     history.log(loss=1.0)
     kept = model.out.weight.data[0, 0].clone()
     model.out.weight.data[0, 0] = math.nan
+    run._adopt()  # as after a step
     assert history.log(loss=math.nan).scores == {"loss": None}
     model.out.weight.data[0, 0] = kept
+    run._adopt()
     history.log(loss=math.inf)
     assert history.moments[1].error is None and history.moments[1].layers["out.weight"] is None
     assert history.moments[1].layers["conv.weight"] is not None
