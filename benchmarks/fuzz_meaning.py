@@ -128,7 +128,7 @@ def fields(dice: random.Random, item: Encoded, others: Sequence[Encoded]) -> Enc
     if isinstance(target, dt.SparseLevels):
         part = dice.choice(("sparse", "survivors"))
         target = getattr(target, part)
-    field = dice.choice([f.name for f in dataclasses.fields(target)] or [""])
+    field = dice.choice([f.name for f in dataclasses.fields(target)] or [""])  # type: ignore[arg-type]
     value: Any = dice.choice(
         (*SIZES, 0.1, 0.9, True, False, None, "tensor", "channel", "model", "global", "float16", "bfloat16")
     )

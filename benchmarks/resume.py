@@ -197,7 +197,7 @@ def lightning(name: str, folder: Path) -> tuple[Trained, Trained]:
             return optimizer
 
     def fit(module: Module, steps: int, path: Path | None = None) -> Any:
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = pl.Trainer(
             accelerator="cpu", devices=1, max_steps=steps, enable_model_summary=False, default_root_dir=folder, **quiet
         )
@@ -233,8 +233,9 @@ def trainer(name: str, folder: Path) -> tuple[Trained, Trained]:
 
     class Attached(Trainer):
         def create_optimizer(self, model: Any = None) -> Any:
-            self.optimizer = adamw(self.model)
-            attach(self.model, self.optimizer, name)
+            trained: Any = self.model
+            self.optimizer = adamw(trained)
+            attach(trained, self.optimizer, name)
             return self.optimizer
 
         def get_train_dataloader(self) -> Any:

@@ -127,7 +127,7 @@ def test_latents_are_shown_and_put_back() -> None:
             step(model, optimizer, 1)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), seen, strict=True))
     with pytest.raises(RuntimeError, match=r"written inside run.latents\(\)"), run.latents(), torch.no_grad():
-        model[0].weight.zero_()
+        model.get_parameter("0.weight").zero_()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), seen, strict=True))
 
 

@@ -662,7 +662,7 @@ def test_the_compressed_life_of_a_training_stopped_early_says_so(
     train(model, optimizers, range(steps))
     with run.compressed():
         pass
-    ends = [lambda life=life: dt.save(run, tmp_path / "m.detent", life=life) for life in ("both", "compressed")]
+    ends = [lambda life=life: dt.save(run, tmp_path / "m.detent", life=life) for life in ("both", "compressed")]  # type: ignore[arg-type]
     for end in (*ends, run.finalize):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -188,7 +188,7 @@ def test_the_sentence_says_who_and_what_to_do() -> None:
 def test_two_runs_of_one_model_are_one_work() -> None:
     model, recipe = network(), dt.Recipe([dt.Rule(match="(0|3).weight", target=dt.Uniform(bits=2))])
     first, second = dt.compress(model, recipe), dt.compress(model, recipe)
-    before = model[0].weight.detach().clone()
+    before = model.get_parameter("0.weight").detach().clone()
 
     def work(hold: Callable[[], None]) -> None:
         with first.compressed():
@@ -196,7 +196,7 @@ def test_two_runs_of_one_model_are_one_work() -> None:
 
     with inside(work), pytest.raises(RuntimeError, match=ONLY_ONE):
         second.measure()
-    assert torch.equal(model[0].weight, before)
+    assert torch.equal(model.get_parameter("0.weight"), before)
     assert len(second.measure()) == 2
 
 
@@ -242,7 +242,7 @@ def test_a_step_that_raised_in_a_thread_that_is_over_is_undone_by_the_next_one()
     for each in (it, alone):
         each.step()
     assert it.run.clock == 1
-    assert torch.equal(it.model[0].weight, alone.model[0].weight)
+    assert torch.equal(it.model.get_parameter("0.weight"), alone.model.get_parameter("0.weight"))
 
 
 def test_a_step_that_raised_is_over_once_its_own_thread_goes_on() -> None:
@@ -313,7 +313,7 @@ def test_many_threads_in_compressed_keep_the_full_life() -> None:
     assert sum(entered) >= 1
     assert same(it.weights(), before)
     with it.run.compressed():
-        assert len(it.model[0].weight.unique()) <= 7
+        assert len(it.model.get_parameter("0.weight").unique()) <= 7
 
 
 @pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE()], ids=["psg", "ste"])

@@ -345,7 +345,7 @@ class _Mapped(_Annealed):
         """What a map works in."""
         beta = min(max(beta, _GENTLEST), _SHARPEST)
         spacing, count = slot.target.spacing(slot.params), level_count(slot.target)
-        levels = None
+        levels = scaled = None
         if self.units == "cell" and spacing is not None and count is not None:
             # Whole numbers, the same for all groups: a level is its number times the unit to the last bit.
             back = spacing.to(x) / 2
@@ -358,6 +358,7 @@ class _Mapped(_Annealed):
         unit = torch.where(back > 0, back, 1.0)  # a dead group has one level many times over
         if levels is not None:
             scaled, back = levels / unit.unsqueeze(-1), unit
+        assert scaled is not None
         if self.scale_aware is None:
             return _Frame(scaled=scaled, levels=levels, unit=unit, back=back, beta=beta)
         wider = (beta * unit / self._size(slot, x)).clamp(_GENTLEST, _SHARPEST)

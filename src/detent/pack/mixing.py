@@ -192,7 +192,7 @@ def estimated_bits(mask: np.ndarray) -> float:
     rows, alive = mask.any(axis=(1, 2)), np.asarray(mask.any(axis=0))
     kept = mask[rows]
     ones, width, inner = int(np.count_nonzero(kept)), int(np.count_nonzero(alive)), mask.shape[2]
-    lines = sum(_entropy(np.count_nonzero(line), line.size) for line in (rows, alive))
+    lines = sum(_entropy(np.asarray(np.count_nonzero(line)), line.size) for line in (rows, alive))
     base = _entropy(np.array([ones]), len(kept) * width)
     by_row = _entropy(np.count_nonzero(kept, axis=(1, 2)), width)
     by_column = _entropy(np.count_nonzero(kept, axis=0)[alive], len(kept))
