@@ -20,6 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -388,6 +389,47 @@ def shared_memory() -> str | None:
     return "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 
+class Tally:
+    """What became of damaged files in this process: counts, the first that went wrong, time and memory; with limits."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self._wrong: list[str] = []
+        self._slowest, self._before = 0.0, process_peak()
+        limit_memory()
+
+        def stop(*_: object) -> None:
+            raise Hang(f"more than {SECONDS} s")
+
+        signal.signal(signal.SIGALRM, stop)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """A file is read inside, in limited time."""
+        start = time.process_time()
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        self._slowest = max(self._slowest, time.process_time() - start)
+
+    def add(self, index: int, kind: str, found: str, bad: str) -> None:
+        """Count a file; `bad` says what is wrong with it, if anything is."""
+        if bad:
+            self._wrong.append(f"{index}: {kind}{bad}")
+        self.counts[kind, found] += 1
+
+    def figures(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "counts": [[*key, count] for key, count in sorted(self.counts.items())],
+            "wrong": self._wrong[:20],
+            "slowest_seconds": self._slowest,
+            "grown_bytes": process_peak() - self._before,
+        }
+
+
 def work(seed: int, first: int, past: int) -> dict[str, Any]:
     """Mutations `first` to `past - 1` in this process, with a limit on time and memory."""
     torch.set_num_threads(1)
@@ -402,40 +444,21 @@ def work(seed: int, first: int, past: int) -> dict[str, Any]:
             for life in sample.lives:
                 if outcome(path, sample.data, sample, life, twin, aloof) != "identical" or others(path):
                     raise AssertionError(f"the sound file {sample.name} does not load")
-        before = process_peak()
-        limit_memory()
-        counts: Counter[tuple[str, str]] = Counter()
-        wrong: list[str] = []
-        slowest, sound = 0.0, {sample.data for sample in pool}
-
-        def stop(*_: object) -> None:
-            raise Hang(f"more than {SECONDS} s")
-
-        signal.signal(signal.SIGALRM, stop)
+        tally, sound = Tally(), {sample.data for sample in pool}
         for index in range(first, past):
             kind, sample, life, data = mutated(seed, index, pool)
             if data in sound:  # cut off exactly at the end, or spliced at the start
-                counts[kind, "unchanged"] += 1
+                tally.counts[kind, "unchanged"] += 1
                 continue
-            start = time.process_time()
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
-            try:
+            with tally.timed():
                 found = outcome(path, data, sample, life, twin, aloof)
                 odd = others(path) if index % 4 == 0 else ""
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            slowest = max(slowest, time.process_time() - start)
             fine = ("FormatError", "ValueError", "identical", *(("another file",) if kind in FORGED else ()))
-            if found not in fine or odd:
-                wrong.append(f"{index}: {kind} of {sample.name}, {life}: {found if found not in fine else odd}")
-            counts[kind, found if found in fine else "WRONG"] += 1
-        grown = process_peak() - before
-    return {
-        "counts": [[*key, count] for key, count in sorted(counts.items())],
-        "wrong": wrong[:20],
-        "slowest_seconds": slowest,
-        "grown_bytes": grown,
-    }
+            bad = (
+                "" if found in fine and not odd else f" of {sample.name}, {life}: {found if found not in fine else odd}"
+            )
+            tally.add(index, kind, found if found in fine else "WRONG", bad)
+    return tally.figures()
 
 
 def limit_memory() -> None:

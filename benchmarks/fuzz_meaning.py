@@ -10,10 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-import signal
 import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +21,10 @@ import torch
 from torch import Tensor
 
 import detent as dt
-from benchmarks.fuzz import SECONDS, Hang, limit_memory, shared_memory, targets
+from benchmarks.fuzz import Hang, Tally, shared_memory, targets
 from detent import pack
 from detent.export.forms import form_of
 from detent.lives import Encoded
-from detent.report.record import process_peak
 
 ODD = (math.nan, math.inf, -math.inf, -0.0, 0.0, 1e30, -1e30, 1e-40, 65504.0, -2048.0, 0.3, 1.0)
 SIZES = (1, 2, 3, 5, 255, 256, 2**16, 2**31, 2**47)
@@ -209,14 +205,6 @@ def work(seed: int, first: int, past: int, kinds: Sequence[dt.Target] | None = N
     """Files `first` to `past - 1` in this process, with a limit on time and memory."""
     torch.set_num_threads(1)
     pool = subjects(kinds or [target for group in targets() for target in group])
-    counts: Counter[tuple[str, str]] = Counter()
-    wrong: list[str] = []
-    slowest = 0.0
-
-    def stop(*_: object) -> None:
-        raise Hang(f"more than {SECONDS} s")
-
-    signal.signal(signal.SIGALRM, stop)
     with tempfile.TemporaryDirectory(dir=shared_memory()) as name:
         path = Path(name) / "f.detent"
         for i, item in enumerate(pool):  # what is built once is no cost of a forged file
@@ -224,28 +212,14 @@ def work(seed: int, first: int, past: int, kinds: Sequence[dt.Target] | None = N
                 writer.add("weight", None, encoded=item)
             if (found := outcome(path)) != "a member of the set":
                 raise AssertionError(f"the sound tensor {i} of {item.target}: {found}")
-        before = process_peak()
-        limit_memory()
+        tally = Tally()
         for index in range(first, past):
             kind = forged(random.Random(f"{seed}:{index}"), path, pool)
             if not kind:
-                counts["any", "cannot be written"] += 1
+                tally.counts["any", "cannot be written"] += 1
                 continue
-            start = time.process_time()
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
-            try:
+            with tally.timed():
                 found = outcome(path)
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            slowest = max(slowest, time.process_time() - start)
             fine = found in ("FormatError", "a member of the set")
-            counts[kind, found if fine else "WRONG"] += 1
-            if not fine:
-                wrong.append(f"{index}: {kind}: {found}")
-        grown = process_peak() - before
-    return {
-        "counts": [[*key, count] for key, count in sorted(counts.items())],
-        "wrong": wrong[:20],
-        "slowest_seconds": slowest,
-        "grown_bytes": grown,
-    }
+            tally.add(index, kind, found if fine else "WRONG", "" if fine else f": {found}")
+    return tally.figures()

@@ -343,16 +343,8 @@ def _decide(
     passed, layout = "", p.layout
     for i in mine:
         rule = recipe.rules[i]
-        match, include = patterns[i]
-        names = (p.name, *p.aliases)
-        named = p.is_linear_bias if rule.include == "@linear" else any(map(include.search, names))
-        if rule.match.startswith("@"):
-            hit = p.name in special[rule.match] or (named and p.name in special.get(f"beside {rule.match}", ()))
-        else:
-            hit = any(map(match.search, names))
-        # "@weights" means every weight: what it does not take for one is passed over, and says why.
-        aside = rule.match == "@weights" and not rule.keep and len(p.layout.shape) > 1 and bool(p.passed_over)
-        if not (hit or aside):
+        speaks, named = _speaks(rule, p, patterns[i], special)
+        if not speaks:
             continue
         matched[i] += 1
         if decided is not None:
@@ -392,6 +384,22 @@ def _decide(
         is_weight=p.is_weight,
         frozen=p.frozen,
     )
+
+
+def _speaks(
+    rule: Rule, p: Parameter, patterns: tuple[re.Pattern[str], re.Pattern[str]], special: Mapping[str, set[str]]
+) -> tuple[bool, bool]:
+    """Whether a rule speaks of a parameter, be it to pass it over, and whether its `include` names it."""
+    match, include = patterns
+    names = (p.name, *p.aliases)
+    named = p.is_linear_bias if rule.include == "@linear" else any(map(include.search, names))
+    if rule.match.startswith("@"):
+        hit = p.name in special[rule.match] or (named and p.name in special.get(f"beside {rule.match}", ()))
+    else:
+        hit = any(map(match.search, names))
+    # "@weights" means every weight: what it does not take for one is passed over, and says why.
+    aside = rule.match == "@weights" and not rule.keep and len(p.layout.shape) > 1 and bool(p.passed_over)
+    return hit or aside, named
 
 
 def _placed(p: Parameter, rule: Rule, called: str) -> Layout:
