@@ -1000,7 +1000,7 @@ def test_export_rounds_activations_over_training_images(digits_file: Path, monke
     found = {}
     for bits, method in ((8, "minmax"), (4, "mse")):
         flags = ("--activations", bits, "--method", method, "--data", "digits", "--calibrate", len(train))
-        result = call("export", digits_file, *DIGITS, *flags, "--json")
+        result = call("export", digits_file, *DIGITS, *flags, "--json", "--force")  # the second over the first
         assert result.exit_code == 0, (result.output, result.exception)
         said = found[bits] = json.loads(result.stdout)
         assert f"activations in {bits} bits" in said["format"]

@@ -280,8 +280,8 @@ def refusals(rank: int, world: int) -> dict[str, Any]:
     optimizer.step()
     found["clock"] = run.clock
 
-    # Weights loaded behind our back are noticed on DTensors, too.
-    model.load_state_dict(model.state_dict())
+    # Other weights loaded behind our back are noticed on DTensors, too; the same ones are none of anybody's business.
+    model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()})
     try:
         optimizer.step()
     except RuntimeError as error:

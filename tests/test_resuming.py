@@ -176,7 +176,7 @@ def test_the_matrix_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A state that belongs to no weights, so that what attach wrote over them is not put back."""
     monkeypatch.setattr("detent.states.match_weights", lambda driver, model: None)
     monkeypatch.setattr("detent.states.refuse_other_weights", lambda driver, model: None)
-    monkeypatch.setattr("detent.claimed.refuse_foreign_writes", lambda entries, over=False: None)
+    monkeypatch.setattr("detent.guards.refuse_foreign_writes", lambda entries, **how: None)
     found = outcome("MirrorDescent, dual", "by hand: model, attach, optimizer", tmp_path)
     assert found["first_forward"] > 0.0
 
