@@ -88,7 +88,7 @@ def alternating(w: Tensor, sizes: Tensor, n: int, zero: bool, rounds: int, dtype
 
     Example:
         >>> alternating(torch.tensor([[1.0, 0.4, -0.6]]), torch.tensor([3]), 1, True, 20, torch.float32)
-        tensor([0.8000], dtype=torch.float64)
+        tensor([0.6667], dtype=torch.float64)
     """
     rows, columns = w.shape
     block = max(1, piece_of(w.device) // max(columns, 1))
