@@ -204,15 +204,19 @@ def test_a_pull_under_a_gradient_scaler_is_scaled_too() -> None:
 # --- when --------------------------------------------------------------------------------------------------------
 
 
+def _updates(admm: dt.ADMM, clock: Clock) -> bool:
+    return admm.cadence(dt.TopK(keep=9)).at(clock)
+
+
 def test_updates_fall_where_every_says() -> None:
     """Steps and fractions count from the start; z begins there, and the mapping has an update."""
     steps = dt.ADMM(every=0.1, start=10, until=0.6)
-    wanted = [t for t in range(100) if steps.wants_fit(Clock(step=t, total_steps=100))]
+    wanted = [t for t in range(100) if _updates(steps, Clock(step=t, total_steps=100))]
     assert wanted == [9, 19, 29, 39, 49, 59]
-    sevens = [t for t in range(100) if dt.ADMM(every=7, until=0.5).wants_fit(Clock(step=t, total_steps=100))]
+    sevens = [t for t in range(100) if _updates(dt.ADMM(every=7, until=0.5), Clock(step=t, total_steps=100))]
     assert sevens == [6, 13, 20, 27, 34, 41, 48, 49]
     late = dt.ADMM(every=10, start=5, until=35)
-    assert [t + 1 for t in range(40) if late.wants_fit(Clock(step=t, total_steps=40))] == [5, 15, 25, 35]
+    assert [t + 1 for t in range(40) if _updates(late, Clock(step=t, total_steps=40))] == [5, 15, 25, 35]
 
 
 @pytest.mark.parametrize("every", [4, 0.1])
@@ -256,7 +260,7 @@ def test_fractions_share_the_way_to_the_mapping_evenly(total: int) -> None:
     """`every` and `until`, rounded apart, had an update a step or two before the mapping, and rho grew once more."""
     admm = dt.ADMM(every=0.1, until=0.5)
     until = round(0.5 * total)
-    found = [t + 1 for t in range(until) if admm.wants_fit(Clock(step=t, total_steps=total))]
+    found = [t + 1 for t in range(until) if _updates(admm, Clock(step=t, total_steps=total))]
     count = 5 if until >= 5 else until
     assert found == [round(i * until / count) for i in range(1, count + 1)]
     assert max(np.diff([0, *found])) - min(np.diff([0, *found])) <= 1
@@ -268,7 +272,7 @@ def test_the_rate_is_small_before_every_update_and_full_after(every: Any, start:
     """Periods of the rate began at steps, or counted from a start, that updates of z knew nothing of."""
     admm = dt.ADMM(every=every, start=start, until=until)
     rate = dt.periodic_rate(_sgd(), dt.Recipe([_rule(dt.TopK(keep=5), admm)]), total=total).lr_lambdas[0]
-    updates = [t + 1 for t in range(total) if admm.wants_fit(Clock(step=t, total_steps=total))]
+    updates = [t + 1 for t in range(total) if _updates(admm, Clock(step=t, total_steps=total))]
     mapping = until if isinstance(until, int) else round(until * total)
     for here, following in itertools.pairwise(updates):
         if following > mapping:

@@ -329,15 +329,16 @@ def test_a_plan_lists_what_stays_full_precision_and_why() -> None:
     text = str(recipe.resolve(small_net()))
     lines = text.splitlines()
     assert lines[0].split() == ["parameter", "shape", "becomes", "pulled", "by", "note"]
-    assert len(lines) == 1 + 9 + 1 and all(line == line.rstrip() for line in lines)
-    by_name = {line.split()[0]: line for line in lines[1:-1]}
+    assert lines[-1] == "scales, levels and masks: fitted once"
+    assert len(lines) == 1 + 9 + 2 and all(line == line.rstrip() for line in lines)
+    by_name = {line.split()[0]: line for line in lines[1:-2]}
     assert "Uniform(bits=4)" in by_name["conv1.weight"] and "PSG(gain=3.0)" in by_name["conv1.weight"]
     assert by_name["fc.weight"].endswith("kept by rule 0 (match='^fc')")
     assert by_name["bn1.weight"].endswith("passed over: normalisation weight; name it in include= to claim it")
     assert "full precision" in by_name["bn1.bias"]
     claimed = 8 * 3 * 9 + 8 * 4 * 9
     total = sum(p.numel() for p in small_net().parameters())
-    assert lines[-1] == f"{claimed} of {total} weights claimed ({100 * claimed / total:.1f} %)"
+    assert lines[-2] == f"{claimed} of {total} weights claimed ({100 * claimed / total:.1f} %)"
 
 
 # --- presets -----------------------------------------------------------------------------------------------------
@@ -482,10 +483,10 @@ def test_every_case_survives_yaml() -> None:
             pinned=i % 2 == 0,
             include="bias$" if i % 3 == 0 else None,
             # A mechanism that says itself when it fits refuses to be told.
-            fit_every=None if "fit_every" in MECHANISMS[mechanism].own_cadence else i + 1,
+            fit_every=None if "fit_every" in MECHANISMS[mechanism].cadence(TARGETS[target]).own else i + 1,
             # A mechanism that maps right after its own last fit refuses another end of it.
             fit_until=None
-            if MECHANISMS[mechanism].fits_after or "fit_until" in MECHANISMS[mechanism].own_cadence
+            if (own := MECHANISMS[mechanism].cadence(TARGETS[target])).after or "fit_until" in own.own
             else 0.5
             if i % 2
             else i,

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import detent as dt
+from detent.mechanisms import Cadence, Clock
 from detent.schedules import step_at, value_at
 from detent.specs import from_spec, to_spec
+from tests.cases import MECHANISMS
 
 SHAPES = [dt.Linear, dt.Cosine, dt.Cubic, dt.Exponential]
 _positive = st.floats(0.01, 100.0)
@@ -108,3 +110,38 @@ def test_schedules_are_values(shape) -> None:
 def test_a_number_is_the_schedule_that_never_changes() -> None:
     assert value_at(0.3, 5, None) == 0.3
     assert value_at(dt.Linear(first=0.0, last=1.0, begin=0, end=10), 5, None) == 0.5
+
+
+# --- when targets are fitted -------------------------------------------------------------------------------------
+
+
+def _due(cadence: Cadence, total: int | None, steps: int) -> list[int]:
+    return [step for step in range(steps) if cadence.due(Clock(step=step, total_steps=total))]
+
+
+def test_fits_come_often_at_first_and_then_rarely() -> None:
+    assert _due(Cadence(), None, 1201) == [*range(0, 1000, 10), 1000, 1100, 1200]
+    assert _due(Cadence(every=7), None, 30) == [0, 7, 14, 21, 28]
+    assert _due(Cadence(every=7, last=True), None, 30) == [6, 13, 20, 27]
+    assert _due(Cadence(every=0), None, 30) == []
+
+
+def test_a_fit_that_a_mechanism_needs_comes_after_the_end_too_unless_a_rule_has_set_it() -> None:
+    cadence = Cadence(every=4, until=0.5, at=lambda clock: clock.step in (3, 17))
+    assert _due(cadence, 20, 20) == [0, 3, 4, 8, 17]
+    assert _due(cadence.asked(every=5, until=None), 20, 20) == [0, 3, 5, 17]
+    assert _due(cadence.asked(every=None, until=12), 20, 20) == [0, 3, 4, 8]
+    with pytest.raises(ValueError, match="total_steps"):
+        cadence.due(Clock(step=0, total_steps=None))
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_the_share_of_fits_is_bounded_by_default(name: str) -> None:
+    """Whatever says how often it works says it itself; all others share one default."""
+    mechanism = MECHANISMS[name]
+    for target in (dt.Uniform(bits=4), dt.TopK(keep=0.1), dt.KernelCodebook(size=4)):
+        if mechanism.check(target) is None:
+            cadence = mechanism.cadence(target)
+            own = getattr(mechanism, "every", None)  # it works every so often, and is fitted then
+            assert cadence.every in (None, 0, own)
+            assert own is not None or len(_due(cadence, 5000, 5000)) <= 160

@@ -62,7 +62,7 @@ def prune(keep: float, scope: Any = "tensor") -> dt.Rule:
 
 
 def grid(match: str, bits: int = 3) -> dt.Rule:
-    return dt.Rule(match=match, target=dt.Uniform(bits=bits), mechanism=dt.STE())
+    return dt.Rule(match=match, target=dt.Uniform(bits=bits), mechanism=dt.STE(), fit_every=1)
 
 
 MIDDLE, ENDS = r"^2\.weight", r"^(0|4)\.weight"

@@ -32,9 +32,8 @@ from torch import nn
 import detent as dt
 from detent.data import Batches, ImageSet, digits, load_images, split_holdout
 from detent.demo import DigitsNet
-from detent.mechanisms import Clock, Slot
+from detent.mechanisms import Cadence, Clock, Slot
 from detent.report.record import summarise, write_record
-from detent.schedules import Moment
 from papers.models import LeNet5, MLPerfTinyResNet8, load_checkpoint
 from papers.train import evaluate
 
@@ -70,19 +69,8 @@ class MeanUnit(dt.Mechanism):
 
     keeps_full_life: ClassVar[bool] = True
 
-    @property
-    def fit_every(self) -> int:
-        return self.psg.fit_every
-
-    @property
-    def fit_until(self) -> Moment | None:
-        return self.psg.fit_until
-
-    def fits_until(self, target: dt.Target) -> Moment | None:
-        return self.psg.fits_until(target)
-
-    def wants_fit(self, clock: Clock) -> bool:
-        return self.psg.wants_fit(clock)
+    def cadence(self, target: dt.Target) -> Cadence:
+        return self.psg.cadence(target)
 
     def active(self, clock: Clock) -> bool:
         return self.psg.active(clock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from detent import sharding
-from detent.mechanisms import Clock, Mechanism
+from detent.mechanisms import Cadence, Clock, Mechanism
 from detent.mechanisms.base import never_zero
 from detent.parameters import named_parameters
 from detent.plan import Claim, Plan
@@ -274,11 +275,16 @@ class Entry:
         """What a closure that is evaluated too late would find changed: the weight, and whether it has a gradient."""
         return self.moved._version, self.moved.grad is None
 
-    def cadence(self, total_steps: int | None) -> tuple[int, int | None]:
-        """(steps between fits, step from which the fit is frozen)."""
-        every = self.mechanism.fit_every if self.rule.fit_every is None else self.rule.fit_every
-        until = self.mechanism.fits_until(self.pull) if self.rule.fit_until is None else self.rule.fit_until
-        return every, None if until is None else step_at(until, total_steps, f"fit_until of {self.rule.match!r}")
+    @functools.cached_property
+    def cadence(self) -> Cadence:
+        """When its pull is fitted."""
+        found = self.rule.cadence
+        assert found is not None
+        return found
+
+    def frozen_from(self, total_steps: int | None) -> int | None:
+        """The step from which the fit is over, or `None`."""
+        return self.cadence.ends(total_steps, f"fit_until of {self.rule.match!r}")
 
     def check_moments(self, total_steps: int | None) -> None:
         """Find a moment that cannot be resolved, or lies beyond the end, now and not at step 3,000.
@@ -302,7 +308,7 @@ class Entry:
                     value(0, total_steps)
                 except ValueError as error:
                     raise ValueError(f"{error} ({type(self.mechanism).__name__}.{name})") from None
-        self.cadence(total_steps)  # after the mechanism, which may be where the moment comes from and can name it
+        self.frozen_from(total_steps)  # after the mechanism, which may be where the moment comes from and can name it
         last = self.mechanism.mapping(self.target, clock)
         if total_steps is not None and last is not None and last[0] > total_steps:
             part = "its stage" if self.staged else "training"
@@ -608,10 +614,10 @@ def refuse_split_rules(owner: Mapping[str, int], entries: list[Entry]) -> None:
         first = group[0][0]
         if first.rule.mechanism is None or not first.pull.fits_together:
             continue
-        if not (first.mechanism.fits_after or first.mechanism.ties):
+        if not (first.cadence.after or first.mechanism.ties):
             continue
         other = next((e for e, _ in group if owner[e.name] != owner[first.name]), None)
-        wants = "wants that after the step" if first.mechanism.fits_after else "moves them all in one step"
+        wants = "wants that after the step" if first.cadence.after else "moves them all in one step"
         if other is not None:
             raise ValueError(
                 f"{first.name!r} and {other.name!r} sit in two optimizers, but {short(first.pull)} is fitted to all "

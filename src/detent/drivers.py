@@ -133,7 +133,7 @@ class Driver:
 
     def frozen(self, entry: Entry) -> bool:
         """Whether the fit of an entry is over."""
-        until = entry.cadence(self.steps_of(self.stage))[1]
+        until = entry.frozen_from(self.steps_of(self.stage))
         return until is not None and self.clock.step >= until
 
     # --- what the optimizer says of a weight ----------------------------------------------------------------------
@@ -261,7 +261,7 @@ class Driver:
         """The optimizer has moved the weights: from here on the step counts."""
         if not self.landing:
             self.landing = True
-            self.late = [(entry, entry.held()) for entry in self.entries if entry.mechanism.fits_after]
+            self.late = [(entry, entry.held()) for entry in self.entries if entry.cadence.after]
 
     def roll_back(self) -> None:
         """The step raised: be as before it, and let every weight be what the forward pass last saw."""
@@ -318,7 +318,7 @@ class Driver:
     def last_moment(self, entry: Entry, slot: Slot, clock: Clock) -> None:
         """The mechanism's last moment; a full life that the optimizer left alone is not moved by it either."""
         # Elsewhere this moment also shows a latent again, or maps weights when their time has come.
-        if self.moves(entry, slot) or not entry.mechanism.keeps_full_life or entry.mechanism.fits_after:
+        if self.moves(entry, slot) or not entry.mechanism.keeps_full_life or entry.cadence.after:
             entry.mechanism.after_step(slot, clock)
 
     def clip_norm(self) -> None:

@@ -246,7 +246,7 @@ class Run(Resumable):
                     "mechanism nothing to pull; initialise it, keep it in full precision, or, to resume, attach first"
                 )
         for driver in drivers:
-            self._fit_due(driver, first=True)
+            self._fit_due(driver)
         with torch.no_grad():
             for driver in drivers:
                 for entry in driver.entries:
@@ -520,8 +520,8 @@ class Run(Resumable):
 
     # --- fitting --------------------------------------------------------------------------------------------------
 
-    def _fit_due(self, driver: Driver, first: bool = False, after: bool = False) -> list[Entry]:
-        return fit_due(driver, self._drivers, self._all, self.plan.recipe, self._is_unfixed, first=first, after=after)
+    def _fit_due(self, driver: Driver, after: bool = False) -> list[Entry]:
+        return fit_due(driver, self._drivers, self._all, self.plan.recipe, self._is_unfixed, after=after)
 
     def _is_settled(self, entry: Entry) -> bool:
         if entry.settled:

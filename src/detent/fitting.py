@@ -21,7 +21,6 @@ def fit_due(
     recipe: Recipe,
     is_unfixed: Callable[[Entry], bool],
     *,
-    first: bool,
     after: bool,
 ) -> list[Entry]:
     """Fit what is due at this tick; a model-wide target together, whichever optimizer comes first.
@@ -32,7 +31,6 @@ def fit_due(
         everything: the claimed weights of all stages and optimizers.
         recipe: the recipe.
         is_unfixed: whether a weight's own target is to be fitted before it is mapped.
-        first: the very first fit, of everything.
         after: fit the mechanisms that want it after the step, instead of those that want it before.
 
     Returns:
@@ -40,24 +38,17 @@ def fit_due(
     """
     done: list[Entry] = []
     clock = driver.clock
-    for index, rule in enumerate(recipe.rules):
+    for index in range(len(recipe.rules)):
         mine = [entry for entry in driver.entries if entry.claim.rule == index]
         if not mine:
             continue
-        every, until = mine[0].cadence(clock.total_steps)
-        phase = every - 1 if mine[0].mechanism.fit_at_end and not first else 0
+        cadence = mine[0].cadence
         missing = any(entry.pull_params is None for entry in mine)
         if mine[0].settled and not missing:  # another optimizer came to the end of the stage, and fixed it for all
             continue
-        if mine[0].mechanism.fits_after:
-            phase = every - 1
-            if not after and not missing:
-                continue
-        elif after:
+        if not missing and (cadence.after != after or not cadence.due(clock)):
             continue
-        asked = mine[0].mechanism.wants_fit(clock)
-        open_yet = until is None or clock.step < until or (asked and rule.fit_until is None)
-        if not (missing or (open_yet and (asked or clock.step % every == phase))):
+        if missing and after and not cadence.after:
             continue
         if mine[0].pull.fits_together:
             mine = [entry for entry in everything if entry.claim.rule == index]

@@ -155,6 +155,27 @@ class Plan:
                 f"{who}: {left} stay in full precision; a rule with keep=True says that it is meant", stacklevel=3
             )
 
+    def fits(self) -> list[str]:
+        """When the targets of the rules are fitted to the weights, a sentence for each way.
+
+        Example:
+            >>> import torch, detent as dt
+            >>> rule = dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.STE())
+            >>> dt.Recipe([rule]).resolve(torch.nn.Linear(4, 4)).fits()
+            ['scales, levels and masks: fitted every 10 steps (100 after step 1,000)']
+        """
+        found: dict[str, list[Claim]] = {}
+        for _, claim in self._shown():
+            cadence = self.rule_of(claim).cadence if claim.claimed and not claim.frozen else None
+            if cadence is not None:
+                found.setdefault(str(cadence), []).append(claim)
+        lines = []
+        for cadence, claims in found.items():
+            more = f" and {len(claims) - 1} more" if len(claims) > 1 else ""
+            whose = f" of {claims[0].name}{more}" if len(found) > 1 else ""
+            lines.append(f"scales, levels and masks{whose}: {cadence}")
+        return lines
+
     def rule_of(self, claim: Claim) -> Rule:
         """The rule that claimed a parameter."""
         assert claim.rule is not None
@@ -212,6 +233,7 @@ class Plan:
         lines.append(f"{mine} of {total} weights claimed ({100 * mine / max(total, 1):.1f} %)")
         if self.ends:
             lines.append(self.ends)
+        lines += self.fits()
         if left := self.left():
             lines.append(f"left in full precision: {left}")
         return "\n".join(line.rstrip() for line in lines)

@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor, nn
 
 from detent.grouping import MOST_AXES
-from detent.mechanisms import Mechanism
+from detent.mechanisms import Cadence, Mechanism
 from detent.parameters import canonical_name
 from detent.plan import Plan, resolve
 from detent.presets import PRESETS
@@ -105,7 +105,8 @@ class Rule:
         if self.weight_decay is not None and not (is_number(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(f"Rule(weight_decay={self.weight_decay!r}): must be a number >= 0, or None")
         self._check_axes()
-        for name in self.mechanism.own_cadence if self.mechanism is not None else ():
+        cadence = self._own_cadence
+        for name in cadence.own if cadence else ():
             if getattr(self, name) is not None:
                 raise ValueError(
                     f"Rule(match={self.match!r}, {name}={getattr(self, name)}): {type(self.mechanism).__name__} says "
@@ -113,7 +114,7 @@ class Rule:
                 )
         for name, moment in moments_of(self.mechanism).items() if self.mechanism is not None else ():
             check_moment(moment, f"{type(self.mechanism).__name__}.{name}")
-        own = self.mechanism.fit_until if self.mechanism is not None and self.mechanism.fits_after else None
+        own = cadence.until if cadence and cadence.after else None
         if self.fit_until is not None and own is not None:
             raise ValueError(
                 f"Rule(match={self.match!r}, fit_until={self.fit_until}): {type(self.mechanism).__name__} maps the "
@@ -124,6 +125,18 @@ class Rule:
                 reason = None if target is None else self.mechanism.check(target)
                 if reason:
                     raise ValueError(f"Rule(match={self.match!r}): {reason}")
+
+    @property
+    def cadence(self) -> Cadence | None:
+        """When what its mechanism pulls to is fitted; `None` without a mechanism."""
+        own = self._own_cadence
+        return None if own is None else own.asked(every=self.fit_every, until=self.fit_until)
+
+    @property
+    def _own_cadence(self) -> Cadence | None:
+        if self.mechanism is None or self.target is None:
+            return None
+        return self.mechanism.cadence(self.mechanism.pull or self.target)
 
     def _check_axes(self) -> None:
         if self.axis is not None and not is_whole(self.axis, 0, MOST_AXES - 1):

@@ -4,9 +4,10 @@ from detent.mechanisms.admm import ADMM as ADMM
 from detent.mechanisms.admm import Penalty as Penalty
 from detent.mechanisms.admm import periodic_rate as periodic_rate
 from detent.mechanisms.admm import residuals as residuals
-from detent.mechanisms.base import Clock as Clock
 from detent.mechanisms.base import Mechanism as Mechanism
 from detent.mechanisms.base import Slot as Slot
+from detent.mechanisms.cadence import Cadence as Cadence
+from detent.mechanisms.cadence import Clock as Clock
 from detent.mechanisms.codebook import CodebookLearning as CodebookLearning
 from detent.mechanisms.gradient import PSG as PSG
 from detent.mechanisms.latent import PARQ as PARQ

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from detent.mechanisms.base import Clock, Mechanism, Slot
+from detent.mechanisms.base import Cadence, Clock, Mechanism, Slot
 from detent.mechanisms.projection import (
-    NEVER,
     WEIGHT,
     Masked,
     Metric,
@@ -42,6 +41,7 @@ __all__ = ["ADMM", "Penalty", "periodic_rate", "residuals"]
 _LEAST_RHO, _MOST_RHO = 1e-9, 1e9
 _RESIDUALS = ("primal", "relative", "drift", "rho")
 _OUT_OF_BALANCE = 10.0  # a residual this much larger than the other makes rho change (Boyd et al., section 3.4.1)
+_ENDLESS = 1 << 62  # steps of a period that nothing ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +149,6 @@ class ADMM(Mechanism):
     keeps_full_life: ClassVar[bool] = True
     offset: ClassVar[str | None] = "dual"
     weighing: ClassVar[str | None] = WEIGHT
-    fits_after: ClassVar[bool] = True
-    own_cadence: ClassVar[tuple[str, ...]] = ("fit_every",)
 
     def __post_init__(self) -> None:
         if not (is_finite(self.rho) and self.rho > 0):
@@ -187,13 +185,8 @@ class ADMM(Mechanism):
 
     # --- when ---------------------------------------------------------------------------------------------------
 
-    @property
-    def fit_every(self) -> int:
-        return NEVER
-
-    @property
-    def fit_until(self) -> Moment | None:
-        return self.until
+    def cadence(self, target: Target) -> Cadence:
+        return Cadence(every=0, until=self.until, at=self._updates, after=True, own=("fit_every",))
 
     def _moments(self, clock: Clock) -> tuple[int, int | None]:
         """(first tick of ADMM, first tick after the mapping)."""
@@ -218,7 +211,8 @@ class ADMM(Mechanism):
         assert until is not None
         return round_steps(until, self.freeze_every, len(self.rounds), clock.total_steps, "ADMM.freeze_every")
 
-    def wants_fit(self, clock: Clock) -> bool:
+    def _updates(self, clock: Clock) -> bool:
+        """Whether z and u start, or are updated, after the step at hand."""
         start, until = self._moments(clock)
         tick = clock.step + 1
         if until is not None and tick > until:
@@ -558,7 +552,7 @@ def _parts_of(recipe: _Staged, total: int | None, retrain: float) -> list[_Part]
         if pulls:
             periods = pulls[0]
         else:
-            periods = _Periods(start=0, until=mapped[0] if mapped else 0, every=NEVER)
+            periods = _Periods(start=0, until=mapped[0] if mapped else 0, every=_ENDLESS)
         after = retrain if pulls or masks else 1.0
         parts.append(_Part(first=first, past=end, periods=periods, after=after))
     return parts
@@ -608,10 +602,6 @@ class Penalty(Mechanism):
         if self.norm not in ("l2", "l1"):
             raise ValueError(f'Penalty(norm={self.norm!r}): must be "l2" or "l1"')
         super().__post_init__()
-
-    @property
-    def fit_every(self) -> int:
-        return 100
 
     def active(self, clock: Clock) -> bool:
         started = clock.step >= step_at(self.start, clock.total_steps, "Penalty.start")

@@ -10,25 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from detent.schedules import Moment, check_types
+from detent.mechanisms.cadence import Cadence, Clock
+from detent.schedules import check_types
 from detent.targets import Params, Target
 
-__all__ = ["Clock", "Mechanism", "Slot", "never_zero"]
+__all__ = ["Cadence", "Clock", "Mechanism", "Slot", "never_zero"]
 
 _LEAST = 2.0**-40  # share of the largest weighing below which one says "none", and size decides
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clock:
-    """Where training is: `step` ticks done so far, of `total_steps` (or `None` if unknown).
-
-    Example:
-        >>> Clock(step=0, total_steps=1000).step
-        0
-    """
-
-    step: int
-    total_steps: int | None
 
 
 @dataclass(kw_only=True)
@@ -129,9 +117,6 @@ class Mechanism(abc.ABC):
             rounded. `None` where the weights themselves are moved.
         ties: weights share one value and must be moved alike, which only an optimizer that treats every weight by
             itself does (SGD, Adam; not Muon).
-        own_cadence: fields of a rule (`fit_every`, `fit_until`) that are refused, as the mechanism says itself when its
-            target is fitted.
-        fits_after: the fit of a period comes after its last step instead of before its first, and `after_fit` follows.
 
     Example:
         >>> from detent import PSG, STE
@@ -144,9 +129,7 @@ class Mechanism(abc.ABC):
     offset: ClassVar[str | None] = None
     weighing: ClassVar[str | None] = None
     moves: ClassVar[str | None] = None
-    fits_after: ClassVar[bool] = False
     ties: ClassVar[bool] = False
-    own_cadence: ClassVar[tuple[str, ...]] = ()
     # Lets a recipe file be checked field by field although fields may hold abstract types.
     __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}
 
@@ -158,31 +141,9 @@ class Mechanism(abc.ABC):
         """Another target to pull towards during training, or `None` for the rule's own."""
         return None
 
-    @property
-    def fit_every(self) -> int:
-        """Default steps between fits; the rule's `fit_every` overrides it."""
-        return 1
-
-    @property
-    def fit_until(self) -> Moment | None:
-        """Default moment after which the fit is frozen (`None`: never), but for what `wants_fit` asks for.
-
-        The rule's `fit_until` overrides it, and `wants_fit` too.
-        """
-        return None
-
-    @property
-    def fit_at_end(self) -> bool:
-        """Fit in the last step of a period instead of the first."""
-        return False
-
-    def fits_until(self, target: Target) -> Moment | None:
-        """`fit_until` on a target, for mechanisms whose answer depends on it."""
-        return self.fit_until
-
-    def wants_fit(self, clock: Clock) -> bool:
-        """Whether this step needs a fresh fit although its period is not over, or the default `fit_until` is."""
-        return False
+    def cadence(self, target: Target) -> Cadence:
+        """When `target`, what it pulls to, is fitted; a rule's `fit_every` and `fit_until` go before it."""
+        return Cadence()
 
     @property
     def norm_limit(self) -> float | None:
@@ -223,7 +184,7 @@ class Mechanism(abc.ABC):
         """All weights of one rule and one optimizer at once, after the last moment of each; called again like it."""
 
     def after_fit(self, slot: Slot, clock: Clock) -> None:
-        """With `fits_after`: the step is over and the pull has just been fitted to the weights (and the offset)."""
+        """With a cadence `after` the step: the pull has just been fitted to the weights (and the offset)."""
 
     def undo(self, slot: Slot, clock: Clock) -> None:
         """The optimizer's step raised: put the weight back as the forward pass last saw it."""

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from detent.mechanisms.base import Clock, Mechanism, Slot
+from detent.mechanisms.base import Cadence, Clock, Mechanism, Slot
 from detent.schedules import Moment, is_whole, step_at
 from detent.targets import Target
 from detent.targets.base import compute_dtype
@@ -71,7 +71,6 @@ class CodebookLearning(Mechanism):
     keeps_full_life: ClassVar[bool] = False
     moves: ClassVar[str | None] = "codewords"
     ties: ClassVar[bool] = True
-    own_cadence: ClassVar[tuple[str, ...]] = ("fit_every", "fit_until")
 
     def __post_init__(self) -> None:
         if self.reduce not in ("mean", "sum"):
@@ -84,9 +83,9 @@ class CodebookLearning(Mechanism):
     def memory(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("index", "codewords") if self.reassign_every is None else ("index", "codewords", "original")
 
-    @property
-    def fit_until(self) -> Moment | None:
-        return 1  # found once; from then on training moves it
+    def cadence(self, target: Target) -> Cadence:
+        # Found once; from then on training moves it.
+        return Cadence(until=1, own=("fit_every", "fit_until"))
 
     def check(self, target: Target) -> str | None:
         if not target.has_codebook:

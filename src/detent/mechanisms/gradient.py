@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from detent.mechanisms.base import Clock, Mechanism, Slot
+from detent.mechanisms.base import Cadence, Clock, Mechanism, Slot
 from detent.mechanisms.projection import clip_to_range, clipping, clipping_begins
 from detent.schedules import Linear, Moment, Number, ends_of, is_finite, is_number, step_at, value_at
 from detent.targets import Params, Target, Uniform, Zero
@@ -150,24 +150,18 @@ class PSG(Mechanism):
     def pull(self) -> Target | None:
         return self.toward
 
-    @property
-    def fit_every(self) -> int:
-        return 100
-
-    @property
-    def fit_until(self) -> Moment | None:
-        # A pull that starts late goes to a grid fitted then (`wants_fit`), and on for a while as one from step 0 does.
-        return min(1.0, max(0.3, self.start + 0.1)) if isinstance(self.start, float) else 0.3
-
-    def fits_until(self, target: Target) -> Moment | None:
-        clips = self.clip and self.clip_start is not None and type(target).limits is not Target.limits
-        return self.clip_start if clips else self.fit_until
+    def cadence(self, target: Target) -> Cadence:
+        # A pull that starts late goes to a grid fitted then, and on for a while as one from step 0 does.
+        until: Moment | None = min(1.0, max(0.3, self.start + 0.1)) if isinstance(self.start, float) else 0.3
+        if self.clip and self.clip_start is not None and type(target).limits is not Target.limits:
+            until = self.clip_start
+        return Cadence(until=until, at=self._needs_fit)
 
     @property
     def norm_limit(self) -> float | None:
         return self.clip_norm
 
-    def wants_fit(self, clock: Clock) -> bool:
+    def _needs_fit(self, clock: Clock) -> bool:
         return self._begins(clock) or (self.clip and clipping_begins(self.clip_start, clock))
 
     def _begins(self, clock: Clock) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detent.grouping import GranularityLike, Layout, granularity_of
-from detent.mechanisms.base import Clock, Mechanism, Slot
+from detent.mechanisms.base import Cadence, Clock, Mechanism, Slot
 from detent.mechanisms.maps import (
     MirrorMap,
     SoftmaxMap,
@@ -112,7 +112,18 @@ class _Latent(Mechanism):
         """Change the gradient on its way to the latent."""
 
     def active(self, clock: Clock) -> bool:
-        return clock.step >= step_at(self.start, clock.total_steps, f"{type(self).__name__}.start")
+        return clock.step >= self._first(clock)
+
+    def cadence(self, target: Target) -> Cadence:
+        return Cadence(at=self._needs_fit)
+
+    def _needs_fit(self, clock: Clock) -> bool:
+        """Where it starts, and in the last step, so that what training leaves is nearest to the last latents."""
+        last = clock.total_steps is not None and clock.step == clock.total_steps - 1
+        return last or clock.step == self._first(clock)
+
+    def _first(self, clock: Clock) -> int:
+        return step_at(self.start, clock.total_steps, f"{type(self).__name__}.start")
 
     def open(self, slot: Slot, clock: Clock) -> None:
         if self.active(clock):
@@ -152,8 +163,7 @@ class _Latent(Mechanism):
 
     def _never(self, clock: Clock) -> bool:
         """Whether it does not begin in this training."""
-        start = step_at(self.start, clock.total_steps, f"{type(self).__name__}.start")
-        return clock.total_steps is not None and start >= clock.total_steps
+        return clock.total_steps is not None and self._first(clock) >= clock.total_steps
 
     def _settled(self, field: str, clock: Clock) -> tuple[int, str] | None:
         """When the schedule that hardens the weights has come to its last value, as `mapping` says it.
@@ -495,13 +505,9 @@ class MirrorDescent(_Mapped):
     def _mirror(self) -> MirrorMap:
         return self.map if isinstance(self.map, MirrorMap) else _NAMED[self.map]
 
-    @property
-    def fit_until(self) -> Moment | None:
+    def cadence(self, target: Target) -> Cadence:
         # The primal form inverts with the levels it was seen with; they must not move in between.
-        return 0 if self.form == "primal" else None
-
-    def wants_fit(self, clock: Clock) -> bool:
-        return self.form == "primal" and self._is_raw(clock)
+        return Cadence(until=0, at=self._is_raw) if self.form == "primal" else super().cadence(target)
 
     def check(self, target: Target) -> str | None:
         if self.map == "relax":

@@ -10,14 +10,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from detent.mechanisms.base import Clock, Mechanism, Slot, never_zero
+from detent.mechanisms.base import Cadence, Clock, Mechanism, Slot, never_zero
 from detent.schedules import Moment, Number, Schedule, ends_of, is_finite, is_number, is_whole, step_at, value_at
 from detent.targets import Params, Target
 from detent.targets.base import compute_dtype
 
 __all__ = ["Clip", "HardProjection", "Masked", "PartialFreeze", "Proximal"]
-
-NEVER = 1 << 62  # `fit_every` of a mechanism whose `wants_fit` alone says when
 
 
 def clip_to_range(w: Tensor, target: Target, params: Params) -> None:
@@ -68,16 +66,9 @@ class Clip(Mechanism):
 
     keeps_full_life: ClassVar[bool] = True
 
-    @property
-    def fit_every(self) -> int:
-        return 100
-
-    @property
-    def fit_until(self) -> Moment | None:
-        return 0.3 if self.start is None else self.start
-
-    def wants_fit(self, clock: Clock) -> bool:
-        return clipping_begins(self.start, clock)
+    def cadence(self, target: Target) -> Cadence:
+        until = 0.3 if self.start is None else self.start
+        return Cadence(until=until, at=lambda clock: clipping_begins(self.start, clock))
 
     def check(self, target: Target) -> str | None:
         if type(target).limits is Target.limits:
@@ -126,13 +117,8 @@ class HardProjection(Mechanism):
             raise ValueError(f"HardProjection(every={self.every!r}): must be a whole number >= 1 of steps")
         super().__post_init__()
 
-    @property
-    def fit_every(self) -> int:
-        return self.every
-
-    @property
-    def fit_at_end(self) -> bool:
-        return True
+    def cadence(self, target: Target) -> Cadence:
+        return Cadence(every=self.every, last=True)
 
     def active(self, clock: Clock) -> bool:
         return clock.step >= step_at(self.start, clock.total_steps, "HardProjection.start")
@@ -356,7 +342,6 @@ class Masked(Mechanism):
 
     keeps_full_life: ClassVar[bool] = False
     weighing: ClassVar[str | None] = WEIGHT
-    fits_after: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_metric(self.metric, None, "Masked")
@@ -368,16 +353,8 @@ class Masked(Mechanism):
     def memory(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("mask",) if self.metric == "euclidean" else ("mask", WEIGHT)
 
-    @property
-    def fit_every(self) -> int:
-        return NEVER
-
-    @property
-    def fit_until(self) -> Moment | None:
-        return self.start
-
-    def wants_fit(self, clock: Clock) -> bool:
-        return clock.step + 1 == self._begin(clock)
+    def cadence(self, target: Target) -> Cadence:
+        return Cadence(every=0, until=self.start, at=lambda clock: clock.step + 1 == self._begin(clock), after=True)
 
     def _begin(self, clock: Clock) -> int:
         return step_at(self.start, clock.total_steps, "Masked.start")
@@ -458,7 +435,6 @@ class PartialFreeze(Mechanism):
 
     keeps_full_life: ClassVar[bool] = False
     memory: ClassVar[tuple[str, ...]] = ("frozen", "held")
-    fits_after: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_rounds(self.rounds, "PartialFreeze")
@@ -466,20 +442,12 @@ class PartialFreeze(Mechanism):
             raise ValueError(f"PartialFreeze(every={self.every!r}): must be a number > 0, or None")
         super().__post_init__()
 
-    @property
-    def fit_every(self) -> int:
-        return NEVER
-
-    @property
-    def fit_until(self) -> Moment | None:
-        return self.start
+    def cadence(self, target: Target) -> Cadence:
+        return Cadence(every=0, until=self.start, at=lambda clock: clock.step + 1 == self._steps(clock)[0], after=True)
 
     def _steps(self, clock: Clock) -> list[int]:
         begin = step_at(self.start, clock.total_steps, "PartialFreeze.start")
         return round_steps(begin, self.every, len(self.rounds), clock.total_steps, "PartialFreeze")
-
-    def wants_fit(self, clock: Clock) -> bool:
-        return clock.step + 1 == self._steps(clock)[0]
 
     def check(self, target: Target) -> str | None:
         if target.leaves_free:
@@ -573,10 +541,6 @@ class Proximal(Mechanism):
         if not is_whole(self.every):
             raise ValueError(f"Proximal(every={self.every!r}): must be >= 1 step, a whole number")
         super().__post_init__()
-
-    @property
-    def fit_every(self) -> int:
-        return 100
 
     def active(self, clock: Clock) -> bool:
         started = clock.step >= step_at(self.start, clock.total_steps, "Proximal.start")
