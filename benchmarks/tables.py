@@ -564,6 +564,25 @@ def step_cost(records: Path) -> str:
     return text + ends + origin(now, "step_cost")
 
 
+@table("cadence")
+def cadence(records: Path) -> str:
+    """Accuracy by the steps between fits."""
+    record = read(records, "cadence")
+    if record is None:
+        return NOTHING
+    rows = []
+    every = list(next(iter(next(iter(record["results"].values())).values())))
+    for name, optimizers in record["results"].items():
+        for optimizer, found in optimizers.items():
+            cells = [f"{found[n]['mean']:.1f} ({found[n]['low']:.1f} to {found[n]['high']:.1f})" for n in every]
+            rows.append([name, optimizer, *cells])
+    head = ["mechanism and target", "optimizer", *(f"every {n}" if n != "once" else n for n in every)]
+    text = (
+        f"Percent right on held-out images, mean (range) over {len(record['seeds'])} seeds, by steps between fits.\n\n"
+    )
+    return text + markdown(head, rows) + origin(record, "cadence")
+
+
 @table("step-peers")
 def step_peers(records: Path) -> str:
     """Others beside ours, a whole training step."""

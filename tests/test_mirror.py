@@ -257,7 +257,7 @@ class _Bench:
         self.layer = nn.Linear(5, 6, bias=False, dtype=dtype)
         with torch.no_grad():
             self.layer.weight.copy_(torch.from_numpy(self.w0))
-        self.recipe = dt.Recipe([dt.Rule(match="weight", target=target, mechanism=mechanism)])
+        self.recipe = dt.Recipe([dt.Rule(match="weight", target=target, mechanism=mechanism, fit_every=1)])
 
     def path(
         self,

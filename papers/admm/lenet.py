@@ -157,7 +157,7 @@ def binary(
     pull = admm(rho=1e-3, growth=2.0, rounds=rounds, metric="euclidean")
     stages = quantize(target, pull, admm_share) if admm_share else []
     if admm_share < 1:
-        rule = dt.Rule(match=r"weight$", target=target, mechanism=after or dt.STE())
+        rule = dt.Rule(match=r"weight$", target=target, mechanism=after or dt.STE(), fit_every=1)
         stages.append(dt.Stage(rules=[rule], share=1 - admm_share, name="straight-through" if after is None else "md"))
     return dt.Recipe(stages=stages)
 

@@ -171,7 +171,7 @@ def error(
 def kernels(target: dict[str, Any] | None, mechanism: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
     """`target` for every 3x3 convolution but the first; that one, 1x1 and the head at 8 bits a channel."""
     grid = {"kind": "Uniform", "bits": 8, "granularity": "channel", "range": "minmax"}
-    pull = {"mechanism": {"kind": "STE"}} if mechanism else {}
+    pull = {"mechanism": {"kind": "STE"}, "fit_every": 1} if mechanism else {}
     own = {"mechanism": mechanism} if mechanism else {}
     body = {"match": "@kernels", "target": target, **own, **more}
     return {"rules": [{"match": "@first", "target": grid, "pinned": True, **pull}, body, {**EIGHT_REST, **pull}]}
@@ -202,8 +202,8 @@ RIVALS: dict[str, dict[str, Any] | None] = {
     "kq-2048": kernels(codebook(2048), LEARN),
     "kq-2304": kernels(codebook(2304), LEARN),
     "kq-2304-ste": kernels(codebook(2304), {"kind": "STE"}, **OFTEN),
-    "ste-w1": kernels(BINARY, {"kind": "STE"}),
-    "ste-w1.58": kernels(TERNARY, {"kind": "STE"}),
+    "ste-w1": kernels(BINARY, {"kind": "STE"}, fit_every=1),
+    "ste-w1.58": kernels(TERNARY, {"kind": "STE"}, fit_every=1),
 }
 
 

@@ -91,7 +91,9 @@ def recipe(rival: str, scale: bool, paper: bool) -> dict[str, Any] | None:
         mechanism = {k: v for k, v in mechanism.items() if k != "hard_start"} | {"beta": GROWTH[rival]}
     kind = "Ternary" if "ternary" in rival else "Binary"
     target = {"kind": kind} if scale else {"kind": kind, "scale": None}
-    return {"rules": [{"match": "(weight|bias)$", "include": "bias$", "target": target, "mechanism": mechanism}]}
+    # Scales are fitted in every step, as in the records.
+    rule = {"match": "(weight|bias)$", "include": "bias$", "target": target, "mechanism": mechanism, "fit_every": 1}
+    return {"rules": [rule]}
 
 
 def experiment(
