@@ -58,6 +58,7 @@ from detent.targets import Target as Target
 from detent.targets import Ternary as Ternary
 from detent.targets import TopK as TopK
 from detent.targets import Uniform as Uniform
+from detent.targets import UniformStep as UniformStep
 from detent.targets import VectorCodebook as VectorCodebook
 from detent.targets import Zero as Zero
 

@@ -13,6 +13,7 @@ from detent.targets.levels import LearnedLevels as LearnedLevels
 from detent.targets.levels import PowerOfTwo as PowerOfTwo
 from detent.targets.levels import Ternary as Ternary
 from detent.targets.levels import Uniform as Uniform
+from detent.targets.rate import UniformStep as UniformStep
 from detent.targets.rounding import Round as Round
 from detent.targets.sparse import NM as NM
 from detent.targets.sparse import Sparse as Sparse
