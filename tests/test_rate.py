@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +51,7 @@ def test_a_fit_has_the_rate(rate: float, granularity: str, rounding: float) -> N
 
 
 def test_one_step_over_the_model_shares_the_rate() -> None:
-    model = nn.Sequential(nn.Linear(50, 40), nn.Linear(40, 30))
+    model: Any = nn.Sequential(nn.Linear(50, 40), nn.Linear(40, 30))
     with torch.no_grad():
         model[1].weight.mul_(0.1)
     target = dt.UniformStep(rate=2.0, over="model")
@@ -107,14 +109,14 @@ def test_levels_that_a_dtype_cannot_tell_apart_are_refused(dtype: torch.dtype) -
     assert torch.equal(grid.project(q, params), q)
 
 
-def test_wide_codes_come_back_from_a_file(tmp_path: object) -> None:
+def test_wide_codes_come_back_from_a_file(tmp_path: Path) -> None:
     model = nn.Linear(64, 64)
     run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.UniformStep(step=1e-4, bits=13))]))
     with run.compressed():
         shown = model.weight.detach().clone()
     assert len(shown.unique()) > 256
     for coding in ("entropy", "bitpacked", "none"):
-        dt.save(run, f"{tmp_path}/{coding}.detent", life="compressed", coding=coding)  # type: ignore[arg-type]
+        dt.save(run, f"{tmp_path}/{coding}.detent", life="compressed", coding=coding)
         twin = nn.Linear(64, 64)
         dt.load(f"{tmp_path}/{coding}.detent", twin, life="compressed")
         assert torch.equal(twin.weight, shown)

@@ -34,7 +34,7 @@ _LIVES = _RECIPE | {"recipe"}
 _ENGINE = _LIVES | {"averages", "batchnorm", "claimed", "collapse", "drivers", "fitting", "guards", "lives"}
 _ENGINE |= {"optimizers", "resuming", "standins", "states", "threads"}
 _PACK = _ENGINE | {"engine"}
-_CORE = _PACK | {"pack", "compression"}
+_CORE = _PACK | {"amounts", "budget", "pack", "compression"}
 MAY_IMPORT: dict[str, set[str]] = {
     "schedules": set(),
     "grouping": set(),
@@ -63,8 +63,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "states": _LIVES | {"claimed", "drivers"},
     "resuming": _LIVES | {"averages", "batchnorm", "claimed", "drivers", "states"},
     "engine": _ENGINE,
-    "pack": _PACK,
+    "amounts": {"schedules"},
+    "pack": _PACK | {"amounts"},
     "compression": _PACK | {"pack"},
+    "budget": _PACK | {"amounts", "compression", "pack"},
     "": _CORE,
     "export": _CORE | {""},
     "report": _CORE | {""},

@@ -1,5 +1,8 @@
 """Detent: train networks whose weights click into places that are cheap to store."""
 
+from detent.amounts import Budget as Budget
+from detent.budget import allocate as allocate
+from detent.budget import fisher as fisher
 from detent.compression import compress as compress
 from detent.compression import compress_state_dict as compress_state_dict
 from detent.engine import Run as Run

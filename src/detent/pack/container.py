@@ -78,9 +78,11 @@ class Writer:
         batchnorm: where the running statistics of the compressed life come from: "none", "own", "re-estimated", the
             latter two also with ", rounded to" and float16, bfloat16, float8_e4m3fn or float8_e5m2.
         notes: plain JSON data to keep with the file.
+        most: bytes that the file may have; of a larger one nothing is left. `None` for any number.
 
     Raises:
-        ValueError: an unknown life or coding, notes that are not JSON, a tensor that a file cannot hold.
+        ValueError: an unknown life or coding, notes that are not JSON, a tensor that a file cannot hold, a file of more
+            than `most` bytes.
         OSError: the file cannot be written; what was there before is untouched.
 
     Example:
@@ -101,7 +103,9 @@ class Writer:
         coding: Coding | None = None,
         batchnorm: str = "none",
         notes: Mapping[str, Any] | None = None,
+        most: int | None = None,
     ) -> None:
+        self._most = most
         self._coding: Coding = check_form(path, life, coding)
         self._is_safetensors = _is_safetensors(path)
         kept = _checked_notes(notes)
@@ -130,6 +134,7 @@ class Writer:
         with self._file_block(kind):
             if kind is None:
                 self._finish()
+                self._refuse_more()
         self._frame = None
 
     @contextlib.contextmanager
@@ -256,6 +261,15 @@ class Writer:
         data = encode_tensor(pieces, shape=tuple(shape), coding=self._coding)
         self._columns.add_blob(len(data), plain_bytes(specs), checksum(data))
         self._frame.blob(data)
+
+    def _refuse_more(self) -> None:
+        if self._most is not None and self.size > self._most:
+            both = self._columns.life == "both"
+            way = 'life="compressed" takes less' if both else "detent.allocate finds a recipe whose file fits"
+            raise ValueError(
+                f"save(budget=...): the file would be {self.size:,} bytes, {self.size - self._most:,} more than the "
+                f"{self._most:,} allowed; nothing was written; {way}"
+            )
 
     def _finish(self) -> None:
         assert self._frame is not None

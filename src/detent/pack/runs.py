@@ -8,7 +8,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
+
 from detent import sharding
+from detent.amounts import Budget, budget_bytes
+from detent.batchnorm import statistics_of
 from detent.contents import Contents, contents_of, refuse_unsavable
 from detent.engine import Run
 from detent.pack.atomic import destination
@@ -31,6 +35,7 @@ def save(
     bits: int | None = None,
     recipe: Recipe | None = None,
     notes: Mapping[str, Any] | None = None,
+    budget: Budget | None = None,
 ) -> int:
     """Write a run to one file without pickle, atomically: any failure leaves the file that was there.
 
@@ -49,13 +54,15 @@ def save(
         bits: the compressed life that `run.compressed(bits=...)` shows.
         recipe: the compressed life that `run.compressed(recipe=...)` shows.
         notes: plain JSON data to keep with the file (who, which data, which accuracy).
+        budget: the most bytes that the file may have, as for `allocate`: a larger one is not written. BatchNorm's
+            statistics of the compressed life are then rounded to 16 bits (`run.round_statistics`), as the card says.
 
     Returns:
         Bytes written.
 
     Raises:
         ValueError: no run, no path, an unknown life or coding, notes that are not JSON, a tensor that a file cannot
-            hold, both bits and recipe.
+            hold, both bits and recipe, a file beyond its budget (and by how much).
         RuntimeError: inside `run.compressed()`, or while another thread works on the same model.
         OSError: the file cannot be written.
 
@@ -78,6 +85,7 @@ def save(
     if not isinstance(path, (str, os.PathLike)):
         raise ValueError(f"save(path={path!r}): must be the path of a file")
     coding = check_form(path, life, coding)
+    most = None if budget is None else budget_bytes(budget, run.model, "save")
     with run._one_thread("detent.save"):
         if run._inside:
             raise RuntimeError("save inside run.compressed(): leave the compressed life first, the file needs both")
@@ -88,6 +96,8 @@ def save(
         held = contents_of(run.model).without(run.leave_out)
         refuse_unsavable(held, "save", unready=False)
         run._settle()  # may drop statistics of other weights
+        if most is not None:
+            _shorten_statistics(run, bits, recipe)
         found = run.statistics(bits=bits, recipe=recipe)
         own = any(getattr(m, "running_mean", None) is not None for m in run.model.modules())
         batchnorm = found.source if found else ("own" if own else "none")
@@ -95,12 +105,23 @@ def save(
 
         def write() -> int:
             # Made here: of several processes only the one that writes looks at the path, which others may not have.
-            writer = Writer(path, life, coding=coding, batchnorm=batchnorm, notes=notes)
+            writer = Writer(path, life, coding=coding, batchnorm=batchnorm, notes=notes, most=most)
             return _write(writer, tensors, held.aliases)
 
         size = _on_first_rank(write, tensors) if is_sharded else write()
         run._say_losses("save", bits, recipe)
         return size
+
+
+def _shorten_statistics(run: Run, bits: int | None, recipe: Recipe | None) -> None:
+    """Give the compressed life BatchNorm statistics of 16 bits, unless it has them."""
+    found = run.statistics(bits=bits, recipe=recipe)
+    values = statistics_of(run.model) if found is None else found
+    if not values or (found is not None and "rounded" in found.source):
+        return
+    largest = max(float(value.abs().max()) for value in values.values() if value.numel())
+    short = "float16" if largest <= torch.finfo(torch.float16).max else "bfloat16"
+    run.round_statistics(short, bits=bits, recipe=recipe)
 
 
 def _tensors(

@@ -1,0 +1,433 @@
+"""A recipe whose file fits into a number of bytes: one step for all weights, or a target for every tensor."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from detent.amounts import Budget, budget_bytes
+from detent.compression import compress
+from detent.engine import Run
+from detent.pack import inspect, save
+from detent.parameters import canonical_name, refuse_no_model
+from detent.plan import Claim
+from detent.recipe import Recipe, Rule
+from detent.schedules import is_finite
+from detent.targets import Round, Target, Uniform, UniformStep
+from detent.targets.rate import step_at_rate
+
+__all__ = ["Choices", "allocate", "fisher"]
+
+Choices = Literal["step", "widths"] | Sequence[Target]
+
+_TRIES = 12  # files that are written to find a step
+_CLOSE = 1e-3  # share of the budget that may be left over
+_WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+
+
+def allocate(
+    model: nn.Module,
+    budget: Budget,
+    *,
+    choices: Choices = "step",
+    importance: Mapping[str, Tensor | float] | None = None,
+    loss: Callable[[nn.Module], float] | None = None,
+    rules: Recipe | None = None,
+    example: Any = None,
+) -> Recipe:
+    """The recipe whose compressed file fits a budget with the least error: bits go where they buy most.
+
+        minimise  sum_i h_i (w_i - q_i)^2    subject to    bytes of the whole file <= budget
+
+    Prices are what the entropy coder writes, header, biases, normalisation weights and BatchNorm's statistics included;
+    the latter three go on 16 bits. With `choices="step"` that minimum has one step for the whole model (a step a tensor
+    in proportion to `h^(-1/2)`, given an importance); among targets it is found on the convex hulls of error against
+    bytes with one multiplier for all tensors, and filled up greedily. Data-free unless `importance` or `loss` say more.
+
+    Args:
+        model: a trained model.
+        budget: bytes of the file: a number, "84 kB" (1000 bytes), "84 KiB" (1024), "20x" smaller than the model's
+            tensors are, or "3.2 bits" a parameter.
+        choices: "step": `UniformStep`, for files. "widths": `Uniform` of 2 to 8 bits a channel, for hardware. Or
+            targets, of which each tensor gets one.
+        importance: by parameter, how much a squared error of its weights costs: a number, or a tensor of its shape
+            (`fisher`); >= 0. `None`: 1 for all.
+        loss: measures the error instead: called with the model, one tensor of which is compressed, for every tensor and
+            choice; not with `choices="step"`.
+        rules: rules that go before: layers that are kept, or have a target of their own.
+        example: as for `Recipe.resolve`.
+
+    Returns:
+        The recipe, for `compress`, `attach` (give its rules a mechanism) or YAML. `save(..., budget=...)` holds the
+        file to it.
+
+    Raises:
+        ValueError: no budget, or one that nothing fits, with the bytes of the smallest file; an importance or a choice
+            that fits no parameter.
+
+    Example:
+        >>> import detent as dt
+        >>> model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+        >>> recipe = allocate(model, "20 kB")
+        >>> run = dt.compress(model, recipe)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     size = dt.save(run, f"{folder}/model.detent", life="compressed", budget="20 kB")
+        >>> 19_500 < size <= 20_000
+        True
+
+    Reference: Shannon's rate-distortion theory, with Gish and Pierce, "Asymptotically efficient quantizing", 1968, for
+    the step; Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", 1988, for the hulls.
+    """
+    refuse_no_model(model, "allocate")
+    task = _Task.of(model, budget, rules, example)
+    weights = _importance(importance, task)
+    if isinstance(choices, str):
+        if choices not in ("step", "widths"):
+            raise ValueError(f'allocate(choices={choices!r}): must be "step", "widths" or a list of targets')
+        if choices == "step":
+            if loss is not None:
+                raise ValueError('allocate(choices="step", loss=...): a loss chooses among targets; give importance=')
+            return _one_step(task, weights)
+        choices = [Uniform(bits=bits, granularity="channel") for bits in _WIDTHS]
+    if not choices or not all(isinstance(each, Target) for each in choices):
+        raise ValueError('allocate(choices=...): must be "step", "widths" or a list of targets, at least one')
+    return _among(task, list(choices), weights, loss)
+
+
+# --- what is to be allocated, and what a file of it takes ---------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    model: nn.Module
+    budget: int
+    first: tuple[Rule, ...]
+    claims: tuple[Claim, ...]
+    example: Any
+
+    @classmethod
+    def of(cls, model: nn.Module, budget: Budget, rules: Recipe | None, example: Any) -> _Task:
+        first = () if rules is None else tuple(rules.without_mechanisms().rules)
+        free = Recipe([*first, Rule(match="@weights", target=UniformStep(step=1.0, bits=2))])
+        plan = free.resolve(model, example=example)
+        claims = tuple(claim for claim in plan.claimed if claim.rule == len(first))
+        return cls(
+            model=model, budget=budget_bytes(budget, model, "allocate"), first=first, claims=claims, example=example
+        )
+
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors that are to be given a target."""
+        named = {canonical_name(name): p for name, p in self.model.named_parameters(remove_duplicate=False)}
+        return {claim.name: named[claim.name].detach() for claim in self.claims}
+
+    def recipe(self, given: Sequence[Rule]) -> Recipe:
+        """The user's rules, what was allocated, and 16 bits for whatever has no levels."""
+        largest = max((float(p.detach().abs().max()) for p in self.model.parameters() if p.numel()), default=0.0)
+        rest = Round(dtype="float16" if largest <= torch.finfo(torch.float16).max else "bfloat16")
+        return Recipe([*self.first, *given, Rule(match=".", include=".", target=rest, optional=True)])
+
+    def run(self, recipe: Recipe) -> Run:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tries nobody has chosen
+            return compress(self.model, recipe, example=self.example)
+
+    def size(self, recipe: Recipe) -> int:
+        """Bytes of the compressed file."""
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return save(self.run(recipe), Path(folder) / "try.detent", life="compressed", budget=1 << 62)
+
+    def too_small(self, least: int) -> ValueError:
+        return ValueError(
+            f"allocate(budget=...): {self.budget:,} bytes are too few; the smallest file of these choices has {least:,}"
+        )
+
+
+def _importance(given: Mapping[str, Tensor | float] | None, task: _Task) -> dict[str, Tensor]:
+    """One tensor a claimed weight, of its shape or a scalar."""
+    given = {} if given is None else {canonical_name(name): value for name, value in given.items()}
+    known = {canonical_name(name) for name, _ in task.model.named_parameters(remove_duplicate=False)}
+    if unknown := sorted(given.keys() - known):
+        raise ValueError(f"allocate(importance=...): {unknown[0]!r} is no parameter of the model")
+    found = {}
+    for claim in task.claims:
+        value = torch.as_tensor(given.get(claim.name, 1.0)).detach().double().cpu()
+        if value.dim() and tuple(value.shape) != claim.layout.shape:
+            raise ValueError(
+                f"allocate(importance=...): {claim.name!r} has shape {claim.layout.shape}, its importance "
+                f"{tuple(value.shape)}; give a number or a tensor of that shape"
+            )
+        if not bool(torch.isfinite(value).all()) or bool((value < 0).any()):
+            raise ValueError(f"allocate(importance=...): that of {claim.name!r} must be finite and >= 0")
+        found[claim.name] = value
+    if given and not any(bool(value.any()) for value in found.values()):
+        raise ValueError("allocate(importance=...): all of it is 0, so nothing is worth a bit")
+    return found
+
+
+def fisher(model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]) -> dict[str, Tensor]:
+    """Diagonal of the empirical Fisher information: the mean square of the gradient, batch by batch.
+
+        h = mean over batches of (d loss / d w)^2
+
+    Args:
+        model: a trained model; it is left as it is, and runs in the mode it is in.
+        batches: what `loss` takes, one batch at a time; smaller batches come nearer to the information of an example.
+        loss: gives the loss of the model on a batch.
+
+    Returns:
+        By parameter, a tensor of its shape, for `allocate(importance=...)`.
+
+    Raises:
+        ValueError: no batches, or a loss that no parameter has a part in.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> batches = [torch.randn(8, 4) for _ in range(3)]
+        >>> sorted(fisher(model, batches, lambda net, x: net(x).square().mean()))
+        ['bias', 'weight']
+
+    Reference: LeCun et al., "Optimal Brain Damage", 1989; Theis et al., "Faster gaze prediction with dense networks and
+    Fisher pruning", arXiv 1801.05787.
+    """
+    refuse_no_model(model, "fisher")
+    named = {canonical_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    total = {name: torch.zeros_like(p, dtype=torch.float64, device="cpu") for name, p in named.items()}
+    count = 0
+    for batch in batches:
+        grads = torch.autograd.grad(loss(model, batch), list(named.values()), allow_unused=True)
+        if all(grad is None for grad in grads):
+            raise ValueError("fisher(loss=...): no parameter has a part in it")
+        for name, grad in zip(named, grads, strict=True):
+            if grad is not None:
+                total[name] += grad.detach().double().square().cpu()
+        count += 1
+    if not count:
+        raise ValueError("fisher(batches=...): there were none")
+    return {name: value / count for name, value in total.items()}
+
+
+# --- one step -----------------------------------------------------------------------------------------------------
+
+
+def _one_step(task: _Task, importance: Mapping[str, Tensor]) -> Recipe:
+    """By the secant in log2(step) against bytes, which is nearly a line; every size is of a file that was written."""
+    weights = task.weights()
+    means = {name: float(h.mean()) for name, h in importance.items()}
+    typical = sum(means[n] * w.numel() for n, w in weights.items()) / sum(w.numel() for w in weights.values())
+    shares = {n: math.sqrt(typical / max(mean, 1e-6 * typical)) for n, mean in means.items()}
+
+    def rules(step: float) -> list[Rule]:
+        return _step_rules({name: step * share for name, share in shares.items()}, weights)
+
+    scaled = [weights[name].float() / share for name, share in shares.items()]
+    largest = max(float(w.abs().max()) for w in scaled)
+    count = sum(w.numel() for w in scaled)
+    coarse = task.recipe(rules(4 * (largest or 1.0)))
+    least = task.size(coarse)
+    if least > task.budget:
+        raise task.too_small(least)
+    if largest == 0:
+        return coarse
+    rate = 8 * (task.budget - least) / count
+    step = step_at_rate(scaled, min(max(rate, 1e-3), 15.0), 0.5, 2**15 - 1)
+    best, fits, over = coarse, 4 * largest, 0.0  # the narrowest step known to fit, and the widest known not to
+    slope, last = -count / 8 * min(max(rate, 0.25), 1.0), None  # bytes for twice the step: a bit a weight, or less
+    for _ in range(_TRIES):
+        recipe = task.recipe(rules(step))
+        size = task.size(recipe)
+        if size <= task.budget:
+            best, fits = recipe, step
+            if task.budget - size <= _CLOSE * task.budget:
+                break
+        else:
+            over = step
+        at = math.log2(step)
+        if last is not None and last[0] != at:
+            slope = min((size - last[1]) / (at - last[0]), slope / 4)
+        last = (at, size)
+        guess = 2 ** (at + (task.budget * (1 - _CLOSE / 3) - size) / slope)
+        if not over < guess < fits:
+            guess = math.sqrt(over * fits) if over else fits / 2
+        if guess < largest / (2**15 - 1) or (over and fits / over < 1 + 1e-5):
+            break
+        step = guess
+    return best
+
+
+def _step_rules(steps: Mapping[str, float], weights: Mapping[str, Tensor]) -> list[Rule]:
+    """One rule for all where all have one step."""
+    targets = {name: UniformStep(step=step, bits=_bits_for(weights[name], step)) for name, step in steps.items()}
+    if len(set(steps.values())) == 1 and not any(w.dtype.itemsize < 4 for w in weights.values()):
+        bits = max(target.bits for target in targets.values())
+        return [Rule(match="@weights", target=UniformStep(step=next(iter(steps.values())), bits=bits))]
+    return _grouped(targets)
+
+
+def _bits_for(w: Tensor, step: float) -> int:
+    """The narrowest width that clips nothing, as far as the dtype tells levels apart."""
+    most = math.ceil(float(w.abs().max()) / step)
+    widest = {torch.bfloat16: 8, torch.float16: 11}.get(w.dtype, 16)
+    return min(max(2, (2 * most + 1).bit_length()), widest)
+
+
+def _grouped(targets: Mapping[str, Target]) -> list[Rule]:
+    """One rule a target, for the tensors that have it."""
+    names: dict[Target, list[str]] = {}
+    for name, target in targets.items():
+        names.setdefault(target, []).append(name)
+    return [
+        Rule(match=f"^({'|'.join(map(re.escape, mine))})$", target=target, include=".")
+        for target, mine in names.items()
+    ]
+
+
+# --- among targets ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Option:
+    """What a tensor may become: `size` bytes of its own, for an error."""
+
+    target: Target
+    size: int
+    error: float
+
+
+def _among(
+    task: _Task,
+    choices: list[Target],
+    importance: Mapping[str, Tensor],
+    loss: Callable[[nn.Module], float] | None,
+) -> Recipe:
+    options = _options(task, choices, importance, loss)
+    smallest = {name: min(mine, key=lambda o: (o.size, o.error)) for name, mine in options.items()}
+    room = task.budget
+    for _ in range(_TRIES):
+        taken = _filled(options, smallest, room)
+        recipe = task.recipe(_grouped({name: option.target for name, option in taken.items()}))
+        size = task.size(recipe)
+        if size <= task.budget:
+            return recipe
+        if taken == smallest:
+            raise task.too_small(size)
+        # What is no tensor's own (the header, codebooks that are shared) is known only once all have been chosen.
+        own = sum(option.size for option in taken.values())
+        room = min(room - 1, own - (size - task.budget))
+    raise task.too_small(task.size(task.recipe(_grouped({name: o.target for name, o in smallest.items()}))))
+
+
+def _filled(options: Mapping[str, list[_Option]], smallest: Mapping[str, _Option], room: int) -> dict[str, _Option]:
+    """Steepest segments of the convex hulls first, as long as they fit; then whatever else still does."""
+    taken = dict(smallest)
+    left = room - sum(option.size for option in taken.values())
+    ways = {name: _hull(mine, smallest[name]) for name, mine in options.items()}
+    queue = [_segment(name, smallest[name], way, 0) for name, way in ways.items() if way]
+    heapq.heapify(queue)
+    while queue:
+        _, name, at = heapq.heappop(queue)
+        option, way = ways[name][at], ways[name]
+        if (more := option.size - taken[name].size) > left:
+            continue
+        taken[name], left = option, left - more
+        if at + 1 < len(way):
+            heapq.heappush(queue, _segment(name, option, way, at + 1))
+    gains = [
+        ((taken[name].error - option.error) / (option.size - taken[name].size), name, option.size, option)
+        for name, mine in options.items()
+        for option in mine
+        if option.size > taken[name].size and option.error < taken[name].error
+    ]
+    for _, name, _, option in sorted(gains, key=lambda gain: (-gain[0], gain[1], gain[2])):
+        if option.error < taken[name].error and option.size - taken[name].size <= left:
+            left -= option.size - taken[name].size
+            taken[name] = option
+    return taken
+
+
+def _segment(name: str, old: _Option, way: Sequence[_Option], at: int) -> tuple[float, str, int]:
+    return ((way[at].error - old.error) / (way[at].size - old.size), name, at)
+
+
+def _hull(options: Sequence[_Option], first: _Option) -> list[_Option]:
+    """The lower convex hull of error against bytes, from the smallest on and without it."""
+    hull = [first]
+    for option in sorted(options, key=lambda o: (o.size, o.error)):
+        if option.size <= hull[-1].size or option.error >= hull[-1].error:
+            continue
+        while len(hull) > 1 and _steepness(hull[-2], option) <= _steepness(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(option)
+    return hull[1:]
+
+
+def _steepness(a: _Option, b: _Option) -> float:
+    return (b.error - a.error) / (b.size - a.size)
+
+
+def _options(
+    task: _Task,
+    choices: Sequence[Target],
+    importance: Mapping[str, Tensor],
+    loss: Callable[[nn.Module], float] | None,
+) -> dict[str, list[_Option]]:
+    """Every tensor with every choice that takes it: written, for its bytes, and read, for its error."""
+    base = 0.0 if loss is None else _measured(loss, task.model)
+    weights = task.weights()
+    found: dict[str, list[_Option]] = {claim.name: [] for claim in task.claims}
+    for target in choices:
+        mine = [c for c in task.claims if target.accepts(c.layout.shape, c.dtype, c.layout) is None]
+        if not mine:
+            continue
+        run = task.run(Recipe(_grouped({claim.name: target for claim in mine})))
+        sizes = _sizes(run)
+        for name, item in run.encoded().items():
+            q = item.decode()
+            if loss is None:
+                error = float((importance[name] * (q.double() - weights[name].double()).square().cpu()).sum())
+            else:
+                error = _with(task.model, weights[name], q, lambda: _measured(loss, task.model)) - base
+            found[name].append(_Option(target=target, size=sizes[name], error=error))
+    lacking = next((name for name, mine in found.items() if not mine), None)
+    if lacking is not None:
+        raise ValueError(
+            f"allocate(choices=...): none takes {lacking!r}; add one that does, or a rule with keep=True for it"
+        )
+    return found
+
+
+def _sizes(run: Run) -> dict[str, int]:
+    """Bytes of each tensor's own codes and numbers."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save(run, path := Path(folder) / "try.detent", life="compressed")
+        return {row["name"]: row["bytes"] for row in inspect(path).rows}
+
+
+def _measured(loss: Callable[[nn.Module], float], model: nn.Module) -> float:
+    with torch.no_grad():
+        value = float(loss(model))
+    if not is_finite(value):
+        raise ValueError(f"allocate(loss=...): gave {value}: must be a finite number")
+    return value
+
+
+def _with(model: nn.Module, place: Tensor, value: Tensor, act: Callable[[], float]) -> float:
+    """Something of the model with other weights in one place, which come back bitwise."""
+    kept = place.clone()
+    with torch.no_grad():
+        try:
+            place.copy_(value)
+            return act()
+        finally:
+            place.copy_(kept)
