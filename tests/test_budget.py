@@ -264,3 +264,58 @@ def test_fisher_is_the_mean_square_of_gradients() -> None:
 def test_refusals(arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         dt.allocate(_mlp(), "4 bits", **arguments)
+
+
+# --- training under a budget --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mechanism", [dt.STE(), dt.PSG(), dt.BinaryRelax(), dt.ADMM(every=10, until=50)], ids=str)
+def test_training_under_a_budget_ends_in_its_file(mechanism: dt.Mechanism, tmp_path: Path) -> None:
+    model = _mlp()
+    x, wanted = torch.randn(256, 48), torch.randn(256, 4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
+    run = dt.attach(model, optimizer, dt.allocate(model, "3 kB", mechanism=mechanism), total_steps=60)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (model(x) - wanted).square().mean().backward()
+        optimizer.step()
+    for budget in (3000, 2500):  # any other size from the same weights
+        recipe = dt.allocate(run, budget)
+        size = dt.save(run, tmp_path / "m.detent", life="compressed", recipe=recipe, budget=budget)
+        assert 0.97 * budget < size <= budget
+        twin = _mlp(5)
+        dt.load(tmp_path / "m.detent", twin, life="compressed")
+        with run.compressed(recipe=recipe):
+            assert torch.equal(model[0].weight, twin[0].weight)
+
+
+def test_training_gets_more_of_a_budget_than_rounding(tmp_path: Path) -> None:
+    model, teacher = _mlp(), _mlp(3)
+    x = torch.randn(512, 48)
+    wanted = teacher(x).detach()
+
+    def train(recipe: dt.Recipe | None, steps: int) -> dt.Run | None:
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
+        run = None if recipe is None else dt.attach(model, optimizer, recipe, total_steps=steps)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (model(x) - wanted).square().mean().backward()
+            optimizer.step()
+        return run
+
+    def loss(run: dt.Run, recipe: dt.Recipe | None) -> float:
+        with run.compressed(recipe=recipe), torch.no_grad():
+            return float((model(x) - wanted).square().mean())
+
+    train(None, 300)
+    rounded = loss(dt.compress(model, dt.allocate(model, "2 kB")), None)
+    run = train(dt.allocate(model, "2 kB", mechanism=dt.STE()), 200)
+    assert run is not None
+    assert loss(run, dt.allocate(run, "2 kB")) < 0.5 * rounded
+
+
+def test_training_takes_one_step_for_all() -> None:
+    with pytest.raises(ValueError, match='trains with choices="step"'):
+        dt.allocate(_mlp(), "3 kB", choices="widths", mechanism=dt.STE())
+    with pytest.raises(ValueError, match="leave importance out"):
+        dt.allocate(_mlp(), "3 kB", mechanism=dt.STE(), importance={"0.weight": 5.0})

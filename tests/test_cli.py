@@ -615,6 +615,40 @@ def test_a_file_without_training_does_not_claim_one(weights: Path) -> None:
     assert "put there without training" in card and "epochs: 0" in card and "calibration data: none" in card
 
 
+@pytest.mark.parametrize("model", [None, f"{HERE}:Net"])
+@pytest.mark.parametrize("choices", ["step", "widths"])
+def test_compress_to_a_budget(tmp_path: Path, weights: Path, choices: str, model: str | None) -> None:
+    """The file is no larger than the budget, and what the library gives for it; BatchNorm's statistics are short."""
+    more = [] if model is None else ["--model", model]
+    least = call("compress", weights, "--budget", "250 B", "--choices", choices, "-o", tmp_path / "no.detent", *more)
+    assert least.exit_code == 2 and "bytes are too few" in least.stderr and not (tmp_path / "no.detent").exists()
+    out = tmp_path / "x.detent"
+    result = call("compress", weights, "--budget", "1 kB", "--choices", choices, "-o", out, "--json", *more)
+    assert result.exit_code == 0, result.output
+    said, twin = json.loads(result.stdout), Net()
+    assert said["bytes"] == out.stat().st_size <= 1000 and said["compressed_weights"] > 0.9 * said["weights"]
+    load(out, twin, "compressed")
+    own, energy, lost = load_file(weights), 0.0, 0.0
+    for name, value in twin.named_parameters():
+        energy += float(own[name].double().square().sum())
+        lost += float((value.detach().double() - own[name].double()).square().sum())
+    assert said["error"] == pytest.approx(lost / energy)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--budget", "2 kB", "-r", "uniform-w4"], "give one of the two"),
+        (["--budget", "2 kB", "--life", "both"], "no part of a budget"),
+        (["--budget", "2 kB", "--choices", "bits"], "must be step or widths"),
+        (["--budget", "2 K"], "must be a number of bytes"),
+    ],
+)
+def test_a_wrong_budget_is_refused(weights: Path, arguments: list[str], says: str) -> None:
+    result = call("compress", weights, *arguments)
+    assert result.exit_code == 2 and says in " ".join(result.stderr.split())
+
+
 def test_compress_says_what_it_guessed(weights: Path) -> None:
     stdout = call("compress", weights, "-r", "psg-w4").stdout
     assert "1 tensor of more than two axes is taken as convolutions" in stdout

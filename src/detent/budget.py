@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import heapq
 import math
+import os
 import re
 import tempfile
 import warnings
@@ -16,32 +18,36 @@ import torch
 from torch import Tensor, nn
 
 from detent.amounts import Budget, budget_bytes
-from detent.compression import compress
+from detent.compression import Compressed, compress, filled, guesses
 from detent.engine import Run
-from detent.pack import inspect, save
+from detent.mechanisms import Mechanism
+from detent.pack import Checkpoint, Coding, inspect, save
+from detent.pack.loading import Rename
 from detent.parameters import canonical_name, refuse_no_model
 from detent.plan import Claim
 from detent.recipe import Recipe, Rule
 from detent.schedules import is_finite
 from detent.targets import Round, Target, Uniform, UniformStep
-from detent.targets.rate import step_at_rate
+from detent.targets.rate import entropy_at, step_at_rate
 
-__all__ = ["Choices", "allocate", "fisher"]
+__all__ = ["Choices", "allocate", "compress_to_budget", "fisher"]
 
 Choices = Literal["step", "widths"] | Sequence[Target]
 
 _TRIES = 12  # files that are written to find a step
 _CLOSE = 1e-3  # share of the budget that may be left over
+_SLACK = 0.99  # of the rate in training: the coder's gains and losses move with the weights
 _WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
 
 def allocate(
-    model: nn.Module,
+    model: nn.Module | Run,
     budget: Budget,
     *,
     choices: Choices = "step",
     importance: Mapping[str, Tensor | float] | None = None,
     loss: Callable[[nn.Module], float] | None = None,
+    mechanism: Mechanism | None = None,
     rules: Recipe | None = None,
     example: Any = None,
 ) -> Recipe:
@@ -55,7 +61,8 @@ def allocate(
     bytes with one multiplier for all tensors, and filled up greedily. Data-free unless `importance` or `loss` say more.
 
     Args:
-        model: a trained model.
+        model: a trained model; or a run, whose trained weights (latents, where a mechanism keeps some) are then given
+            another compressed life: `run.compressed(recipe=...)`, `save(run, path, recipe=...)`.
         budget: bytes of the file: a number, "84 kB" (1000 bytes), "84 KiB" (1024), "20x" smaller than the model's
             tensors are, or "3.2 bits" a parameter.
         choices: "step": `UniformStep`, for files. "widths": `Uniform` of 2 to 8 bits a channel, for hardware. Or
@@ -64,6 +71,9 @@ def allocate(
             (`fisher`); >= 0. `None`: 1 for all.
         loss: measures the error instead: called with the model, one tensor of which is compressed, for every tensor and
             choice; not with `choices="step"`.
+        mechanism: for training under the budget, with `choices="step"`: rules for `attach`, which hold the *rate* of
+            the codes, so that the step follows the weights. What training leaves is then allocated once more:
+            `save(run, path, life="compressed", recipe=allocate(run, budget), budget=budget)`.
         rules: rules that go before: layers that are kept, or have a target of their own.
         example: as for `Recipe.resolve`.
 
@@ -88,7 +98,12 @@ def allocate(
     Reference: Shannon's rate-distortion theory, with Gish and Pierce, "Asymptotically efficient quantizing", 1968, for
     the step; Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", 1988, for the hulls.
     """
+    if isinstance(model, Run):
+        with model.latents():
+            model = copy.deepcopy(model.model)
     refuse_no_model(model, "allocate")
+    if mechanism is not None and choices != "step":
+        raise ValueError('allocate(mechanism=...): trains with choices="step"; give the rules of others one yourself')
     task = _Task.of(model, budget, rules, example)
     weights = _importance(importance, task)
     if isinstance(choices, str):
@@ -97,11 +112,78 @@ def allocate(
         if choices == "step":
             if loss is not None:
                 raise ValueError('allocate(choices="step", loss=...): a loss chooses among targets; give importance=')
-            return _one_step(task, weights)
+            found = _one_step(task, weights)
+            return found if mechanism is None else _to_train(task, found, mechanism, rules)
         choices = [Uniform(bits=bits, granularity="channel") for bits in _WIDTHS]
     if not choices or not all(isinstance(each, Target) for each in choices):
         raise ValueError('allocate(choices=...): must be "step", "widths" or a list of targets, at least one')
     return _among(task, list(choices), weights, loss)
+
+
+def compress_to_budget(
+    source: str | os.PathLike[str] | Checkpoint,
+    out: str | os.PathLike[str],
+    budget: Budget,
+    *,
+    choices: Choices = "step",
+    coding: Coding | None = None,
+    model: nn.Module | None = None,
+    rename: Rename | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> Compressed:
+    """Compress a state dict on disk into a file of at most so many bytes: no training, no data. It is held in memory.
+
+    Args:
+        source: a safetensors file, a folder of shards with their index, or the index.
+        out: the file to write; no file of the source.
+        budget: as for `allocate`.
+        choices: as for `allocate`.
+        coding: as for `save`.
+        model: for what names and shapes do not say, as for `compress_state_dict`; it is given the weights.
+        rename: as for `compress_state_dict`.
+        notes: plain JSON data to keep with the file.
+
+    Raises:
+        ValueError: as for `allocate` and `compress_state_dict`.
+        OSError: a file cannot be opened or written.
+
+    Example:
+        >>> from safetensors.torch import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({"fc.weight": torch.randn(64, 64)}, f"{folder}/w.safetensors")
+        ...     made = compress_to_budget(f"{folder}/w.safetensors", f"{folder}/w.detent", "2 kB")
+        >>> 1950 < made.bytes <= 2000
+        True
+    """
+    if not isinstance(source, Checkpoint):
+        with Checkpoint(source) as weights:
+            return compress_to_budget(
+                weights, out, budget, choices=choices, coding=coding, model=model, rename=rename, notes=notes
+            )
+    if any(Path(out).resolve() == file.resolve() for file in source.files):
+        raise ValueError(f"compress_to_budget(out={str(out)!r}): is a file of the state dict; give another name")
+    net = filled(source, model, rename)
+    recipe = allocate(net, budget, choices=choices)
+    run = compress(net, recipe)
+    written = save(run, out, life="compressed", coding=coding, notes=notes, budget=budget)
+    own = dict(net.named_parameters())
+    lost = energy = 0.0
+    for name, item in run.encoded().items():
+        w = own[name].detach().double()
+        lost += float((item.decode().double() - w).square().sum())
+        energy += float(w.square().sum())
+    coded = inspect(out).total["coded"]
+    return Compressed(
+        file=str(out),
+        bytes=written,
+        raw_bytes=sum(t.numel() * t.itemsize for t in (*net.parameters(), *net.buffers())),
+        weights=sum(p.numel() for p in net.parameters()),
+        compressed_weights=coded["weights"],
+        nominal_bits=coded["nominal_bits"] / max(coded["weights"], 1),
+        bits_per_weight=8 * coded["bytes"] / max(coded["weights"], 1),
+        error=lost / (energy or 1.0),
+        notes=tuple(guesses(run.plan) if model is None else ()),
+    )
 
 
 # --- what is to be allocated, and what a file of it takes ---------------------------------------------------------
@@ -129,6 +211,11 @@ class _Task:
         """The tensors that are to be given a target."""
         named = {canonical_name(name): p for name, p in self.model.named_parameters(remove_duplicate=False)}
         return {claim.name: named[claim.name].detach() for claim in self.claims}
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether weights have 32 bits, so that no level is lost in their dtype."""
+        return all(claim.dtype.itemsize >= 4 for claim in self.claims)
 
     def recipe(self, given: Sequence[Rule]) -> Recipe:
         """The user's rules, what was allocated, and 16 bits for whatever has no levels."""
@@ -268,10 +355,25 @@ def _one_step(task: _Task, importance: Mapping[str, Tensor]) -> Recipe:
 def _step_rules(steps: Mapping[str, float], weights: Mapping[str, Tensor]) -> list[Rule]:
     """One rule for all where all have one step."""
     targets = {name: UniformStep(step=step, bits=_bits_for(weights[name], step)) for name, step in steps.items()}
-    if len(set(steps.values())) == 1 and not any(w.dtype.itemsize < 4 for w in weights.values()):
+    if len(set(steps.values())) == 1 and all(w.dtype.itemsize >= 4 for w in weights.values()):
         bits = max(target.bits for target in targets.values())
         return [Rule(match="@weights", target=UniformStep(step=next(iter(steps.values())), bits=bits))]
     return _grouped(targets)
+
+
+def _to_train(task: _Task, found: Recipe, mechanism: Mechanism, rules: Recipe | None) -> Recipe:
+    """One rule that holds the rate of a recipe whose step is right for the weights as they are."""
+    targets = [rule.target for rule in found.rules if isinstance(rule.target, UniformStep)]
+    steps = {target.step for target in targets}
+    if len(steps) != 1:
+        raise ValueError("allocate(mechanism=..., importance=...): training has one step; leave importance out")
+    step = steps.pop()
+    assert step is not None
+    rate = _SLACK * entropy_at(list(task.weights().values()), step, 0.5, 2**15 - 1)
+    bits = max(8, *(target.bits for target in targets)) if task.is_wide else targets[0].bits
+    target = UniformStep(rate=rate, over="model", bits=bits)
+    first = () if rules is None else rules.rules
+    return Recipe([*first, Rule(match="@weights", target=target, mechanism=mechanism)])
 
 
 def _bits_for(w: Tensor, step: float) -> int:

@@ -23,8 +23,10 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 import detent
+from detent.budget import compress_to_budget
 from detent.cli_work import (
     OnnxOptions,
+    budget_of,
     bytes_in,
     code_of,
     export_file,
@@ -315,7 +317,18 @@ def compress(
     weights: Annotated[
         Path, typer.Argument(help="A .safetensors state dict, a folder of its shards, or the .index.json of them.")
     ],
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A preset, or a .yaml file.")] = "uniform-w4",
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="A preset, or a .yaml file; else uniform-w4.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Bytes of the whole file instead of a recipe: 84kB, 1.5MB, 20x smaller, '3.2 bits' a weight."
+        ),
+    ] = None,
+    choices: Annotated[
+        str, typer.Option(help="With --budget: step (least error), or widths of 2 to 8 bits a tensor (for hardware).")
+    ] = "step",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The file to write; else WEIGHTS.detent.")] = None,
     life: Annotated[str, typer.Option(help="compressed: as small as its codes; both: the weights as they are too.")] = (
         "compressed"
@@ -334,7 +347,7 @@ def compress(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Round the weights of a state dict to the places of a recipe: no training, no data, no code of the model."""
+    """Round the weights of a state dict to the places of a recipe, or whatever fits a budget: no training, no data."""
     with _answer(as_json):
         if life not in ("compressed", "both"):
             raise ValueError(f"--life {life}: must be compressed or both")
@@ -342,25 +355,27 @@ def compress(
             raise ValueError(f"--coding {coding}: must be one of {', '.join(CODINGS)}")
         with Checkpoint(weights) as opened, _watched() as watch:  # first: another kind of file is at fault before all
             default = None if out else _beside(weights)
-            inputs = [*opened.files, Path(recipe), code_of(model)]
+            inputs = [*opened.files, None if recipe is None else Path(recipe), code_of(model)]
             refuse_overwriting(named=[out], unnamed=[default], inputs=inputs, force=force)
             said: dict[str, Any] = {"data": "none", "epochs": 0, "calibration": "none"}
             said["made by"] = f"detent compress {weights.name or weights.resolve().name}"
             if model is None:
                 order = "of names and their numbers, as a state dict has none"
                 said["order"] = f"{order}: which weight is really first or last is not known"
-            made = dataclasses.asdict(
-                compress_state_dict(
-                    opened,
-                    out or _beside(weights),
-                    recipe_of(recipe),
-                    life=life,
-                    coding=coding,
-                    model=None if model is None else model_of(model),
-                    notes=said,
-                    watch=watch,
+            net, place = None if model is None else model_of(model), out or _beside(weights)
+            if budget is not None:
+                done = watch("finding what fits", 1)
+                with_budget = budget_of(budget, recipe=recipe, choices=choices, life=life)
+                found = compress_to_budget(
+                    opened, place, with_budget, choices=choices, coding=coding, model=net, notes=said
                 )
-            )
+                done()
+            else:
+                chosen = recipe_of(recipe or "uniform-w4")
+                found = compress_state_dict(
+                    opened, place, chosen, life=life, coding=coding, model=net, notes=said, watch=watch
+                )
+            made = dataclasses.asdict(found)
         if as_json:
             _print_json(made)
             return

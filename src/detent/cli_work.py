@@ -28,6 +28,7 @@ from detent.report.page import figures
 
 __all__ = [
     "OnnxOptions",
+    "budget_of",
     "bytes_in",
     "code_of",
     "export_file",
@@ -124,6 +125,21 @@ def refuse_overwriting(
         if out is not None and not force and (any(out.iterdir()) if out.is_dir() else out.exists()):
             what = "a folder with files in it" if out.is_dir() else "there already"
             raise ValueError(f"{out} is {what}; give another name with --out, or --force to write over it")
+
+
+def budget_of(budget: str, *, recipe: str | None, choices: str, life: str) -> str:
+    """The budget, if nothing else was asked for that contradicts it.
+
+    Raises:
+        ValueError: naming the other option.
+    """
+    if recipe is not None:
+        raise ValueError(f"--recipe {recipe} beside --budget {budget}: a budget finds the recipe; give one of the two")
+    if life != "compressed":
+        raise ValueError(f"--life {life} beside --budget {budget}: the full life is no part of a budget")
+    if choices not in ("step", "widths"):
+        raise ValueError(f"--choices {choices}: must be step or widths")
+    return budget
 
 
 def bytes_in(text: str) -> int:

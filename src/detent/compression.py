@@ -28,7 +28,7 @@ from detent.specs import short
 from detent.targets import Params
 from detent.threads import OneThread
 
-__all__ = ["Compressed", "compress", "compress_state_dict", "skeleton"]
+__all__ = ["Compressed", "compress", "compress_state_dict", "filled", "skeleton"]
 
 Watch = Callable[[str, int], Callable[[], object]]
 
@@ -332,6 +332,25 @@ def skeleton(weights: Checkpoint) -> nn.Module:
     return root
 
 
+def filled(weights: Checkpoint, model: nn.Module | None = None, rename: Rename | None = None) -> nn.Module:
+    """A module in memory with the weights of a state dict: the model itself, or a skeleton of it.
+
+    Args:
+        weights: the state dict.
+        model: takes the weights; `None` for a module that has nothing but their names.
+        rename: as for `compress_state_dict`.
+
+    Raises:
+        ValueError: a state dict that does not fit the model.
+    """
+    net = skeleton(weights).to_empty(device="cpu") if model is None else model
+    values = {
+        entry.name: weights.tensor(entry.source) for entry in _stored(net, weights, rename) if entry.source is not None
+    }
+    net.load_state_dict(values, strict=False)
+    return net
+
+
 def _hang(root: nn.Module, name: str, value: Tensor) -> None:
     """Put a tensor at its dotted name below the root."""
     *folders, own = name.split(".")
@@ -344,6 +363,8 @@ def _hang(root: nn.Module, name: str, value: Tensor) -> None:
         here = child
     if own in ("running_mean", "running_var", "num_batches_tracked") or not value.is_floating_point():
         here.register_buffer(own, value)
+        if own.startswith("running_"):
+            here.track_running_stats = True  # type: ignore[assignment]  # as a BatchNorm says that they are its own
     else:
         here.register_parameter(own, nn.Parameter(value))
 
