@@ -26,7 +26,7 @@ def _mlp(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
 
 def _conv(seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    model = nn.Sequential(
+    model: Any = nn.Sequential(
         nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=4), nn.BatchNorm2d(16)
     )
     for _ in range(3):
