@@ -19,7 +19,7 @@ import typer
 
 from benchmarks import ROOT, recording
 
-METHODS = ("psg", "admm", "md", "kq")
+METHODS = ("psg", "admm", "md", "kq", "budget")
 START = "from detent.cli import app; app()"
 
 

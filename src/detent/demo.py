@@ -460,13 +460,17 @@ class Bench:
             drop_last=training,
         )
 
-    def cell(self, run: Run, *, bits: int | None = None, recipe: Recipe | None = None) -> Cell:
+    def cell(
+        self, run: Run, *, bits: int | None = None, recipe: Recipe | None = None, budget: int | None = None
+    ) -> Cell:
         """A compressed life: what it gets right, and the size of the file that holds it alone."""
+        if budget is not None and any(isinstance(m, nn.BatchNorm2d) for m in run.model.modules()):
+            run.round_statistics("float16", bits=bits, recipe=recipe)  # as the file has them
         with run.compressed(bits=bits, recipe=recipe):
             accuracy = self.accuracy(run.model)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "life.detent"
-            save(run, file, "compressed", bits=bits, recipe=recipe)
+            save(run, file, "compressed", bits=bits, recipe=recipe, budget=budget)
             return Cell(accuracy=accuracy, bytes=file.stat().st_size)
 
     def row(self, name: str, how: str, run: Run, pruned: Run) -> Row:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import json
 import math
@@ -14,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from detent.budget import allocate
 from detent.compression import compress
 from detent.demo import Bench, Cell, Settings, Watch, pyplot, threads
 from detent.engine import Run
@@ -24,7 +27,7 @@ from detent.targets import Binary, KernelCodebook, Target, Ternary, TopK, Unifor
 
 __all__ = ["METHODS", "Comparison", "Line", "Method", "compare"]
 
-Method = Literal["admm", "md", "kq"]
+Method = Literal["admm", "md", "kq", "budget"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,8 @@ def compare(method: Method, settings: Settings, watch: Watch) -> Comparison:
     along, after every epoch.
 
     Args:
-        method: "admm" (progressive pruning), "md" (mirror descent to one and two bits) or "kq" (kernel codebooks).
+        method: "admm" (progressive pruning), "md" (mirror descent to one and two bits), "kq" (kernel codebooks) or
+            "budget" (accuracy by bytes of the file).
         settings: what to do; `bits` belongs to PSG's demo alone.
         watch: called with a label and a number of steps when a training starts; what it returns is called each step.
 
@@ -429,7 +433,73 @@ def _draw_kq(run: Run, path: Path) -> None:
     plt.close(figure)
 
 
-METHODS: dict[str, Callable[[Bench], _Found]] = {"admm": _admm, "md": _md, "kq": _kq}
+# --- a budget in bytes --------------------------------------------------------------------------------------------
+
+_BITS = (0.5, 0.75, 1.0, 2.0, 3.0)  # of the file for each parameter of the network: the budgets
+_SHOWN_BITS = 1.0
+
+
+def _budget(bench: Bench) -> _Found:
+    decay, epochs = bench.task.decay, max(1, round(0.5 * bench.epochs))
+    dense, _ = bench.train("full precision", None, decay)
+    start, full = _kept(dense), _full(bench, dense)
+    numbers = sum(p.numel() for p in dense.parameters())
+    # Whole hundreds of bytes, for everything that is in the file.
+    budgets = [100 * round(bits * numbers / 800 + 8) for bits in _BITS]
+    columns = {f"{budget / 1000:g} kB": budget for budget in budgets}
+    shown_in = list(columns)[_BITS.index(_SHOWN_BITS)]
+    lines = {
+        "a width a tensor": dict[str, Cell](),
+        "one step": dict[str, Cell](),
+        "one step, trained": dict[str, Cell](),
+    }
+    shown: Run | None = None
+    for column, budget in columns.items():
+        with contextlib.suppress(ValueError):  # 2 bits a weight are the least that widths take
+            recipe = allocate(dense, budget, choices="widths")
+            lines["a width a tensor"][column] = bench.cell(compress(dense, recipe), budget=budget)
+        lines["one step"][column] = bench.cell(compress(dense, allocate(dense, budget)), budget=budget)
+        pull = allocate(dense, budget, mechanism=STE())
+        rate = 0.3 * bench.task.rate
+        _, run = bench.train(f"training for {column}", pull, decay, epochs=epochs, start=start, rate=rate)
+        assert run is not None
+        last = allocate(run, budget)
+        lines["one step, trained"][column] = bench.cell(run, recipe=last, budget=budget)
+        if column == shown_in:
+            with run.latents():
+                trained = copy.deepcopy(run.model)
+            shown = compress(trained, last)
+    assert shown is not None
+    found = [Line(name=name, cells=cells) for name, cells in lines.items()]
+    best = max((line.cells[shown_in].accuracy, line.name) for line in found if shown_in in line.cells)
+    notes = [
+        f"What fits in {shown_in}: {best[1]}, {best[0]:.1f} % right; full precision has {full.accuracy:.1f} % in "
+        f"{full.bytes / 1000:.1f} kB.",
+        "Bytes of the whole file: codes, biases, normalisation, header. A width a tensor: 2 to 8 bits a weight, as "
+        "hardware wants it; the bytes are those that squared error is worth most in. One step: the same step for all "
+        "weights, with as many levels as it takes, as entropy coding makes unused levels free. Neither needs data.",
+        f"trained: {epochs} further epochs with the rate held by the straight-through estimator.",
+    ]
+    draw = functools.partial(_draw_budget, full, found)
+    title = "Accuracy in % by bytes of the whole file"
+    table = [Line(name="trained as ever", cells={"full precision": full}), *found]
+    return _Found(title=title, columns=["full precision", *columns], lines=table, notes=notes, run=shown, draw=draw)
+
+
+def _draw_budget(full: Cell, lines: Sequence[Line], path: Path) -> None:
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7.2, 4.4), dpi=130, layout="constrained")
+    for line, color in zip(lines, ("tab:orange", "tab:blue", "tab:green"), strict=True):
+        cells = sorted(line.cells.values(), key=lambda cell: cell.bytes)
+        axes.plot([c.bytes / 1000 for c in cells], [c.accuracy for c in cells], "o-", label=line.name, color=color)
+    axes.axhline(full.accuracy, color="0.4", linestyle="--", label=f"full precision, {full.bytes / 1000:.0f} kB")
+    axes.set(xlabel="kilobytes of the whole file", ylabel="% right", title="What a byte buys")
+    axes.legend(loc="lower right")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+METHODS: dict[str, Callable[[Bench], _Found]] = {"admm": _admm, "md": _md, "kq": _kq, "budget": _budget}
 
 
 def table_of(outcome: Comparison) -> list[Sequence[str]]:
