@@ -63,7 +63,7 @@ def measure(model: nn.Module, preset: str, folder: Path) -> dict[str, Any]:
         "sizes": sizes(path),
         "rest": rest_bytes(model, set(claimed)),
         "entropy_bytes": coded["entropy_bits"] / 8,
-        "priced_bytes": sum(e.target.bits_on_disk(e.params) for e in run.encoded().values()) / 8,
+        "priced_bytes": sum(e.form.nbytes for e in run.encoded().values()),
         "file_both_lives": dt.save(run, folder / f"{preset}-both.detent", life="both"),
         "file_safetensors": dt.save(run, folder / f"{preset}.safetensors", life="compressed"),
     }

@@ -36,7 +36,7 @@ from detent import pack
 from detent.pack.dictionary import DICTIONARY
 from detent.report.record import process_peak
 
-MAGIC = b"\x89Detent\x01"
+MAGIC = b"\x89Detent\x02"
 SECONDS = 20  # for one file; more is a hang
 HEADROOM = 1 << 29  # bytes of address space beyond what a worker has after it has read every sample once
 FORGED = ("forged value", "forged blob")  # right in every checksum: may be somebody else's file
@@ -181,22 +181,17 @@ def labels(values: list[Any]) -> list[str]:
     def shape() -> None:
         many(lambda: take("size"))
 
-    def pieces() -> None:
-        many(lambda: (take("dtype"), shape()))
-        many(lambda: (take("text"), take("kind"), take("size")))
-
     def form() -> None:
         kind = take("kind")
         for _ in range(5 if kind == 2 else 3 + kind):
             take("pointer")
         if kind == 2:
-            pieces()
+            many(lambda: take("size"))
 
     for _ in range(3):
         take("other")
     many(lambda: (take("text"), take("text")))
     many(lambda: take("text"))
-    many(pieces)
     many(form)
     names = take("text")
     count = names.count("\n") + 1 if names else 0

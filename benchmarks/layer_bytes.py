@@ -22,7 +22,6 @@ from torch import nn
 import detent as dt
 from benchmarks import recording
 from detent.pack import CODINGS, pack_bits, sizes
-from detent.targets import Codes
 
 SIDE, BITS, GROUP = 1024, 2, 32
 
@@ -73,8 +72,7 @@ def ours(model: nn.Module, granularity: Any, folder: Path) -> dict[str, Any]:
 
     target = dt.Uniform(bits=BITS, granularity=granularity, param_dtype="float16")
     run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=target)]))
-    codes: Codes = run.encoded()["0.weight"].codes
-    plain = codes["codes"].numpy().astype(np.uint8)
+    plain = run.encoded()["0.weight"].form.named["codes"].numpy().astype(np.uint8)
     packed = pack_bits(plain, BITS)
     found: dict[str, Any] = {}
     for coding in CODINGS:

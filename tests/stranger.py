@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -16,6 +15,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "format.md"
 DTYPES = ("F32", "F16", "BF16", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2")
 DTYPES += ("U16", "U32", "U64", "C64")
 SIZE: dict[str, int] = dict(zip(DTYPES, (4, 2, 2, 8, 8, 4, 2, 1, 1, 1, 1, 1, 2, 4, 8, 8), strict=True))
+FLOATS = ("F32", "F16", "BF16", "F64")
 STRUCT = {"F32": "f", "F16": "e", "F64": "d", "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B", "BOOL": "?"}
 STRUCT |= {"U16": "H", "U32": "I", "U64": "Q", "C64": "Q"}  # of a complex number its bits
 
@@ -28,7 +28,7 @@ def dictionary() -> bytes:
 
 def split(raw: bytes) -> tuple[dict[str, Any], list[int], bytes]:
     """Header, checksums, and the bytes of all blobs."""
-    assert raw[:8] == b"\x89Detent\x01"
+    assert raw[:8] == b"\x89Detent\x02"
     length, check = struct.unpack("<II", raw[-8:])
     packed = raw[-8 - length : -8]
     assert zlib.crc32(packed) == check
@@ -51,16 +51,11 @@ def parse(values: list[Any]) -> dict[str, Any]:
         if kind < 2:
             return {"kind": kind, "why": next(it), "dtypes": [next(it) for _ in range(2 + kind)]}
         keys = ("dtype", "target", "axis", "groups", "shared")
-        return {"kind": kind} | {key: next(it) for key in keys} | pieces()
-
-    def pieces() -> dict[str, Any]:
-        params = many(lambda: [next(it), many(lambda: next(it))])
-        return {"params": params, "streams": many(lambda: [next(it), next(it), next(it)])}
+        return {"kind": kind} | {key: next(it) for key in keys} | {"numbers": many(lambda: next(it))}
 
     head: dict[str, Any] = {key: next(it) for key in ("writer", "life", "batchnorm")}
     head["targets"] = many(lambda: [next(it), next(it)])
     head["why"] = many(lambda: next(it))
-    head["shared"] = many(pieces)
     head["forms"] = many(form)
     head["names"] = next(it)
     names = head["names"].split("\n") if head["names"] else []
@@ -69,7 +64,7 @@ def parse(values: list[Any]) -> dict[str, Any]:
     rest = list(it)
     # How many counts and lengths there are follows from the forms.
     blobs = list(order(head))
-    counts = sum(stream[2] == 2 for blob in blobs for stream in blob["streams"])
+    counts = sum(any(piece[2] == "listed" for piece in blob["pieces"]) for blob in blobs)
     lengths = sum(not blob["bare"] for blob in blobs)
     head["counts"], head["lengths"], rest = rest[:counts], rest[counts : counts + lengths], rest[counts + lengths :]
     head["aliases"] = [rest[i : i + 2] for i in range(1, 1 + 2 * rest[0], 2)]
@@ -78,21 +73,66 @@ def parse(values: list[Any]) -> dict[str, Any]:
 
 
 def order(head: dict[str, Any]) -> Any:
-    """The blobs in the order in which they lie in the file."""
+    """The blobs in the order in which they lie in the file, each with its pieces as (name, kind, count)."""
     seen, names = 0, head["names"].split("\n") if head["rows"] else []
     for name, row, shape in zip(names, head["rows"], head["shapes"], strict=True):
         form = head["forms"][row]
-        mine = {"name": name, "shape": shape, "form": form, "bare": False, "params": [], "streams": []}
-        if form["kind"] == 2 and form["shared"] == seen + 1:
-            yield mine | {"name": f"shared {seen}", "shape": None} | head["shared"][seen]
-            seen += 1
+        mine = {"name": name, "shape": shape, "form": form, "bare": False}
         if form["kind"] == 2:
-            yield mine | {"params": form["params"], "streams": form["streams"]}
+            told = pieces(iter(form["numbers"]), shape, form["axis"], form["groups"])
+            if form["shared"] == seen + 1:
+                yield mine | {"name": f"shared {seen}", "shape": None, "pieces": [p[:3] for p in told if p[3]]}
+                seen += 1
+            yield mine | {"pieces": [piece[:3] for piece in told if not piece[3]]}
         elif form["kind"] == 1 or head["life"] == 0:
-            yield mine | {"params": [[form["dtypes"][-1], shape]]}
+            yield mine | {"pieces": [("raw", DTYPES[form["dtypes"][-1]], math.prod(shape))]}
         if head["life"] == 1:
             dtype = form["dtype"] if form["kind"] == 2 else form["dtypes"][1]
-            yield mine | {"bare": True, "params": [[dtype, shape]]}
+            yield mine | {"bare": True, "pieces": [("raw", DTYPES[dtype], math.prod(shape))]}
+
+
+def pieces(it: Any, shape: list[int], axis: int, groups: int) -> list[Any]:
+    """Section 6: the pieces that a form's numbers stand for, as (name, kind, count, whether it is shared)."""
+    kind, weights = next(it), math.prod(shape)
+    channels = math.prod(n for i, n in enumerate(shape) if i == axis % 16 or axis >> 4 + i & 1) * groups
+
+    def counted(granularity: int) -> int:
+        run = weights // channels
+        return (
+            1 if granularity == 0 else channels if granularity == 1 else channels * -(-run // min(granularity - 1, run))
+        )
+
+    def codes(values: int, count: int) -> list[Any]:
+        return [("codes", (values - 1).bit_length(), count, False)] if values > 1 else []
+
+    if kind == 0:
+        granularity, store, n, zero, _ = (next(it) for _ in range(5))
+        scale = [("scale", FLOATS[store - 1], counted(granularity), False)] if store else []
+        return [*scale, *codes(2 * n + zero, weights)]
+    if kind == 1:
+        granularity, store, levels = (next(it) for _ in range(3))
+        return [("levels", FLOATS[store], counted(granularity) * levels, False), *codes(levels, weights)]
+    if kind == 2:
+        granularity, store, width, size, length, shared = (next(it) for _ in range(6))
+        index, shared = codes(size, weights // length), bool(shared)
+        if not width:
+            return [("book", FLOATS[store], size * length, shared), *index]
+        return [
+            ("scale", FLOATS[store], counted(granularity), shared), *index, ("book", width, size * length, shared)
+        ]  # fmt: skip
+    if kind == 3:
+        return [("values", FLOATS[next(it)], weights, False)]
+    assert kind == 4
+    pattern = next(it)
+    if pattern == 1:
+        rows, columns = next(it), next(it)
+        where = [("mask", 1, -(-channels // rows) * -(-(weights // channels) // columns), False)]
+    else:
+        assert pattern == 0, "the ranks of blocks are for a longer reader"
+        where = [("mask", 1, weights, False)]
+    inside = pieces(it, shape, axis, groups)
+    survivors = [(*inside[-1][:2], "listed" if pattern else "ones", False)] if inside[-1][0] != "scale" else []
+    return inside[: len(inside) - len(survivors)] + where + survivors
 
 
 def lengths(head: dict[str, Any]) -> list[int]:
@@ -105,8 +145,8 @@ def lengths(head: dict[str, Any]) -> list[int]:
 
 
 def bare_bytes(blob: dict[str, Any]) -> int:
-    ((dtype, shape),) = blob["params"]
-    return SIZE[DTYPES[dtype]] * math.prod(shape)
+    ((_, kind, count),) = blob["pieces"]
+    return SIZE[kind] * count
 
 
 def packed_bytes(pieces: list[Any]) -> int:
@@ -118,11 +158,8 @@ def described(head: dict[str, Any]) -> Any:
     """Every blob with its pieces as (name, kind, count); no count means the ones of a mask."""
     counts = iter(head["counts"])
     for blob in order(head):
-        pieces: list[Any] = [("raw", DTYPES[dtype], math.prod(shape)) for dtype, shape in blob["params"]]
-        for name, kind, how in blob["streams"]:
-            count = None if how == 1 else (next(counts) if how else math.prod(blob["shape"]))
-            pieces.append((name, kind if kind < 17 else ("F32", "F16", "BF16", "F64")[kind - 17], count))
-        yield blob, pieces
+        told = {"ones": None} | ({"listed": next(counts)} if any(p[2] == "listed" for p in blob["pieces"]) else {})
+        yield blob, [(name, kind, told.get(count, count)) for name, kind, count in blob["pieces"]]
 
 
 def blobs(raw: bytes) -> dict[tuple[str, bool], list[list[float]]]:
@@ -172,17 +209,13 @@ def flat(head: dict[str, Any]) -> list[Any]:
     def many(items: list[Any], write: Any = lambda item: [item]) -> list[Any]:
         return [len(items), *(value for item in items for value in write(item))]
 
-    def pieces(item: dict[str, Any]) -> list[Any]:
-        params = many(item["params"], lambda p: [p[0], *many(p[1])])
-        return params + many(item["streams"], list)
-
     def form(item: dict[str, Any]) -> list[Any]:
         if "why" in item:
             return [item["kind"], item["why"], *item["dtypes"]]
-        return [item[key] for key in ("kind", "dtype", "target", "axis", "groups", "shared")] + pieces(item)
+        return [item[key] for key in ("kind", "dtype", "target", "axis", "groups", "shared")] + many(item["numbers"])
 
     found = [head["writer"], head["life"], head["batchnorm"], *many(head["targets"], list), *many(head["why"])]
-    found += many(head["shared"], pieces) + many(head["forms"], form) + [head["names"], *head["rows"]]
+    found += [*many(head["forms"], form), head["names"], *head["rows"]]
     found += [value for shape in head["shapes"] for value in many(shape)]
     found += [*head["counts"], *head["lengths"], *many(head["aliases"], list), head["notes"]]
     return found
@@ -194,14 +227,13 @@ def join(plain: list[Any] | bytes, checks: list[int], data: bytes) -> bytes:
         plain = b"".join(map(msgpack.packb, plain))  # type: ignore[arg-type]
     packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, dictionary())
     packed = packer.compress(plain) + packer.flush() + struct.pack(f"<{len(checks)}I", *checks)
-    return b"\x89Detent\x01" + data + packed + struct.pack("<II", len(packed), zlib.crc32(packed))
+    return b"\x89Detent\x02" + data + packed + struct.pack("<II", len(packed), zlib.crc32(packed))
 
 
-def decoded(spec: str, shape: list[int], pieces: list[list[float]]) -> list[float]:
-    """Weights of a `Uniform` grid of one scale a tensor or a channel, as the table of kinds says."""
-    fields = json.loads(spec)
-    assert fields["kind"] == "Uniform"
+def decoded(numbers: list[int], shape: list[int], pieces: list[list[float]]) -> list[float]:
+    """Weights of an even grid with a zero, and one scale a tensor or a channel, as the table of forms says."""
+    kind, _, _, n, zero, powers = numbers
+    assert (kind, zero, powers) == (0, 1, 0)
     scale, codes = pieces
     run = math.prod(shape) // len(scale)
-    middle = 2 ** (fields["bits"] - 1) - 1
-    return [struct.unpack("<f", struct.pack("<f", (c - middle) * scale[i // run]))[0] for i, c in enumerate(codes)]
+    return [struct.unpack("<f", struct.pack("<f", (c - n) * scale[i // run]))[0] for i, c in enumerate(codes)]

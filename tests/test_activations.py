@@ -388,7 +388,7 @@ def test_full_codes_are_unsigned_because_signed_ones_saturate(tmp_path: Path) ->
     assert report.kernels["QLinearConv"] == 2 and report.kernels["QGemm"] == 1
     # The codes are ours, 128 higher.
     codes = initializers(tmp_path / "m.onnx")["0.weight.codes"]
-    ours = run.encoded()["0.weight"].codes["codes"].reshape(16, 3, 3, 3).numpy().astype(int) - 127
+    ours = run.encoded()["0.weight"].form.named["codes"].reshape(16, 3, 3, 3).numpy().astype(int) - 127
     assert codes.data_type == onnx.TensorProto.UINT8
     assert np.array_equal(onnx.numpy_helper.to_array(codes).astype(int) - 128, ours)
 

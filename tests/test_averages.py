@@ -55,7 +55,10 @@ def test_the_compressed_life_is_that_of_the_average(name: str) -> None:
         mean = torch.stack([each[key] for each in moved]).mean(0)
         weight = dict(average.module.named_parameters())[key]
         torch.testing.assert_close(weight.detach(), mean, rtol=1e-5, atol=1e-6)
-        assert torch.equal(encoded.decode(), encoded.target.project(weight.detach(), encoded.params))
+        assert torch.equal(
+            encoded.decode(),
+            encoded.target.project(weight.detach(), encoded.target.restored(weight.detach(), encoded.form)),
+        )
     codes = {key: encoded.decode() for key, encoded in averaged.encoded().items()}
     with averaged.compressed():
         assert all(torch.equal(dict(average.module.named_parameters())[key], code) for key, code in codes.items())
@@ -83,7 +86,7 @@ def test_final_numbers_are_kept_and_others_fitted_to_the_average() -> None:
             step(model, optimizer, index)
             average.update_parameters(model)
         for mine, theirs in zip(run.encoded().values(), run.averaged(average).encoded().values(), strict=True):
-            assert torch.equal(mine.params["scale"], theirs.params["scale"]) == final, name
+            assert torch.equal(mine.form.named["scale"], theirs.form.named["scale"]) == final, name
 
 
 def test_another_model_is_refused() -> None:

@@ -318,7 +318,7 @@ def test_a_rule_says_the_axes() -> None:
     recipe = dt.Recipe([rule])
     assert dt.Recipe.from_yaml(recipe.to_yaml()) == recipe
     run = dt.compress(model, recipe)
-    scale = run.encoded()["mats"].params["scale"]
+    scale = run.encoded()["mats"].form.named["scale"]
     largest = model.mats.detach().abs().amax(dim=1)  # (3, 5): a stack of 5, 3 channels each
     assert scale.shape == (15,) and bool((scale.reshape(5, 3).t() * 7 <= largest * 1.01).all())
     assert "5 stacked on axis 2, channels on axis 0 (3 each), inputs on axis 1 (4)" in str(run.plan)
@@ -480,9 +480,9 @@ def test_a_frozen_weight_has_a_target_without_a_mechanism(tmp_path: Path) -> Non
     kept = held(model).detach().clone()
     optimizer = sgd(model)
     run = dt.attach(model, optimizer, dt.Recipe([dt.Rule(match="^0", target=ROWS), PULLED]), total_steps=4)
-    params = run.encoded()["0.weight"].params["scale"]
+    params = run.encoded()["0.weight"].form.named["scale"]
     train(model, optimizer, 4)
-    assert torch.equal(held(model), kept) and torch.equal(run.encoded()["0.weight"].params["scale"], params)
+    assert torch.equal(held(model), kept) and torch.equal(run.encoded()["0.weight"].form.named["scale"], params)
     with run.compressed():
         shown = held(model).detach().clone()
     assert torch.equal(shown, _one(ROWS, kept))
@@ -506,10 +506,10 @@ def test_what_is_fitted_to_a_frozen_weight_follows_it() -> None:
     """A checkpoint that is loaded after attach brings another backbone: nothing else remembers the old one."""
     model = frozen_backbone()
     run = dt.attach(model, sgd(model), dt.Recipe([dt.Rule(match="^0", target=ROWS), PULLED]), total_steps=4)
-    scale = run.encoded()["0.weight"].params["scale"]
+    scale = run.encoded()["0.weight"].form.named["scale"]
     with torch.no_grad():
         held(model).mul_(2)
-    assert torch.equal(run.encoded()["0.weight"].params["scale"], 2 * scale)
+    assert torch.equal(run.encoded()["0.weight"].form.named["scale"], 2 * scale)
 
 
 def test_a_trained_weight_needs_a_mechanism() -> None:

@@ -205,7 +205,7 @@ def test_fewer_distinct_kernels_than_codewords() -> None:
     target = dt.KernelCodebook(size=64, codebook_bits=None)
     params = target.fit(w)
     assert len(target.codebook(params)) == 5 and torch.equal(target.project(w, params), w)
-    assert target.encode(w, params).streams[0].width == 3
+    assert [p.width for p in target.form(w, params).parts if p.name == "codes"] == [3]
     zero = dt.KernelCodebook(size=5, codebook_bits=None, zero=True).fit(w)
     assert len(zero["book"]) == 5 and not bool(zero["book"][0].any())
     assert len(dt.KernelCodebook(size=6, codebook_bits=None, zero=True).fit(w)["book"]) == 6
@@ -227,9 +227,9 @@ def test_the_codebook_is_of_six_bits_with_one_scale() -> None:
         levels = (target.codebook(params) / params["scale"]).round()
         assert params["scale"].numel() == 1 and torch.equal(levels * params["scale"], target.codebook(params))
         assert float(levels.abs().amax()) <= most
-        streams = {s.name: s for s in target.encode(w, params).streams}
-        assert streams["codes"].width == 4 and streams["codes"].values.numel() == 400
-        assert streams["book"].width == target.codebook_bits and streams["book"].values.numel() == 16 * 9
+        parts = {part.name: part for part in target.form(w, params).parts}
+        assert parts["codes"].width == 4 and parts["codes"].count == 400
+        assert parts["book"].width == target.codebook_bits and parts["book"].count == 16 * 9
 
 
 @pytest.mark.parametrize(("units", "size"), [(3, 1), (4, 1), (31, 4), (32, 8), (100, 16), (127, 16), (128, 32)])
@@ -287,9 +287,9 @@ def test_a_global_codebook_is_one_for_each_kernel_size() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 5), nn.Conv2d(8, 8, (1, 9)))
     run = dt.compress(model, recipe(dt.KernelCodebook(size=6, book="global")))
-    books_of = {name: e.params["book"] for name, e in run.encoded().items()}
+    books_of = {name: e.form.named["book"] for name, e in run.encoded().items()}
     assert torch.equal(books_of["0.weight"], books_of["1.weight"])
-    assert not torch.equal(books_of["0.weight"], books_of["3.weight"]) and books_of["2.weight"].shape == (6, 25)
+    assert not torch.equal(books_of["0.weight"], books_of["3.weight"]) and len(books_of["2.weight"]) == 6 * 25
     run.finalize()
     both = torch.cat([model[i].weight.detach().reshape(-1, 9) for i in (0, 1)])  # type: ignore[union-attr]
     assert len(both.unique(dim=0)) == 6
@@ -389,9 +389,9 @@ def test_it_is_a_real_codebook_parameter(make: Callable[..., Any], reduce: Any, 
     target = dt.KernelCodebook(size=4, book=book, codebook_bits=None)
     optimizer = make(model.parameters())
     run = dt.attach(model, optimizer, recipe(target, dt.CodebookLearning(reduce=reduce, ste_from=None)), total_steps=40)
-    fits = run.encoded()
-    index = [target.assign(twin[i].weight, fits[f"{i}.weight"].params) for i in (0, 2)]  # type: ignore[arg-type,union-attr]
-    tables = [target.codebook(fits[f"{i}.weight"].params).double() for i in (0, 2)]
+    fits = {entry.name: entry.params for entry in run._entries}
+    index = [target.assign(twin[i].weight, fits[f"{i}.weight"]) for i in (0, 2)]  # type: ignore[arg-type,union-attr]
+    tables = [target.codebook(fits[f"{i}.weight"]).double() for i in (0, 2)]
     real = RealCodebook(twin, tables if book == "layer" else tables[:1], index, reduce)
     start = real.weight(1).detach().clone()
     train(model, optimizer, range(40))
@@ -410,9 +410,9 @@ def test_it_is_one_even_where_a_layer_gets_no_gradient(make: Callable[..., Any],
     target = dt.KernelCodebook(size=4, book="global", codebook_bits=None)
     optimizer = make(model.parameters())
     run = dt.attach(model, optimizer, recipe(target, dt.CodebookLearning(reduce=reduce, ste_from=None)), total_steps=20)
-    fits = run.encoded()
-    index = [target.assign(twin[i].weight, fits[f"{i}.weight"].params) for i in (0, 2)]  # type: ignore[arg-type,union-attr]
-    real = RealCodebook(twin, [target.codebook(fits["0.weight"].params).double()], index, reduce)
+    fits = {entry.name: entry.params for entry in run._entries}
+    index = [target.assign(twin[i].weight, fits[f"{i}.weight"]) for i in (0, 2)]  # type: ignore[arg-type,union-attr]
+    real = RealCodebook(twin, [target.codebook(fits["0.weight"]).double()], index, reduce)
     other = make(real.parameters())
     start = real.weight(1).detach().clone()
     for step in range(20):
@@ -589,10 +589,11 @@ def test_a_shared_codebook_is_stored_once(tmp_path: Path, bits: int | None, life
     model, run = shared_file(tmp_path / "f", target)
     dt.save(run, tmp_path / "f", life, coding="bitpacked")
     head, _, _ = stranger.split((tmp_path / "f").read_bytes())
-    assert len(head["shared"]) == 2
     mine = [form for row in head["rows"] if (form := head["forms"][row])["kind"] == 2]
     assert [form["shared"] for form in mine] == [1, 1, 2]
-    assert all([stream[0] for stream in form["streams"]] == ["codes"] and not form["params"] for form in mine)
+    blobs = {blob["name"]: [piece[0] for piece in blob["pieces"]] for blob in stranger.order(head) if not blob["bare"]}
+    assert [blobs[f"{i}.weight"] for i in (0, 1, 2)] == [["codes"]] * 3
+    assert blobs["shared 0"] == blobs["shared 1"] == (["scale", "book"] if bits else ["book"])
     with run.compressed():
         wanted = snapshot(model)
     twin = scrambled(model)
@@ -638,20 +639,14 @@ def _change(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
         _change("forms", 0, "shared", to=2),
         _change("forms", 0, "shared", to=3),
         _change("forms", 2, "shared", to=1),
-        _change("shared", to=[]),
-        lambda head: head["shared"].append(head["shared"][0]),
-        lambda head: head["counts"].reverse(),
-        lambda head: head["shared"][0]["params"].clear(),
-        lambda head: head["shared"][0]["streams"].clear(),
-        lambda head: head["shared"][0]["streams"].append(head["forms"][0]["streams"].pop()),
-        lambda head: head["forms"][0]["params"].append(head["shared"][0]["params"][0]),
-        _change("shared", 0, "streams", 0, 1, to=5),
-        _change("shared", 0, "streams", 0, 2, to=0),
-        _change("counts", 0, to=44),
-        _change("shared", 0, "streams", 0, 0, to="codes"),
-        _change("targets", 0, 0, to='{"kind":"KernelCodebook","size":5,"zero":true}'),
-        _change("targets", 0, 0, to='{"kind":"KernelCodebook","size":5,"book":"global","codebook_bits":5}'),
-        _change("targets", 0, 0, to='{"kind":"VectorCodebook","size":5,"book":"global","block":3}'),
+        _change("forms", 0, "numbers", 3, to=5),
+        _change("forms", 0, "numbers", 3, to=0),
+        _change("forms", 0, "numbers", 3, to=9),
+        _change("forms", 0, "numbers", 4, to=4),
+        _change("forms", 0, "numbers", 5, to=7),
+        _change("forms", 0, "numbers", 6, to=0),
+        _change("forms", 0, "numbers", 2, to=1),
+        _change("forms", 0, "numbers", 1, to=1),
     ],
 )
 def test_a_wrong_header_of_a_shared_codebook_is_refused(
@@ -671,16 +666,11 @@ def test_codes_beyond_the_codebook_are_refused() -> None:
     w = torch.randn(8, 4, 3, 3)
     target = dt.KernelCodebook(size=5)
     params = target.fit(w)
-    codes = target.encode(w, params)
+    form = target.form(w, params)
     for name, value in (("codes", 7), ("book", 63)):
-        streams = tuple(
-            dt.Stream(
-                name=s.name, values=torch.full_like(s.values, value) if s.name == name else s.values, width=s.width
-            )
-            for s in codes.streams
-        )
-        with pytest.raises((ValueError, IndexError)):
-            target.decode(dt.Codes(streams=streams), params, w.dtype)
+        values = [torch.full_like(v, value) if key == name else v for key, v in form.named.items()]
+        with pytest.raises(ValueError, match=f"'{name}' holds {value}"):
+            form.outline.form(values, form.layout, form.dtype)
 
 
 # --- levels as a codebook ------------------------------------------------------------------------------------------

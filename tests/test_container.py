@@ -41,9 +41,7 @@ def test_overhead_is_at_most_32_bytes_a_tensor_and_128_a_file(tmp_path: Path, bu
     run = dt.compress(model, dt.Recipe.preset("psg-w2"))
     size = dt.save(run, tmp_path / "f", life, coding="bitpacked")
     encoded = run.encoded()
-    streams = sum(
-        item.codes.nbytes + sum(item.params[n].nbytes for n in item.target.stored) for item in encoded.values()
-    )
+    streams = sum(item.form.nbytes for item in encoded.values())
     state = model.state_dict()
     if life == "compressed":
         streams += sum(shortest(value) for name, value in state.items() if name not in encoded)
@@ -76,7 +74,7 @@ def test_a_run_of_2_kilobytes_is_mostly_streams(tmp_path: Path) -> None:
 def encoded(weight: Tensor, target: dt.Target | None = None) -> dt.Encoded:
     target = target or dt.Uniform(bits=3)
     params = target.fit(weight)
-    return dt.Encoded(target=target, params=params, codes=target.encode(weight, params), dtype=weight.dtype)
+    return dt.Encoded(target=target, form=target.form(weight, params))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -98,13 +96,14 @@ def test_a_state_dict_goes_in_and_out_tensor_by_tensor(tmp_path: Path, form: str
         assert reader.names == [*weights, "bn.running_mean", "bias"]
         assert reader.aliases == {"head.weight": "layers.0.weight"}
         assert reader.header.card["full_precision"] == {"I said so": ["bias"]}
-        assert reader.targets == {name: dt.Uniform(bits=3) for name in weights}
+        assert reader.coded == list(weights)
+        assert all(reader.encoded(name).target == dt.Uniform(bits=3) for name in weights)
         for name in ("layers.3.weight", "layers.0.weight", "layers.3.weight"):
             assert torch.equal(reader.tensor(name, "full"), weights[name])
             assert torch.equal(reader.tensor(name), items[name].decode())
             again = reader.encoded(name)
             assert torch.equal(again.decode(), items[name].decode())
-            assert torch.equal(again.params["scale"], items[name].params["scale"])
+            assert torch.equal(again.form.named["scale"], items[name].form.named["scale"])
         assert torch.equal(reader.tensor("head.weight", "full"), weights["layers.0.weight"])
         assert torch.equal(reader.tensor("bn.running_mean", "full"), mean)
         assert torch.equal(reader.tensor("bn.running_mean"), other)
@@ -201,7 +200,7 @@ def weights():
         yield f"layers.{i}.weight", torch.randn(1024, each // 1024, generator=torch.Generator().manual_seed(i))
 def encode(w):
     params = target.fit(w)
-    return dt.Encoded(target=target, params=params, codes=target.encode(w, params), dtype=w.dtype)
+    return dt.Encoded(target=target, form=target.form(w, params))
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -396,7 +395,7 @@ def test_every_scale_and_codebook_can_be_16_bits(tmp_path: Path) -> None:
     w = torch.randn(8, 4, 3, 3)
     short = 0
     for name, target in TARGETS.items():
-        if not target.stored or ("scale" not in target.stored and "book" not in target.stored):
+        if not hasattr(target, "param_dtype"):
             continue
         for dtype in ("float16", "bfloat16"):
             fields = dict(vars(target))
@@ -404,12 +403,13 @@ def test_every_scale_and_codebook_can_be_16_bits(tmp_path: Path) -> None:
                 continue  # a target of its own, in this table too
             shape = (8, 36) if isinstance(target, dt.VectorCodebook) else w.shape
             other = type(target)(**{**fields, "param_dtype": dtype})
-            params = other.fit(w.reshape(shape))
-            assert {params[n].dtype for n in other.stored} == {getattr(torch, dtype)}, name
+            form = other.form(w.reshape(shape), other.fit(w.reshape(shape)))
+            assert {part.kind for part in form.parts if part.role == "numbers"} <= {getattr(torch, dtype)}, name
             short += 1
     assert short > 20
-    book = dt.KernelCodebook(size=4, codebook_bits=8).encode(w, dt.KernelCodebook(size=4, codebook_bits=8).fit(w))
-    assert {s.name: s.width for s in book.streams} == {"codes": 2, "book": 8}
+    kernels = dt.KernelCodebook(size=4, codebook_bits=8)
+    widths = {part.name: part.width for part in kernels.form(w, kernels.fit(w)).parts}
+    assert widths == {"scale": 32, "codes": 2, "book": 8}
 
 
 # --- inspection ---------------------------------------------------------------------------------------------------
@@ -441,10 +441,11 @@ def test_inspection_against_slow_counting(tmp_path: Path, form: str, coding: Any
             assert (row["coded"], row["error"], row["index_bytes"]) == (False, None, 0)
             assert row["nominal_bits"] == 8 * q.nbytes
             continue
-        streams = codes[name].codes.streams
-        assert row["nominal_bits"] == sum(s.values.numel() * s.width for s in streams)
+        own = codes[name].form
+        runs = [(part, v) for part, v in zip(own.parts, own.values, strict=True) if part.role != "numbers"]
+        assert row["nominal_bits"] == sum(values.numel() * part.width for part, values in runs)
         assert row["entropy_bits"] == pytest.approx(
-            sum(32 * len(s.values) if s.values.is_floating_point() else entropy(s.values.tolist()) for s in streams)
+            sum(32 * len(v) if v.is_floating_point() else entropy(v.tolist()) for _, v in runs)
         )
         assert row["error"] == pytest.approx(measured[name]["error"])
         assert row["wasserstein"] == pytest.approx(measured[name]["wasserstein"])

@@ -139,7 +139,7 @@ def ending(run: dt.Run, model: nn.Module, rank: int, world: int) -> dict[str, An
     return {
         "clock": run.clock,
         "weights": {name: gathered(p) for name, p in named(model).items()},
-        "params": {f"{n}.{k}": t.clone() for n, e in codes.items() for k, t in e.params.tensors.items()},
+        "params": {f"{n}.{k}": t.clone() for n, e in codes.items() for k, t in e.form.named.items()},
         "decoded": {name: encoded.decode() for name, encoded in codes.items()},
         "shown": {name: weights[name] for name in codes},
         "outputs": {"full": full, "small": small, "two": two, "back": back},

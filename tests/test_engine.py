@@ -456,10 +456,10 @@ def test_adopting_after_the_fit_is_over_keeps_the_grid(mechanism: dt.Mechanism) 
     optimizer = sgd(model)
     run = dt.attach(model, optimizer, recipe(mechanism, fit_every=1, fit_until=2), total_steps=STEPS)
     train(model, optimizer, range(3))
-    before = run.encoded()["0.weight"].params["scale"].clone()
+    before = run.encoded()["0.weight"].form.named["scale"].clone()
     model.load_state_dict({name: value * 1.7 for name, value in everything(model).items()})
     run.rebind(adopt=True)
-    assert torch.equal(run.encoded()["0.weight"].params["scale"], before)
+    assert torch.equal(run.encoded()["0.weight"].form.named["scale"], before)
     if isinstance(mechanism, dt.STE):
         assert torch.equal(model[0].weight, compressed_of(run)["0.weight"]), "the latent starts afresh, on the old grid"
     train(model, optimizer, [3])
@@ -830,7 +830,7 @@ def test_another_dtype_is_named_and_may_be_adopted(attached: bool, tmp_path: Pat
         assert run.clock == 1
     dt.save(run, tmp_path / "model.detent")
     encoded = run.encoded()["0.weight"]
-    assert encoded.dtype == torch.bfloat16
+    assert encoded.form.dtype == torch.bfloat16
     with run.compressed():
         assert torch.equal(encoded.decode(), model[0].weight)
 
@@ -1090,8 +1090,8 @@ def test_finalize_is_exact_and_over(mechanism: dt.Mechanism, target: dt.Target) 
     assert_same(everything(model), life)
     for name, value in codes.items():
         assert torch.equal(model.get_parameter(name), value)
-    for name, encoded in run.encoded().items():
-        assert torch.equal(encoded.target.project(codes[name], encoded.params), codes[name])
+    for entry in run._entries:
+        assert torch.equal(entry.target.project(codes[entry.name], entry.params), codes[entry.name])
     if isinstance(target, dt.TopK):
         kept = sum(int((value != 0).sum()) for value in codes.values())
         assert kept == sum(round(0.25 * n) for n in ([48 + 24] if target.scope == "model" else [48, 24]))

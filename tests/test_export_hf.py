@@ -86,15 +86,15 @@ def test_codes_and_scales_in_the_file_are_ours_untouched(bits: int, tmp_path: Pa
     file = load_file(tmp_path / "model.safetensors")
     for name, encoded in run.encoded().items():
         stem = name.removesuffix("weight")
-        rows, columns = encoded.params.layout.shape
+        rows, columns = encoded.form.layout.shape
         assert name not in file
         assert file[f"{stem}weight_shape"].tolist() == [rows, columns]
-        assert torch.equal(file[f"{stem}weight_scale"].reshape(-1), encoded.params["scale"])
-        codes = encoded.codes["codes"].reshape(rows, columns).long() - (2 ** (bits - 1) - 1)
+        assert torch.equal(file[f"{stem}weight_scale"].reshape(-1), encoded.form.named["scale"])
+        codes = encoded.form.named["codes"].reshape(rows, columns).long() - (2 ** (bits - 1) - 1)
         assert torch.equal(unpacked(file[f"{stem}weight_packed"], bits, columns), codes)
         assert int(codes.min()) >= -(2 ** (bits - 1)) + 1  # restricted: the lowest integer stays unused
     # 4 or 8 bits a weight, 32 for every 16 of them, and the shape.
-    weights = sum(e.params.layout.numel for e in run.encoded().values())
+    weights = sum(e.form.layout.numel for e in run.encoded().values())
     assert report.packed_bytes == weights * bits // 8 + weights // 16 * 4 + 16 * len(report.packed)
 
 

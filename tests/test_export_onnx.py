@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 import detent as dt
 from detent.export import Activations, Exported, OnnxReport, latency, to_onnx
-from detent.export.forms import Grid, Half, Plain, Table, form_of, index_parts
+from detent.export.forms import form_of, index_parts, is_plain
 from detent.export.latency import alternating
 from detent.export.onnx import kernels_of, session
+from detent.targets.forms import Floats, Form, Grid, Levels
 
 # Older ones cannot read INT2, which half of the tests are about.
 ort = pytest.importorskip("onnxruntime", minversion="1.31")
@@ -134,14 +135,14 @@ def test_a_form_decodes_to_the_projection(name: str, layout: dt.Layout) -> None:
     if target.accepts(layout.shape, w.dtype, layout):
         pytest.skip("the target does not take this shape")
     (params,) = target.fit_model([w], [layout], [None])
-    item = dt.Encoded(target=target, params=params, codes=target.encode(w, params), dtype=w.dtype)
+    item = dt.Encoded(target=target, form=target.form(w, params))
     form = form_of(item)
-    assert torch.equal(form.decode(), target.project(w, params))
-    assert isinstance(form, Plain) == (target.leaves_free and not isinstance(target, dt.SparseLevels))
-    assert isinstance(form, Half) <= isinstance(target, dt.Round)
-    if isinstance(form, Grid | Table):
+    assert torch.equal(form.dense(), target.project(w, params))
+    assert is_plain(form) == (target.leaves_free and not isinstance(target, dt.SparseLevels))
+    assert (isinstance(form, Floats) and not is_plain(form)) == isinstance(target, dt.Round)
+    if isinstance(form, Grid | Levels):
         factor = torch.randn(layout.channels)
-        by_channel = layout.by_channel(form.times(factor).decode())
+        by_channel = layout.by_channel(form.scaled(factor).dense())
         wanted = layout.by_channel(target.project(w, params)).double() * factor.double()[:, None]
         torch.testing.assert_close(by_channel.double(), wanted, rtol=3e-7, atol=1e-9)
 
@@ -356,7 +357,6 @@ def test_a_target_from_elsewhere_becomes_a_table_or_says_why_not(tmp_path: Path)
 
         step: float
         is_exact: ClassVar[bool] = True
-        stored: ClassVar[tuple[str, ...]] = ()
 
         @property
         def scope(self) -> Any:
@@ -365,17 +365,12 @@ def test_a_target_from_elsewhere_becomes_a_table_or_says_why_not(tmp_path: Path)
         def fit(self, w: Tensor, layout: Any = None, previous: Any = None) -> dt.Params:
             return dt.Params(layout=layout or dt.Layout(shape=tuple(w.shape)))
 
-        def project(self, w: Tensor, params: dt.Params) -> Tensor:
-            return (w / self.step).round() * self.step + 0.0
-
-        def encode(self, w: Tensor, params: dt.Params) -> dt.Codes:
-            return dt.Codes(streams=(dt.Stream(name="values", values=self.project(w, params).reshape(-1), width=32),))
-
-        def decode(self, codes: dt.Codes, params: dt.Params, dtype: torch.dtype) -> Tensor:
-            return codes["values"].reshape(params.layout.shape)
-
-        def bits_on_disk(self, params: dt.Params) -> int:
-            return 32 * params.layout.numel
+        def form(self, w: Tensor, params: dt.Params) -> Form:
+            value, own = (w.detach() / self.step).round() * self.step + 0.0, {"layout": params.layout, "dtype": w.dtype}
+            levels, codes = value.unique(return_inverse=True)
+            if len(levels) <= 256:
+                return Levels(codes=codes.int(), table=levels[None], **own)
+            return Floats(value=value.half() if torch.equal(value.half().float(), value) else value, **own)
 
         def typical(self, params: dt.Params) -> Tensor:
             return torch.tensor(self.step / 4)
@@ -385,7 +380,7 @@ def test_a_target_from_elsewhere_becomes_a_table_or_says_why_not(tmp_path: Path)
         run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=Tenths(step=step))]))
         report = to_onnx(run, tmp_path / "m.onnx", torch.randn(2, 64))
         assert report.tensors[0].form == form
-        assert ("distinct values" in report.float_claims.get("0.weight", "")) == (form == "float")
+        assert ("keep real values" in report.float_claims.get("0.weight", "")) == (form == "float")
 
 
 def test_other_lives_keywords_and_several_outputs(tmp_path: Path) -> None:

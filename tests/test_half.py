@@ -135,7 +135,7 @@ def test_half_precision_resumes_and_repeats_bitwise(name: str) -> None:
                 train(again, fresh, step, step + 1)
             assert torch.equal(again.weight, model.weight), (order, at)
             assert all(torch.equal(value.decode(), codes[key]) for key, value in resumed.encoded().items())
-    assert run.encoded()["weight"].dtype == torch.bfloat16
+    assert run.encoded()["weight"].form.dtype == torch.bfloat16
     with run.compressed():
         assert torch.equal(model.weight, codes["weight"])
     run.finalize()

@@ -474,13 +474,13 @@ def test_integer_batchnorm_is_the_stated_one() -> None:
     conv, norm = model[0], model[1]  # type: ignore[index]
     encoded = run.encoded()["0.weight"]
     a = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    unit = a * encoded.params["scale"].double() * start.scale
+    unit = a * encoded.form.named["scale"].double() * start.scale
     constant = norm.bias.double() - norm.running_mean.double() * a
     m, c, s = (torch.as_tensor(step.numbers[key]).double() for key in ("multiplier", "offset", "shift"))
     torch.testing.assert_close(m * 2.0**-s, unit / step.scale, rtol=2.0**-30, atol=0.0)
     assert all(2**30 <= abs(each) < 2**31 for each in m.tolist())
     torch.testing.assert_close(c * 2.0**-s, constant / step.scale + step.zero + 0.5, rtol=1e-9, atol=1e-9)
-    n = encoded.codes["codes"].long().reshape(conv.weight.shape) - 127
+    n = encoded.form.named["codes"].long().reshape(conv.weight.shape) - 127
     assert np.array_equal(step.numbers["weight"], n.numpy())
     assert bool((m < 0).any()) == bool((a < 0).any())
 
@@ -554,7 +554,7 @@ def test_papers_networks_have_an_integer_form() -> None:
         with run.compressed(), torch.no_grad():
             wanted = model(x)
         assert float((found(x) - wanted).norm()) < 0.1 * float(wanted.norm())
-        assert found.nbytes > sum(e.params.layout.numel for e in run.encoded().values())
+        assert found.nbytes > sum(e.form.layout.numel for e in run.encoded().values())
 
 
 def test_calibration_takes_batches_like_recalibrate_and_another_width() -> None:

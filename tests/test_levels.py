@@ -101,7 +101,7 @@ def test_the_order_of_strides_changes_nothing(name: str) -> None:
     other = w.to(memory_format=torch.channels_last)
     target = LISTED[name]
     params, again = target.fit(w), target.fit(other)
-    assert all(torch.equal(params[key], again[key]) for key in target.stored)
+    assert all(torch.equal(params[key], again[key]) for key in params.tensors)
     assert torch.equal(target.project(other, again), target.project(w, params))
 
 
@@ -148,9 +148,9 @@ def test_without_a_scale_nothing_is_stored() -> None:
     ):
         params = target.fit(w)
         assert set(target.project(w, params).unique().tolist()) <= values
-        assert target.stored == () and target.bits_on_disk(params) == bits
-        loaded = dt.Params(tensors={}, layout=params.layout)  # what a file gives back
-        assert torch.equal(target.decode(target.encode(w, params), loaded, w.dtype), target.project(w, params))
+        form = target.form(w, params)
+        assert [part.name for part in form.parts] == ["codes"] and 8 * form.nbytes == bits
+        assert torch.equal(form.dense(), target.project(w, params))
 
 
 @settings(max_examples=80)
@@ -231,7 +231,7 @@ def test_a_grid_without_zero_uses_every_code() -> None:
     w = torch.tensor([-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0])
     params = target.fit(w)
     assert target.project(w, params).tolist() == [-4.0, -3.0, -2.0, -1.0, 1.0, 1.0, 2.0, 3.0, 4.0]
-    assert target.encode(w, params)["codes"].unique().tolist() == list(range(8))
+    assert target.form(w, params).named["codes"].unique().tolist() == list(range(8))
 
 
 @pytest.mark.parametrize("kind", ["mse", "alternate", "interval"])
@@ -409,9 +409,9 @@ def test_placing_in_pieces_is_placing_at_once(name: str, monkeypatch: pytest.Mon
     target = TARGETS[name]
     params = target.fit(w)
     q = target.project(w, params)
-    monkeypatch.setattr("detent.targets.levels._PIECE", 33)
+    monkeypatch.setattr("detent.targets.forms._PIECE", 33)
     assert torch.equal(target.project(w, params), q)
-    assert torch.equal(target.decode(target.encode(w, params), params, w.dtype), q)
+    assert torch.equal(target.form(w, params).dense(), q)
 
 
 def test_outliers_and_many_levels_leave_no_level_idle() -> None:
@@ -444,9 +444,12 @@ def test_a_code_beyond_the_levels_is_refused() -> None:
     w = torch.randn(6)
     target = dt.LearnedLevels(k=3)
     params = target.fit(w)
-    codes = dt.Codes(streams=(dt.Stream(name="codes", values=torch.full((6,), 3), width=2),))
-    with pytest.raises(ValueError, match="only 3 levels"):
-        target.decode(codes, params, torch.float32)
+    form = target.form(w, params)
+    values = [
+        torch.full((6,), 3) if part.name == "codes" else v for part, v in zip(form.parts, form.values, strict=True)
+    ]
+    with pytest.raises(ValueError, match="'codes' holds 3, which must be below 3"):
+        form.outline.form(values, form.layout, form.dtype)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from the kernel")

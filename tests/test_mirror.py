@@ -701,7 +701,7 @@ def test_the_primal_form_that_starts_late_has_the_levels_of_its_start() -> None:
         layer.weight.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
         optimizer.step()
     assert sizes[3] != pytest.approx(sizes[0], rel=1e-3)
-    assert float(run.encoded()["weight"].params["scale"]) == pytest.approx(sizes[3], rel=1e-6)
+    assert float(run.encoded()["weight"].form.named["scale"]) == pytest.approx(sizes[3], rel=1e-6)
 
 
 def test_true_and_published_pmf_under_sgd_are_the_copies_at_twice_the_rate() -> None:

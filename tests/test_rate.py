@@ -44,7 +44,7 @@ def test_entropy_is_that_of_the_codes(step: float, rounding: float, n: int, seed
 def test_a_fit_has_the_rate(rate: float, granularity: str, rounding: float) -> None:
     w = _noise(64 * 300, kind="laplace").reshape(64, 300) * torch.linspace(0.2, 3, 64)[:, None]
     grid = dt.UniformStep(rate=rate, granularity=granularity, rounding=rounding)  # type: ignore[arg-type]
-    codes = grid.encode(w, grid.fit(w))["codes"].numpy()
+    codes = grid.form(w, grid.fit(w)).named["codes"].numpy()
     _, counts = np.unique(codes, return_counts=True)
     shares = counts / counts.sum()
     assert float(-(shares * np.log2(shares)).sum()) == pytest.approx(rate, abs=0.002)
@@ -56,12 +56,13 @@ def test_one_step_over_the_model_shares_the_rate() -> None:
         model[1].weight.mul_(0.1)
     target = dt.UniformStep(rate=2.0, over="model")
     run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=target)]))
-    steps = {float(item.params["scale"]) for item in run.encoded().values()}
+    steps = {float(item.form.named["scale"]) for item in run.encoded().values()}
     assert len(steps) == 1
     weights = [model[0].weight, model[1].weight]
     assert entropy_at(weights, steps.pop(), 0.5, 127) == pytest.approx(2.0, abs=0.005)
     each = [
-        _counted(w.detach().reshape(-1), float(run.encoded()["0.weight"].params["scale"]), 0.5, 127) for w in weights
+        _counted(w.detach().reshape(-1), float(run.encoded()["0.weight"].form.named["scale"]), 0.5, 127)
+        for w in weights
     ]
     assert each[0] > 2.0 > each[1]  # bits go where they buy something
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import detent as dt
 from detent.grouping import GranularityLike, granularity_of
-from detent.targets import Sparse, composite, sparse
+from detent.targets import Sparse, composite, patterns, sparse
 from detent.testing import check_mechanism, check_pair, check_target
 
 U3 = dt.Uniform(bits=3, range="minmax")
@@ -62,7 +62,12 @@ def test_nm_is_sorting_in_each_block(sample, n, more, along) -> None:
     assert sorted(at for block in blocks for at in block) == list(range(w.numel()))
     assert places(target.mask(w, params)) == kept
     assert np.array_equal(target.project(w, params).numpy(), reference.zero_but(x, kept))
-    assert len(kept) == target.kept(params) == int(params["count"]) == sum(min(n, len(block)) for block in blocks)
+    assert (
+        len(kept)
+        == target.pattern(layout).survivors(layout)
+        == int(params["count"])
+        == sum(min(n, len(block)) for block in blocks)
+    )
 
 
 @settings(max_examples=150)
@@ -308,9 +313,7 @@ def test_fewer_survivors_than_asked_for(tmp_path: Path) -> None:
             assert ((q == 0).all(0)).tolist() == [False, True, False, False]
         else:
             assert q.tolist() == [[2.0, 0.0, 0.0, -2.0], [0.0, 0.0, 2.0, 0.0]], "levels of survivors alone"
-        codes = target.encode(w, params)
-        assert torch.equal(target.decode(codes, params, w.dtype), q) and torch.equal(target.project(q, params), q)
-        assert 8 * codes.nbytes == target.bits_on_disk(params) - 32 * params["scale"].numel()
+        assert torch.equal(target.form(w, params).dense(), q) and torch.equal(target.project(q, params), q)
         model = nn.Linear(4, 2, bias=False)
         model.weight.data.copy_(w)
         dt.save(dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=target)])), tmp_path / "x", "compressed")
@@ -328,12 +331,13 @@ def test_fewer_survivors_than_asked_for(tmp_path: Path) -> None:
 def test_patterns_are_numbered_without_a_gap(m: int) -> None:
     for n in range(1, m + 1):
         masks = torch.tensor([[i in kept for i in range(m)] for kept in itertools.combinations(range(m), n)])
-        streams = sparse._ranked("p", masks, n)
-        codes = dt.Codes(streams=streams)
+        layout = dt.Layout(shape=tuple(masks.shape))
+        blocks = patterns.Blocks(n=n, m=m)
+        values = blocks.values(masks, layout)
         if n < m:
-            assert sorted(streams[0].values.tolist()) == list(range(math.comb(m, n)))
-            assert streams[0].width == math.ceil(math.log2(math.comb(m, n)))
-        assert torch.equal(sparse._unranked("p", codes, len(masks), m, n), masks)
+            assert sorted(values[0].tolist()) == list(range(math.comb(m, n)))
+            assert blocks.parts(layout)[0].width == math.ceil(math.log2(math.comb(m, n)))
+        assert torch.equal(blocks.mask(values, layout), masks)
 
 
 @pytest.mark.parametrize(
@@ -342,10 +346,11 @@ def test_patterns_are_numbered_without_a_gap(m: int) -> None:
 def test_long_patterns_take_several_streams_or_a_bitmap(n: int, m: int, widths: list[int]) -> None:
     generator = torch.Generator().manual_seed(0)
     masks = torch.rand(50, m, generator=generator).argsort(dim=1) < n
-    codes = dt.Codes(streams=sparse._ranked("p", masks, n))
-    assert [stream.width for stream in codes.streams] == widths
+    blocks, layout = patterns.Blocks(n=n, m=m), dt.Layout(shape=(50, m))
+    values = blocks.values(masks, layout)
+    assert [part.width for part in blocks.parts(layout)] == widths and len(values) == len(widths)
     assert sum(widths) == (math.comb(m, n) - 1).bit_length() or widths == [1]
-    assert torch.equal(sparse._unranked("p", codes, 50, m, n), masks)
+    assert torch.equal(blocks.mask(values, layout), masks)
 
 
 def test_patterns_are_numbered_by_their_last_place_first() -> None:
@@ -353,9 +358,10 @@ def test_patterns_are_numbered_by_their_last_place_first() -> None:
     m, n = 9, 3
     by_last = sorted(itertools.combinations(range(m), n), key=lambda kept: kept[::-1])
     masks = torch.tensor([[i in kept for i in range(m)] for kept in by_last])
-    assert sparse._ranked("p", masks, n)[0].values.tolist() == list(range(math.comb(m, n)))
+    layout = dt.Layout(shape=tuple(masks.shape))
+    assert patterns.Blocks(n=n, m=m).values(masks, layout)[0].tolist() == list(range(math.comb(m, n)))
     # Of the rarer kind: six of nine are numbered by the three that are not there.
-    assert sparse._ranked("p", ~masks, m - n)[0].values.tolist() == list(range(math.comb(m, n)))
+    assert patterns.Blocks(n=m - n, m=m).values(~masks, layout)[0].tolist() == list(range(math.comb(m, n)))
 
 
 @pytest.mark.parametrize(
@@ -378,9 +384,9 @@ def test_a_field_takes_no_more_than_the_tensor(target: dt.Target) -> None:
     tracemalloc.start()
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     params = target.fit(w)
-    codes = target.encode(w, params)
-    assert torch.equal(target.decode(codes, params, w.dtype), target.project(w, params))
-    assert target.bits_on_disk(params) >= 8 * codes.nbytes
+    form = target.form(w, params)
+    back = form.outline.form(form.values, form.layout, form.dtype)
+    assert torch.equal(back.dense(), target.project(w, params))
     taken = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert time.process_time() - start < 10
@@ -398,25 +404,25 @@ def test_two_of_four_costs_three_bits_a_block() -> None:
     w = torch.randn(10, 18)  # in each row four blocks of 4 and a last one of 2, which is kept whole and costs no bits
     target = dt.NM(n=2, m=4)
     params = target.fit(w)
-    assert target.bits_on_disk(params) == 10 * 4 * 3 + 10 * (4 * 2 + 2) * 32
-    codes = target.encode(w, params)
-    assert [(s.name, s.width, s.values.numel()) for s in codes.streams] == [("positions", 3, 40), ("values", 32, 100)]
+    form = target.form(w, params)
+    assert 8 * form.nbytes == 10 * 4 * 3 + 10 * (4 * 2 + 2) * 32
+    assert [(p.name, p.width, p.count) for p in form.parts] == [("positions", 3, 40), ("values", 32, 100)]
     short = dt.NM(n=1, m=4)  # 1 of 4: 2 bits; 1 of the last 2: 1 bit
-    assert short.bits_on_disk(short.fit(w)) == 10 * 4 * 2 + 16 + 10 * 5 * 32
+    assert 8 * short.form(w, short.fit(w)).nbytes == 10 * 4 * 2 + 16 + 10 * 5 * 32
 
 
 def test_the_price_of_groups_and_of_survivors_on_levels() -> None:
     w = torch.randn(8, 6, 3, 3)
     filters = dt.Structured(group="filter", keep=3)
-    assert filters.bits_on_disk(filters.fit(w)) == 8 + 3 * 54 * 32
+    assert 8 * filters.form(w, filters.fit(w)).nbytes == 8 + 3 * 54 * 32
     both = dt.SparseLevels(sparse=filters, survivors=dt.Uniform(bits=3))
-    assert both.bits_on_disk(both.fit(w)) == 8 + 8 * math.ceil(3 * 54 * 3 / 8) + 32
+    assert 8 * both.form(w, both.fit(w)).nbytes == 8 + 8 * math.ceil(3 * 54 * 3 / 8) + 32
     two = dt.SparseLevels(sparse=dt.NM(n=2, m=6), survivors=dt.Uniform(bits=4, granularity="channel"))
-    assert two.bits_on_disk(two.fit(w)) == 72 * 4 + 72 * 2 * 4 + 8 * 32
+    assert 8 * two.form(w, two.fit(w)).nbytes == 72 * 4 + 72 * 2 * 4 + 8 * 32
 
 
-def test_a_price_does_not_hang_on_the_weights() -> None:
-    """Tiles at the edges are smaller: whichever are kept, what is written is what `bits_on_disk` said at the fit."""
+def test_the_price_is_of_the_tiles_that_are_kept() -> None:
+    """Tiles at the edges are smaller: where those are kept, fewer weights survive, and a file says how many."""
     target: Any
     for target in (
         dt.Structured(group="block", keep=0.4, block=(3, 4)),
@@ -427,19 +433,22 @@ def test_a_price_does_not_hang_on_the_weights() -> None:
         for edge in (False, True):
             other = w.clone()
             other[6, :] *= 100.0 if edge else 1e-3
-            codes = target.encode(other, params)
-            stored = sum(t.numel() * 32 for t in (params[name] for name in target.stored))
-            assert 8 * codes.nbytes + stored == target.bits_on_disk(params)
-            assert torch.equal(target.decode(codes, params, w.dtype), target.project(other, params))
+            form, q = target.form(other, params), target.project(other, params)
+            *_, (part, codes) = zip(form.parts, form.values, strict=True)
+            assert part.is_listed and codes.numel() == int((q != 0).sum() if part.width == 32 else form.mask.sum())
+            assert torch.equal(form.outline.form(form.values, form.layout, form.dtype).dense(), q)
 
 
 def test_a_number_of_no_pattern_is_told() -> None:
     target = dt.NM(n=2, m=4)
     w = torch.randn(2, 8)
     params = target.fit(w)
-    bad = dt.Stream(name="positions", values=torch.tensor([0, 7, 1, 2]), width=3)  # 6 patterns: 0 to 5
+    form = target.form(w, params)
+    bad = torch.tensor([0, 7, 1, 2])  # 6 patterns: 0 to 5
+    with pytest.raises(ValueError, match="'positions' holds 7, which must be below 6"):
+        form.outline.form((bad, *form.values[1:]), form.layout, form.dtype)
     with pytest.raises(ValueError, match="a number of no pattern of 2 in 4"):
-        target.decode(dt.Codes(streams=(bad, *target.encode(w, params).streams[1:])), params, w.dtype)
+        patterns.Blocks(n=2, m=4).mask((bad,), form.layout)
 
 
 # --- sparse and on levels: exact, by brute force -----------------------------------------------------------------
@@ -496,8 +505,7 @@ def test_the_joint_projection_is_the_nearest_of_all(kind: str, levels: str) -> N
         least = reference.nearest_on_levels(w.numpy(), listed, patterns_of(few, layout, count))
         q = target.project(w, params)
         assert float((w - q).square().sum()) == pytest.approx(least, rel=1e-9, abs=1e-12)
-        codes = target.encode(w, params)
-        assert torch.equal(target.decode(codes, params, w.dtype), q)
+        assert torch.equal(target.form(w, params).dense(), q)
 
 
 def _listed(survivors: dt.Target, params: dt.Params, w: Tensor) -> list[list[float]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import detent as dt
 from detent.pack import read_header
+from detent.targets.forms import Form, Grid
 
 STEPS = 20
 Make = Callable[[nn.Module], list[torch.optim.Optimizer]]
@@ -123,7 +124,7 @@ def test_the_end_lies_in_every_last_target() -> None:
     run.finalize()
     for name, code in encoded.items():
         w = dict(model.named_parameters())[name].detach()
-        assert torch.equal(code.target.project(w, code.params), w)
+        assert torch.equal(code.target.project(w, code.target.restored(w, code.form)), w)
         assert torch.equal(code.decode(), w)
 
 
@@ -211,7 +212,7 @@ def test_a_stage_of_two_optimizers_counts_what_the_last_one_leaves_of_both() -> 
     total = sum(w.numel() for w in weights(model).values())
     for done in (STEPS // 2, STEPS):
         train(model, optimizers, range(run.clock, done))
-        counts = [int(encoded.params["count"]) for encoded in run.encoded().values()]
+        counts = [int(encoded.form.named["mask"].sum()) for encoded in run.encoded().values()]
         assert sum(counts) == round(0.1 * total) == sum(int((w != 0).sum()) for w in weights(model).values())
 
 
@@ -344,7 +345,6 @@ class _Signs(dt.Target):
 
     is_exact = True
     scope = "element"  # type: ignore[assignment]
-    stored = ()
 
     def fit(self, w: Tensor, layout: dt.Layout | None = None, previous: dt.Params | None = None) -> dt.Params:
         return dt.Params(layout=layout or dt.Layout(shape=tuple(w.shape)))
@@ -352,14 +352,9 @@ class _Signs(dt.Target):
     def project(self, w: Tensor, params: dt.Params) -> Tensor:
         return torch.where(w.detach() < 0, -1.0, 1.0).to(w.dtype)
 
-    def encode(self, w: Tensor, params: dt.Params) -> dt.Codes:
-        return dt.Codes(streams=(dt.Stream(name="codes", values=(w >= 0).reshape(-1).to(torch.uint8), width=1),))
-
-    def decode(self, codes: dt.Codes, params: dt.Params, dtype: torch.dtype) -> Tensor:
-        return (codes["codes"].to(dtype) * 2 - 1).reshape(params.layout.shape)
-
-    def bits_on_disk(self, params: dt.Params) -> int:
-        return 8 * -(-params.layout.numel // 8)
+    def form(self, w: Tensor, params: dt.Params) -> Form:
+        codes = (w.detach() >= 0).to(torch.uint8)
+        return Grid(layout=params.layout, dtype=w.dtype, codes=codes, scale=None, n=1, zero=False)
 
     def typical(self, params: dt.Params) -> Tensor:
         return torch.tensor(0.5)

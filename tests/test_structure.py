@@ -29,7 +29,7 @@ SRC = ROOT / "src" / "detent"
 _TARGETS = {"schedules", "grouping"}
 _MECHANISMS = _TARGETS | {"targets"}
 _SPECS = _MECHANISMS | {"mechanisms"}
-_RECIPE = _SPECS | {"undoing", "sharding", "specs", "parameters", "ends", "plan", "contents"}
+_RECIPE = _SPECS | {"sharding", "specs", "parameters", "ends", "plan", "contents"}
 _LIVES = _RECIPE | {"recipe"}
 _ENGINE = _LIVES | {"averages", "batchnorm", "claimed", "collapse", "drivers", "fitting", "guards", "lives"}
 _ENGINE |= {"optimizers", "resuming", "standins", "states", "threads"}
@@ -38,7 +38,6 @@ _CORE = _PACK | {"amounts", "budget", "pack", "compression"}
 MAY_IMPORT: dict[str, set[str]] = {
     "schedules": set(),
     "grouping": set(),
-    "undoing": set(),
     "sharding": set(),
     "targets": _TARGETS,
     "mechanisms": _MECHANISMS,
@@ -46,23 +45,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "presets": _SPECS,
     "parameters": {"grouping"},
     "ends": {"parameters"},
-    "collapse": _SPECS | {"undoing", "ends", "specs"},
+    "collapse": _SPECS | {"ends", "specs"},
     "plan": _SPECS | {"parameters", "specs", "ends", "recipe"},  # of recipe only the types: a recipe resolves to a plan
     "recipe": _RECIPE | {"presets"},
     "contents": {"parameters", "sharding"},
-    "batchnorm": {"parameters", "undoing"},
+    "batchnorm": {"parameters"},
     "writes": {"sharding"},
     "claimed": _LIVES | {"writes"},
     "fitting": _LIVES | {"claimed", "drivers"},
     "guards": _LIVES | {"claimed"},
-    "threads": {"undoing"},
+    "threads": {"batchnorm"},
     "lives": _LIVES | {"batchnorm", "claimed", "collapse", "guards", "threads", "writes"},
     "optimizers": {"sharding"},
     "standins": _LIVES | {"claimed", "optimizers"},
     "drivers": _LIVES | {"claimed", "optimizers", "standins"},
     "averages": _LIVES | {"claimed", "lives"},
     "states": _LIVES | {"claimed", "drivers"},
-    "resuming": _LIVES | {"averages", "claimed", "drivers", "states"},
+    "resuming": _LIVES | {"averages", "batchnorm", "claimed", "drivers", "states"},
     "engine": _ENGINE,
     "amounts": {"schedules"},
     "pack": _PACK | {"amounts"},
@@ -210,6 +209,36 @@ def long_files(package: Path, limit: int = MAX_LINES) -> list[str]:
 
 def test_the_library_never_prints() -> None:
     assert prints(SRC) == []
+
+
+def targets_named(package: Path) -> list[str]:
+    """Imports of a target where its form should decide: in what stores, exports, reports and runs."""
+    free = {"Target", "Params", "Held", "Form"}
+    modules = {"detent.targets.forms", "detent.targets.parts", "detent.targets.kmeans"}
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        part = path.relative_to(package).parts[0].removesuffix(".py")
+        if part not in ("pack", "export", "report", "engine", "lives", "claimed", "drivers", "guards", "specs"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("detent.targets"):
+                continue
+            names = {alias.name for alias in node.names}
+            base = node.module == "detent.targets.base" and not {n for n in names if n[0].isupper()} - free
+            if node.module not in modules and not base and (names - free or node.module != "detent.targets"):
+                found.append(f"{path.relative_to(package)}:{node.lineno} imports {', '.join(sorted(names))}")
+    return found
+
+
+def test_what_comes_after_targets_goes_by_forms() -> None:
+    assert targets_named(SRC) == []
+
+
+def test_a_target_that_is_named_is_found(tmp_path: Path) -> None:
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "new.py").write_text("from detent.targets import Target, Uniform\n")
+    (tmp_path / "pack.py").write_text("from detent.targets.levels import _Scaled\n")
+    assert len(targets_named(tmp_path)) == 2
 
 
 def test_files_stay_small() -> None:

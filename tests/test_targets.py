@@ -18,7 +18,7 @@ from torch import Tensor
 
 import detent as dt
 from detent.grouping import granularity_of
-from detent.targets.base import check_finite
+from detent.targets import forms
 from detent.testing import awkward_samples, check_target
 
 UNIFORMS = {name: target for name, target in TARGETS.items() if isinstance(target, dt.Uniform)}
@@ -67,7 +67,6 @@ class Grid(dt.Target):
     wrong: str = ""
 
     is_exact = True
-    stored = ()
 
     @property
     def scope(self):
@@ -98,18 +97,11 @@ class Grid(dt.Target):
     def relax(self, w, params, beta):
         return w.detach().clone() if self.wrong == "never sharp" else dt.Target.relax(self, w, params, beta)
 
-    def encode(self, w, params):
-        if not bool(torch.isfinite(w).all()):
-            raise ValueError("not finite")
-        codes = (self.project(w, params).double() + 3).to(torch.uint8).reshape(-1)
-        return dt.Codes(streams=(dt.Stream(name="codes", values=codes, width=2 if self.wrong == "wide" else 3),))
-
-    def decode(self, codes, params, dtype):
-        shift = 2 if self.wrong == "decodes badly" else 3
-        return (codes["codes"].to(dtype) - shift).reshape(params.layout.shape)
-
-    def bits_on_disk(self, params):
-        return 3 * params.layout.numel if self.wrong == "no padding" else 8 * -(-3 * params.layout.numel // 8)
+    def form(self, w, params):
+        codes = (self.project(w, params).double() + 3).to(torch.uint8)
+        scale = torch.tensor([2.0 if self.wrong == "another" else 1.0])
+        layout = dt.Layout(shape=(w.numel(),)) if self.wrong == "flat" else params.layout
+        return forms.Grid(layout=layout, dtype=w.dtype, codes=codes, scale=scale, n=3)
 
     def typical(self, params):
         return torch.tensor(0.0 if self.wrong == "no size" else 0.25)
@@ -140,13 +132,12 @@ def test_a_right_target_passes() -> None:
         ("writes", "leave their input alone"),
         ("by position", "rows project as the whole does"),
         ("never sharp", "relax at beta = inf is project"),
-        ("wide", "codes fit their width"),
-        ("decodes badly", "decode.encode.w.. is project.w."),
-        ("no padding", "the price is the bytes written"),
+        ("another", "form.w..dense.. is project.w."),
+        ("flat", "a form has the layout and the dtype of the weight"),
         ("no size", "typical is positive"),
         ("limits", "no allowed weight lies beyond the limits"),
         ("all free", "free weights stay as they are"),
-        ("eats NaN", "refuse NaN and infinite weights"),
+        ("eats NaN", "refuses NaN and infinite weights"),
         ("draws", "fitting twice gives the same params"),
     ],
 )
@@ -160,7 +151,6 @@ class SmallestK(dt.Target):
     """Its set is that of TopK, any k non-zeros, but its projection keeps the k smallest non-zeros, not the largest."""
 
     is_exact = True
-    stored = ()
 
     @property
     def scope(self):
@@ -176,15 +166,8 @@ class SmallestK(dt.Target):
         kept[order] = w.detach().reshape(-1)[order] + 0.0
         return kept.reshape(w.shape)
 
-    def encode(self, w, params):
-        check_finite(w)
-        return dt.TopK(keep=0.5).encode(self.project(w, params), params)
-
-    def decode(self, codes, params, dtype):
-        return dt.TopK(keep=0.5).decode(codes, params, dtype)
-
-    def bits_on_disk(self, params):
-        return dt.TopK(keep=0.5).bits_on_disk(params)
+    def form(self, w, params):
+        return dt.TopK(keep=0.5).form(self.project(w, params), params)
 
     def typical(self, params):
         return torch.tensor(1.0)

@@ -67,19 +67,16 @@ def average_bits(model: nn.Module, run: dt.Run) -> dict[str, float]:
             full += 8 * p.element_size() * p.numel()
             continue
         item = encoded[name]
-        mine = item.target.bits_on_disk(item.params)
-        index = 8 * sum(s.nbytes for s in item.codes.streams if s.name != "book")
-        codes += index
-        books += mine - index if not item.target.shared else 0
-        streams = {s.name: (s.values, 8 * s.nbytes) for s in item.codes.streams}
-        numbers = {
-            n: (item.params[n], item.params[n].numel() * 8 * item.params[n].element_size()) for n in item.target.stored
-        }
-        shared = [(streams | numbers)[n] for n in item.target.shared if n in streams | numbers]
-        values = [value for value, _ in shared]
-        if shared and not any(t == item.target and _equal(values, held) for t, held in once):
+        runs = dict(zip(item.form.parts, item.form.values, strict=True))
+        codes += 8 * sum(part.nbytes(v) for part, v in runs.items() if part.role == "codes" and part.name != "book")
+        book = {part: values for part, values in runs.items() if part.role != "codes" or part.name == "book"}
+        bits = 8 * sum(part.nbytes(values) for part, values in book.items())
+        values = list(book.values())
+        if any(part.is_shared for part in book):
+            if any(target == item.target and _equal(values, held) for target, held in once):
+                continue
             once.append((item.target, values))
-            books += sum(bits for _, bits in shared)
+        books += bits
     parts = {"codes": codes / total, "books": books / total, "full": full / total}
     return {**parts, "total": sum(parts.values())}
 
@@ -109,7 +106,8 @@ def cluster_errors(kernels: list[Tensor], seed: int) -> list[dict[str, Any]]:
         energy = sum(float(w.double().square().sum()) for w in kernels)
         weights = sum(w.numel() for w in kernels)
         planned = getattr(target, "planned_bits", None)
-        bits = planned([w.shape for w in kernels]) if planned else sum(target.bits_on_disk(p) for p in fitted)
+        own = 8 * sum(target.form(w, params).nbytes for w, params in zip(kernels, fitted, strict=True))
+        bits = planned([w.shape for w in kernels]) if planned else own
         rows.append(
             {
                 "scheme": name,

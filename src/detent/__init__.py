@@ -49,14 +49,12 @@ from detent.schedules import Schedule as Schedule
 from detent.schedules import Sigmoid as Sigmoid
 from detent.targets import NM as NM
 from detent.targets import Binary as Binary
-from detent.targets import Codes as Codes
 from detent.targets import KernelCodebook as KernelCodebook
 from detent.targets import LearnedLevels as LearnedLevels
 from detent.targets import Params as Params
 from detent.targets import PowerOfTwo as PowerOfTwo
 from detent.targets import Round as Round
 from detent.targets import SparseLevels as SparseLevels
-from detent.targets import Stream as Stream
 from detent.targets import Structured as Structured
 from detent.targets import Target as Target
 from detent.targets import Ternary as Ternary

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -14,7 +15,6 @@ from detent import sharding
 from detent.claimed import Entry, fit_target
 from detent.lives import Lives
 from detent.parameters import refuse_no_model
-from detent.undoing import without_gradients
 
 __all__ = ["Averages"]
 
@@ -121,7 +121,7 @@ def _with_latents(model: nn.Module, entries: Sequence[Entry]) -> Iterator[None]:
     kept = [(entry, sharding.local(entry.param).clone()) for entry in moved]
     sharding.reshard(model)
     try:
-        with without_gradients():
+        with torch.no_grad():
             for entry in moved:
                 entry.write(entry.hidden())
                 entry.adopt()
@@ -129,7 +129,7 @@ def _with_latents(model: nn.Module, entries: Sequence[Entry]) -> Iterator[None]:
         written = [entry.name for entry in moved if not entry.is_ours]
     finally:
         sharding.reshard(model)
-        with without_gradients():
+        with torch.no_grad():
             for entry, value in kept:
                 entry.write(value)
                 entry.adopt()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from detent.parameters import canonical_name
-from detent.undoing import undone
 
 __all__ = [
     "Statistics",
@@ -19,7 +18,39 @@ __all__ = [
     "rounded",
     "statistics_of",
     "swapped_buffers",
+    "undone",
+    "undone_unless_done",
 ]
+
+
+@contextmanager
+def undone(undo: Callable[[], None]) -> Iterator[None]:
+    """Undo something on leaving, whatever happens: an exception that comes while it is undone lets it begin anew.
+
+    Args:
+        undo: may be called again after it is done, or was broken off anywhere.
+    """
+    try:
+        try:
+            yield
+        finally:
+            undo()
+    finally:
+        undo()
+
+
+@contextmanager
+def undone_unless_done(undo: Callable[[], None]) -> Iterator[None]:
+    """The same if the block raises, and nothing if it does not."""
+    try:
+        try:
+            yield
+        except BaseException:
+            undo()
+            raise
+    except BaseException:
+        undo()
+        raise
 
 
 class Statistics(dict[str, Tensor]):

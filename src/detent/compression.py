@@ -115,7 +115,6 @@ def compress_state_dict(
     life: Life = "compressed",
     coding: Coding | None = None,
     model: nn.Module | None = None,
-    example: Any = None,
     rename: Rename | None = None,
     notes: Mapping[str, Any] | None = None,
     watch: Watch = lambda what, steps: lambda: None,
@@ -130,7 +129,6 @@ def compress_state_dict(
         coding: "entropy", "bitpacked" or "none"; by default what `save` takes for this name.
         model: for what names and shapes do not say: transposed convolutions, ties, buffers, which layer is first. Its
             own weights are not read, so it may lie on the meta device.
-        example: as for `Recipe.resolve`; the model is run, so it needs numbers.
         rename: from names in the state dict to names in the model, as for `load`.
         notes: plain JSON data to keep with the file.
         watch: called with a label and a number of steps, gives what is called at each.
@@ -159,18 +157,15 @@ def compress_state_dict(
                 life=life,
                 coding=coding,
                 model=model,
-                example=example,
                 rename=rename,
                 notes=notes,
                 watch=watch,
             )
     if any(Path(out).resolve() == file.resolve() for file in source.files):
         raise ValueError(f"compress_state_dict(out={str(out)!r}): is a file of the state dict; give another name")
-    if model is None and example is not None:
-        raise ValueError("compress_state_dict(example=...): goes with model=, which is run on it")
     net = skeleton(source) if model is None else model
     refuse_stages(recipe, "compress")
-    plan = recipe.without_mechanisms().resolve(net, example=example)
+    plan = recipe.without_mechanisms().resolve(net)
     norms = any(getattr(module, "running_mean", None) is not None for module in net.modules())
     writer = Writer(out, life, coding=coding, batchnorm="own" if norms else "none", notes=notes)
     done = _write(writer, source, _stored(net, source, rename), plan, life == "both", watch)
@@ -224,7 +219,7 @@ class _Done:
         if encoded is not None:
             w = tensor.double()
             self.coded += tensor.numel()
-            self.packed += encoded.target.bits_on_disk(encoded.params) // 8
+            self.packed += encoded.form.nbytes
             self.lost += float((w - encoded.decode().double()).square().sum())
             self.energy += float(w.square().sum())
 
@@ -310,8 +305,7 @@ def _encoded(
             params = together[name] if name in together else target.fit(tensor, claim.layout)
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from None
-        codes = target.encode(tensor, params)
-        yield name, tensor, Encoded(target=target, params=params, codes=codes, dtype=tensor.dtype), ""
+        yield name, tensor, Encoded(target=target, form=target.form(tensor, params)), ""
 
 
 # --- what only a state dict is known of ---------------------------------------------------------------------------

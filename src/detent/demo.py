@@ -605,11 +605,11 @@ def _spreads(run: Run) -> list[_Spread]:
     weights = {name: p.detach().cpu() for name, p in run.model.named_parameters()}
     found = []
     for name, item in run.encoded().items():
-        w, params = weights[name], item.params.to(torch.device("cpu"))
-        step = item.target.cell(params)
+        w, form = weights[name], item.form.to("cpu")
+        step = form.cell
         assert step is not None
         position = (w / step).reshape(-1)
-        distance = ((w - item.target.project(w, params)).abs() / step).reshape(-1)
+        distance = ((w - form.dense()).abs() / step).reshape(-1)
         found.append(_Spread(name=name, position=position, distance=distance))
     return found
 

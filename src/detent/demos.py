@@ -396,20 +396,17 @@ def _kq(bench: Bench) -> _Found:
 
 def _bits(run: Run) -> float:
     """Bits a weight of the layers that are not at 8 bits, with what tensors share counted once."""
-    rows = [item for item in run.encoded().values() if not isinstance(item.target, Uniform) or item.target.bits < 8]
-    weights = sum(item.params.layout.numel for item in rows)
-    own = sum(item.target.bits_on_disk(item.params) for item in rows)
-    first = rows[0]
-    streams = {stream.name: stream.nbytes for stream in first.codes.streams}
-    sizes = {name: t.numel() * t.element_size() for name, t in first.params.tensors.items()} | streams
-    shared = 8 * sum(sizes[name] for name in first.target.shared)
-    return (own + shared) / weights
+    forms = [
+        item.form for item in run.encoded().values() if not isinstance(item.target, Uniform) or item.target.bits < 8
+    ]
+    weights = sum(form.layout.numel for form in forms)
+    return 8 * (sum(form.nbytes for form in forms) + forms[0].shared_nbytes) / weights
 
 
 def _draw_kq(run: Run, path: Path) -> None:
     plt = pyplot()
     coded = {name: item for name, item in run.encoded().items() if isinstance(item.target, KernelCodebook)}
-    shape = next(iter(coded.values())).params.layout.shape[2:]  # one kernel size in all networks of the demo
+    shape = next(iter(coded.values())).form.layout.shape[2:]  # one kernel size in all networks of the demo
     kernels = torch.cat([item.decode().reshape(-1, math.prod(shape)) for item in coded.values()])
     book, uses = kernels.unique(dim=0, return_counts=True)
     order = uses.argsort(descending=True)

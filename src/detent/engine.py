@@ -9,11 +9,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from detent import claimed, guards, optimizers, sharding, states
-from detent.batchnorm import Statistics, install, statistics_of
+from detent.batchnorm import Statistics, install, statistics_of, undone, undone_unless_done
 from detent.claimed import Entry, by_rule, fit_target
 from detent.collapse import Losses
 from detent.contents import contents_of, refuse_unsavable, refuse_unused
@@ -25,7 +26,6 @@ from detent.recipe import Plan, Recipe, refuse_no_recipe
 from detent.resuming import Resumable
 from detent.standins import refuse_narrow_shards
 from detent.threads import OneThread
-from detent.undoing import undone, undone_unless_done, without_gradients
 
 __all__ = ["Run", "attach"]
 
@@ -108,7 +108,7 @@ def attach(
 
     def leave() -> None:
         run.detach()
-        with without_gradients():
+        with torch.no_grad():
             for entry, value in kept:
                 entry.write(value)
 
@@ -247,7 +247,7 @@ class Run(Resumable):
                 )
         for driver in drivers:
             self._fit_due(driver)
-        with without_gradients():
+        with torch.no_grad():
             for driver in drivers:
                 for entry in driver.entries:
                     entry.mechanism.open(driver.slot(entry), driver.clock)
@@ -268,7 +268,7 @@ class Run(Resumable):
             driver.enter(stage)
             self._refresh()
 
-        with undone_unless_done(back), without_gradients():
+        with undone_unless_done(back), torch.no_grad():
             settle_stage(driver, self._all, self._is_unfixed)
             self._look_for_losses((e, e.target, e.params) for e in driver.entries if e.params is not None)
             self._losses.say(f"the end of stage {stage + 1}")
@@ -391,16 +391,8 @@ class Run(Resumable):
     def _before(self, driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any], *, idle: bool = False) -> Any:
         if self._closed:
             return None
-        last: list[object] = []  # what the step before would undo, once no other thread may begin one
-        try:
-            with self._one_thread("optimizer.step()"):
-                last.append(driver.undo)
-                return self._start_step(driver, args, kwargs, idle)
-        except BaseException:
-            if last and driver.undo is not last[0]:  # begun here, and nobody will end it
-                with undone(self._mark_step), undone(partial(self._repair, driver)):
-                    raise
-            raise
+        with self._one_thread("optimizer.step()"):
+            return self._start_step(driver, args, kwargs, idle)
 
     def _start_step(self, driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any], idle: bool) -> Any:
         self._refuse_inside("optimizer.step()")
@@ -454,7 +446,7 @@ class Run(Resumable):
     def _begin(self, driver: Driver, active: list[Entry], *, sees_gradients: bool) -> None:
         """The first half of a step; one that moves nothing shows the mechanisms no gradient, and time passes alone."""
         clock = driver.clock
-        with without_gradients():
+        with undone_unless_done(partial(self._repair, driver)), torch.no_grad():
             driver.begin(self._drivers)
             self._fit_due(driver)
             driver.stand_ins.make(active)
@@ -477,9 +469,6 @@ class Run(Resumable):
             return
         try:
             self._end_step(driver)
-        except BaseException:
-            with undone(partial(self._repair, driver)):  # that is, brought to its end
-                raise
         finally:
             self._mark_step()
 
@@ -487,7 +476,6 @@ class Run(Resumable):
         if driver.nested:
             driver.nested -= 1
             return
-        driver.land()
         driver.stand_ins.take_back()
         if driver.skip:
             driver.skip = False
@@ -498,13 +486,18 @@ class Run(Resumable):
             return
         if not driver.pending:
             raise RuntimeError("run.after_step() without run.before_step(): call both around one optimizer step")
-        driver.refuse_copies()
-        self._land(driver)
+        try:
+            driver.land()
+            driver.refuse_copies()
+            self._land(driver)
+        except BaseException:
+            with undone(partial(self._repair, driver)):  # that is, brought to its end
+                raise
 
     def _land(self, driver: Driver) -> None:
         """The last moments of a step. It has happened: broken off, whoever asks next goes on where they ended."""
         clock = driver.clock
-        with without_gradients():
+        with torch.no_grad():
             driver.hold()
             for entry, slot in driver.slots:
                 driver.once(entry.name, [(entry, slot)], lambda e=entry, s=slot: driver.last_moment(e, s, clock))
@@ -549,7 +542,7 @@ class Run(Resumable):
         if driver.landing:
             self._land(driver)
         elif driver.pending:
-            with without_gradients():
+            with torch.no_grad():
                 driver.roll_back()
             self._adopt(driver, passing=True)
             driver.rest()
@@ -691,7 +684,7 @@ class Run(Resumable):
                 if self._closed and not was_over:
                     return self.detach()  # it was over already
                 sharding.reshard(self.model)
-                with without_gradients():
+                with torch.no_grad():
                     for entry, held in before:
                         entry.be_again(held)
                     for buffer, value in buffers:
@@ -699,7 +692,7 @@ class Run(Resumable):
                 sharding.reshard(self.model)
 
             with undone_unless_done(back):
-                with without_gradients():
+                with torch.no_grad():
                     for entry, target, params in life:
                         entry.write(entry.map_whole(target.project, target, params, entry.hidden()))
                     if statistics is not None:

@@ -68,6 +68,11 @@ class Layout:
         assert all(0 <= axis < len(self.shape) for axis in self.batch_axes), self
 
     @property
+    def held(self) -> tuple[int, ...]:
+        """The shape of what is held here."""
+        return self.shape if self.rows is None else (self.rows[1] - self.rows[0], *self.shape[1:])
+
+    @property
     def numel(self) -> int:
         """Number of weights in the whole tensor."""
         return math.prod(self.shape)

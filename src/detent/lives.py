@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from detent import sharding
-from detent.batchnorm import Statistics, install, reestimate, rounded, statistics_of
+from detent.batchnorm import Statistics, install, reestimate, rounded, statistics_of, undone
 from detent.claimed import Entry, entries_of, fit_target, refuse_nonfinite, refuse_stages
 from detent.collapse import Losses, answers
 from detent.guards import fingerprint
 from detent.plan import Plan, resolve
 from detent.recipe import Recipe, refuse_no_recipe
-from detent.targets import Codes, Params, Target
+from detent.targets import Form, Params, Target
 from detent.targets.kmeans import sorted_rows
 from detent.threads import OneThread
-from detent.undoing import undone, without_gradients
 from detent.writes import Seal
 
 __all__ = ["Encoded", "Lives", "distance_row"]
@@ -33,30 +32,26 @@ _L = TypeVar("_L", bound="Lives")
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """One claimed tensor, ready to be written: what it is, and its codes.
+    """One claimed tensor, ready to be written: what it is, and the target it lies on.
 
     Args:
         target: where the weights lie.
-        params: the fitted numbers.
-        codes: the codes; `target.decode(codes, params, dtype)` gives the projected tensor bitwise.
-        dtype: dtype of the weights.
+        form: what they are.
 
     Example:
         >>> import detent as dt
         >>> model = nn.Linear(4, 4)
         >>> run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))]))
-        >>> run.encoded()["weight"].codes.nbytes
-        8
+        >>> run.encoded()["weight"].form.nbytes    # sixteen codes of 4 bits, and a scale
+        12
     """
 
     target: Target
-    params: Params
-    codes: Codes
-    dtype: torch.dtype
+    form: Form
 
     def decode(self) -> Tensor:
         """The projected tensor."""
-        return self.target.decode(self.codes, self.params, self.dtype)
+        return self.form.dense()
 
 
 @dataclass(kw_only=True)
@@ -70,7 +65,8 @@ class _Aside:
 
 def distance_row(name: str, w: Tensor, target: Target, params: Params) -> dict[str, Any]:
     """How far one tensor's two lives are from each other."""
-    q = target.project(w, params)
+    form = target.form(w, params)
+    q = form.dense()
     w64, q64 = w.double(), q.double()
     gap = (w64 - q64).abs()
     cell = target.cell(params)
@@ -80,7 +76,7 @@ def distance_row(name: str, w: Tensor, target: Target, params: Params) -> dict[s
         "name": name,
         "target": target,
         "weights": w.numel(),
-        "bits_per_weight": target.bits_on_disk(params) / w.numel(),
+        "bits_per_weight": 8 * form.nbytes / w.numel(),
         "error": float(gap.square().sum()) / energy if energy else 0.0,
         "wasserstein": float((ordered[0].double() - ordered[1]).abs_().mean()),
         "distance": float("nan") if cell is None else float((gap / cell.double()).mean()),
@@ -166,7 +162,7 @@ class Lives(abc.ABC):
             return
         self._inside = False
         sharding.reshard(self.model)
-        with without_gradients():
+        with torch.no_grad():
             for entry, value in aside.weights:
                 entry.write(value)
             for buffer, value in aside.buffers:
@@ -274,7 +270,7 @@ class Lives(abc.ABC):
         )
         with undone(self._come_back):
             self._inside = True
-            with without_gradients():
+            with torch.no_grad():
                 for entry, target, params in life:
                     entry.write(entry.map_whole(target.project, target, params, entry.hidden()))
                     entry.adopt()
@@ -402,9 +398,9 @@ class Lives(abc.ABC):
         def encode(entry: Entry, target: Target, params: Params) -> Encoded:
             whole = entry.hidden_whole()
             refuse_nonfinite(entry.name, whole, target)
-            codes = target.encode(whole, params)
-            self._losses.note(entry.name, whole, target.project(whole, params), target)
-            return Encoded(target=target, params=params, codes=codes, dtype=entry.claim.dtype)
+            form = target.form(whole, params)
+            self._losses.note(entry.name, whole, form.dense(), target)
+            return Encoded(target=target, form=form)
 
         with self._one_thread("run.encoders()"):
             return {life[0].name: partial(encode, *life) for life in self._life(bits, recipe)}

@@ -6,11 +6,13 @@ import abc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from detent import sharding, states
 from detent.averages import Averages
+from detent.batchnorm import undone_unless_done
 from detent.claimed import Entry
 from detent.drivers import Driver
-from detent.undoing import undone_unless_done, without_gradients
 
 __all__ = ["Resumable"]
 
@@ -122,7 +124,7 @@ class Resumable(Averages):
 
         def back() -> None:
             sharding.reshard(self.model)
-            with without_gradients():
+            with torch.no_grad():
                 for entry, held in before:
                     entry.be_again(held)
             sharding.reshard(self.model)

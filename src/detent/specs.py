@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import re
+from collections.abc import Mapping
 from typing import Any, get_args, get_type_hints
 
 import pydantic
@@ -13,9 +15,9 @@ import pydantic
 from detent.grouping import Granularity
 from detent.mechanisms import Mechanism, MirrorMap
 from detent.schedules import Schedule
-from detent.targets import Target
+from detent.targets import Held, Target
 
-__all__ = ["build", "check_size", "from_spec", "nearest", "short", "to_spec"]
+__all__ = ["build", "check_size", "from_spec", "nearest", "short", "short_spec", "target_of", "to_spec"]
 
 _BASES: tuple[type, ...] = (Target, Mechanism, Schedule, Granularity, MirrorMap)
 _DEEPEST = 32  # what stands within what: a recipe is six deep
@@ -42,12 +44,22 @@ def short(obj: object) -> str:
         >>> short(Uniform(bits=4))
         'Uniform(bits=4)'
     """
-    parts = []
-    for f in dataclasses.fields(obj):  # type: ignore[arg-type]
-        value = getattr(obj, f.name)
-        if _is_told(value, f.default):
-            parts.append(f"{f.name}={short(value) if dataclasses.is_dataclass(value) else repr(value)}")
-    return f"{type(obj).__name__}({', '.join(parts)})"
+    return short_spec(to_spec(obj))
+
+
+def short_spec(spec: Any) -> str:
+    """Plain data of an object as it would be written by hand.
+
+    Example:
+        >>> short_spec({"kind": "mine:Grid", "tile": [2, 4]})
+        'Grid(tile=(2, 4))'
+    """
+    if isinstance(spec, dict):
+        fields = ", ".join(f"{name}={short_spec(value)}" for name, value in spec.items() if name != "kind")
+        return f"{str(spec.get('kind', '?')).rpartition(':')[2]}({fields})"
+    if isinstance(spec, list):
+        return repr(spec) if not spec else f"({', '.join(map(short_spec, spec))}{',' * (len(spec) == 1)})"
+    return repr(spec)
 
 
 def _is_told(value: Any, default: Any) -> bool:
@@ -63,6 +75,8 @@ def to_spec(obj: Any) -> Any:
         >>> to_spec(Uniform(bits=4))
         {'kind': 'Uniform', 'bits': 4}
     """
+    if isinstance(obj, Held):
+        return json.loads(obj.spec)
     if isinstance(obj, (list, tuple)):
         return [to_spec(value) for value in obj]
     if not dataclasses.is_dataclass(obj) or isinstance(obj, type):
@@ -121,6 +135,19 @@ def from_spec(spec: Any, where: str = "spec", bases: tuple[type, ...] = _BASES) 
     """
     check_size(spec, where)
     return _from_spec(spec, where, bases)
+
+
+def target_of(spec: Mapping[str, Any]) -> Target:
+    """The target that plain data of a file describes, or a `Held` one where this process has no such class.
+
+    Example:
+        >>> target_of({"kind": "Uniform", "bits": 4}), target_of({"kind": "Unheard", "of": 1})
+        (Uniform(bits=4, ...), Held(spec='{"kind":"Unheard","of":1}'))
+    """
+    try:
+        return from_spec(spec, "target", (Target,))
+    except (ValueError, TypeError, OverflowError):
+        return Held(spec=json.dumps(spec, separators=(",", ":")))
 
 
 def _from_spec(spec: Any, where: str, bases: tuple[type, ...]) -> Any:

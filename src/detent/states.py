@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from detent import sharding
 from detent.claimed import Entry
 from detent.drivers import Driver
-from detent.undoing import without_gradients
 
 __all__ = ["STATE_VERSION", "check_state", "load_state", "match_weights", "refuse_other_weights", "saved_state"]
 
@@ -84,7 +83,7 @@ def match_weights(driver: Driver, model: nn.Module) -> None:
             entry.adopt()
         elif entry.name in overwritten and _is_of_state(entry, overwritten[entry.name]):
             sharding.reshard(model)
-            with without_gradients():
+            with torch.no_grad():
                 entry.write(overwritten[entry.name])
             sharding.reshard(model)
             entry.adopt()

@@ -12,7 +12,7 @@ import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import yaml
@@ -24,7 +24,8 @@ from detent.grouping import Layout
 from detent.mechanisms import PSG, Mechanism
 from detent.recipe import Recipe, Rule
 from detent.specs import from_spec, to_spec
-from detent.targets import Codes, Params, Target
+from detent.targets import Params, Target
+from detent.targets.forms import Grid, Levels
 
 __all__ = ["Sample", "awkward_samples", "check_mechanism", "check_pair", "check_target"]
 
@@ -60,7 +61,8 @@ def check_target(
     * `project` is idempotent bitwise, returns +0.0 only, and leaves its input alone.
     * Where `is_exact`: no member of the set is nearer, by brute force over the levels, over all subsets of a tiny
       tensor, and over random members.
-    * `decode(encode(w)) == project(w)` bitwise; `bits_on_disk` is the bytes of the packed codes and stored params.
+    * `form(w).dense() == project(w)` bitwise, with values that a file may hold; it comes back from a file, in both
+      lives, in a process that does not know the target, with the bytes that `form(w).nbytes` says.
     * `relax(w, beta)` tends to `project(w)`.
     * A process that holds some rows projects them as the whole tensor would be (targets of scope "element" or "row").
     * `fit` is repeatable, refuses NaN and infinite weights with `ValueError`; `typical` is positive; no weight lies
@@ -73,7 +75,7 @@ def check_target(
         layouts: one layout a tensor; by default output channels on axis 0.
         levels: for targets whose allowed values can be listed: a function of the params that gives them, with the
             levels on the last axis and the other axes broadcasting against the weights. Without it the levels are
-            those that decode to themselves.
+            those of the form.
 
     Raises:
         AssertionError: a broken law, in a sentence.
@@ -84,6 +86,7 @@ def check_target(
 
         >>> import detent as dt
         >>> from detent.targets.base import check_finite
+        >>> from detent.targets.forms import Grid
         >>> from detent.testing import check_pair, check_target
         >>> @dataclass(frozen=True, kw_only=True)
         ... class Signs(dt.Target):
@@ -91,36 +94,27 @@ def check_target(
         ...     size: float = 0.5
         ...     is_exact = True
         ...     scope = "element"
-        ...     stored = ()
         ...     def fit(self, w, layout=None, previous=None):
         ...         check_finite(w)
         ...         return dt.Params(layout=layout or dt.Layout(shape=tuple(w.shape)))
-        ...     def project(self, w, params):
-        ...         return torch.where(w.detach() < 0, -self.size, self.size).to(w.dtype)
-        ...     def encode(self, w, params):
-        ...         check_finite(w)
-        ...         codes = (w.detach() >= 0).reshape(-1).to(torch.uint8)
-        ...         return dt.Codes(streams=(dt.Stream(name="codes", values=codes, width=1),))
-        ...     def decode(self, codes, params, dtype):
-        ...         signs = codes["codes"].to(dtype) * 2 - 1
-        ...         return (signs * self.size).reshape(params.layout.shape)
-        ...     def bits_on_disk(self, params):
-        ...         return 8 * -(-params.layout.numel // 8)
+        ...     def form(self, w, params):
+        ...         codes, scale = (w.detach() >= 0).to(torch.uint8), torch.tensor([self.size])
+        ...         return Grid(layout=params.layout, dtype=w.dtype, codes=codes, scale=scale, n=1, zero=False)
         ...     def typical(self, params):
         ...         return torch.tensor(self.size / 2)
         >>> check_target(Signs(size=0.5))
         >>> check_pair(Signs(size=0.5), dt.PSG())
 
-        A wrong one is named: this one's price is not what it writes.
+        A wrong one is named: this one projects faster, to somewhere else.
 
         >>> @dataclass(frozen=True, kw_only=True)
-        ... class Cheap(Signs):  # in earnest, wrap a target instead of deriving from it
-        ...     def bits_on_disk(self, params):
-        ...         return 4
-        >>> check_target(Cheap())
+        ... class Fast(Signs):  # in earnest, wrap a target instead of deriving from it
+        ...     def project(self, w, params):
+        ...         return torch.where(w.detach() < 0, -1.0, 1.0).to(w.dtype)
+        >>> check_target(Fast())
         Traceback (most recent call last):
         ...
-        AssertionError: Cheap(size=0.5) breaks the law "the price is the bytes written" on plain float32: ...
+        AssertionError: Fast(size=0.5) breaks the law "form(w).dense() is project(w), bitwise" on plain float32: ...
     """
     if weights is None:
         samples = awkward_samples()
@@ -250,7 +244,7 @@ def _check_sample(target: Target, sample: Sample, levels: Callable[[Params], Ten
     if not _same_bits(w, kept):
         _broken(target, "fit and project leave their input alone", case, _unequal(w, kept))
     _projects_well(target, sample, params, q)
-    _codes_are_right(target, sample, params, q)
+    _form_is_right(target, sample, params, q)
     _relaxes(target, sample, params, q)
     _describes_itself(target, sample, params, q)
     if target.is_exact:
@@ -258,7 +252,7 @@ def _check_sample(target: Target, sample: Sample, levels: Callable[[Params], Ten
     if target.scope in ("element", "row") and w.dim():
         _shards_agree(target, sample, params, q)
     if not _same_bits(w, kept):
-        _broken(target, "relax, encode and free leave their input alone", case, _unequal(w, kept))
+        _broken(target, "relax, form and free leave their input alone", case, _unequal(w, kept))
 
 
 def _projects_well(target: Target, sample: Sample, params: Params, q: Tensor) -> None:
@@ -276,26 +270,21 @@ def _projects_well(target: Target, sample: Sample, params: Params, q: Tensor) ->
         _broken(target, "projecting twice is projecting once, bitwise", case, _unequal(twice, q))
 
 
-def _codes_are_right(target: Target, sample: Sample, params: Params, q: Tensor) -> None:
+def _form_is_right(target: Target, sample: Sample, params: Params, q: Tensor) -> None:
     w, case = sample.weight, sample.case
-    codes = target.encode(w, params)
-    back = target.decode(codes, params, w.dtype)
-    if not _same_bits(back, q):
-        _broken(target, "decode(encode(w)) is project(w), bitwise", case, _unequal(back, q))
-    for stream in codes.streams:
-        if stream.values.is_floating_point():
-            if torch.finfo(stream.values.dtype).bits != stream.width:
-                detail = f"stream {stream.name!r} holds {stream.values.dtype} but says width={stream.width}"
-                _broken(target, "a stream of floats is as wide as its dtype", case, detail)
-        elif stream.values.numel() and not 0 <= int(stream.values.min()) <= int(stream.values.max()) < 2**stream.width:
-            detail = f"stream {stream.name!r} has a code outside [0, 2**{stream.width})"
-            _broken(target, "codes fit their width", case, detail)
-    stored = [params[name] for name in target.stored if name not in target.shared]
-    own = Codes(streams=tuple(stream for stream in codes.streams if stream.name not in target.shared))
-    written = 8 * own.nbytes + sum(t.numel() * torch.finfo(t.dtype).bits for t in stored)
-    if target.bits_on_disk(params) != written:
-        detail = f"bits_on_disk says {target.bits_on_disk(params)} bits, {written} are written"
-        _broken(target, "the price is the bytes written", case, detail)
+    form = target.form(w, params)
+    if not _same_bits(form.dense(), q):
+        _broken(target, "form(w).dense() is project(w), bitwise", case, _unequal(form.dense(), q))
+    if (form.layout, form.dtype) != (params.layout, w.dtype):
+        detail = f"it is of {form.dtype} and {form.layout}"
+        _broken(target, "a form has the layout and the dtype of the weight", case, detail)
+    try:
+        form.check()
+        back = form.outline.form(form.values, form.layout, form.dtype)
+    except ValueError as error:
+        _broken(target, "a form holds what a file may hold", case, str(error))
+    if not _same_bits(back.dense(), q):
+        _broken(target, "a form is the same from its values", case, _unequal(back.dense(), q))
 
 
 def _relaxes(target: Target, sample: Sample, params: Params, q: Tensor) -> None:
@@ -333,20 +322,14 @@ def _describes_itself(target: Target, sample: Sample, params: Params, q: Tensor)
         _broken(target, "free weights stay as they are", case, "project moves some")
 
 
-def _levels_by_decoding(target: Target, params: Params, codes: Codes, like: Tensor) -> Iterator[Tensor]:
-    """Every level as a tensor like the weight, for targets with one code a weight; only those that stay themselves."""
-    if not codes.streams:
-        yield target.decode(codes, params, like.dtype)
+def _levels_of(target: Target, params: Params, like: Tensor) -> Iterator[Tensor]:
+    """Every level as a tensor like the weight, for grids and tables; only those that stay themselves."""
+    form = target.form(like, params)
+    if not isinstance(form, Grid | Levels):
         return
-    stream = codes.streams[0]
-    if len(codes.streams) > 1 or stream.values.numel() != like.numel() or stream.width > 8:
-        return
-    for code in range(2**stream.width):
-        try:
-            same = Codes(streams=(replace(stream, values=torch.full_like(stream.values, code)),))
-            level = target.decode(same, params, like.dtype)
-        except (ValueError, IndexError):
-            continue  # a code that is never written
+    count = 2 * form.n + form.zero if isinstance(form, Grid) else form.table.shape[1]
+    for code in range(count):
+        level = replace(form, codes=torch.full_like(form.codes, code)).dense()
         if torch.equal(target.project(level, params), level):
             yield level
 
@@ -361,8 +344,7 @@ def _no_member_is_nearer(
     if target.scope == "element":
         slack = 4 * eps * w.abs() + torch.finfo(sample.weight.dtype).smallest_normal * 8
         if levels is None:
-            codes = target.encode(sample.weight, params)
-            rivals = [level.double() for level in _levels_by_decoding(target, params, codes, sample.weight)]
+            rivals = [level.double() for level in _levels_of(target, params, sample.weight)]
         else:
             listed = levels(params).to(sample.weight.dtype).double()
             rivals = [level.broadcast_to(w.shape) for level in listed.unbind(-1)]
@@ -428,21 +410,15 @@ def _shards_agree(target: Target, sample: Sample, params: Params, q: Tensor) -> 
 
 
 def _refuses_nonfinite(target: Target, sample: Sample) -> None:
-    law = "fit and encode refuse NaN and infinite weights with ValueError"
-    params = _fit(target, sample.weight, sample.layout)
+    law = "fit refuses NaN and infinite weights with ValueError"
     for bad in (math.nan, math.inf, -math.inf):
         w = sample.weight.detach().clone()
         w.view(-1)[-1] = bad
-        acts: dict[str, Callable[[], Any]] = {
-            "fit": lambda w=w: _fit(target, w, sample.layout),
-            "encode": lambda w=w: target.encode(w, params),
-        }
-        for name, act in acts.items():
-            try:
-                act()
-            except ValueError:
-                continue
-            _broken(target, law, f"a tensor with {bad}", f"{name} raised nothing")
+        try:
+            _fit(target, w, sample.layout)
+        except ValueError:
+            continue
+        _broken(target, law, f"a tensor with {bad}", "it raised nothing")
 
 
 def _spec_round_trip(target: Target) -> None:
@@ -460,7 +436,7 @@ def _check_together(target: Target, samples: Sequence[Sample]) -> None:
         together = replace(sample, case=f"{sample.case}, fitted with {len(some) - 1} others")
         q = target.project(sample.weight, params)
         _projects_well(target, together, params, q)
-        _codes_are_right(target, together, params, q)
+        _form_is_right(target, together, params, q)
         _describes_itself(target, together, params, q)
 
 
@@ -731,8 +707,10 @@ def _two_lives(mechanism: Mechanism, target: Target, make: Callable[[nn.Module],
         if not _same_bits(p, full[name]):
             _broken(mechanism, "the full life comes back bitwise", case, f"{name}: {_unequal(p, full[name])}")
     run.finalize()
-    for name, code in encoded.items():
-        nearest = code.target.project(weights[name], code.params)
+    for entry in run._entries:
+        name, code, params = entry.name, encoded[entry.name], entry.params
+        assert params is not None
+        nearest = code.target.project(weights[name], params)
         if not _same_bits(weights[name], nearest):
             detail = f"{name}: {_unequal(weights[name], nearest)}"
             _broken(mechanism, "after finalize every claimed weight lies in its target exactly", case, detail)

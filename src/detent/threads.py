@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from detent.undoing import undone
+from detent.batchnorm import undone
 
 __all__ = ["OneThread"]
 

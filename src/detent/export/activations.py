@@ -10,8 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from detent.export.forms import Codewords, Form, Grid
+from detent.export.forms import bits_of
 from detent.export.graph import OWN, Graph, constants_of
+from detent.targets.forms import Codewords, Form, Grid
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -190,8 +191,11 @@ def _largest_sum(form: Form) -> int:
     """The largest sum of an output channel's products with activations of 8 bits, in a matrix or a convolution."""
     if not isinstance(form, Grid | Codewords):
         return 0
-    integers = form.indices if isinstance(form, Grid) else form.book
-    widened = 2 ** (7 - form.bits) if isinstance(form, Grid) and form.bits < 8 else 1  # as `Graph` widens them
+    bits = bits_of(form)
+    if bits is None:
+        return 0
+    integers = form.integers
+    widened = 2 ** (7 - bits) if isinstance(form, Grid) and bits < 8 else 1  # as `Graph` widens them
     return 255 * int(integers.abs().max()) * widened * (form.layout.numel // form.layout.channels)
 
 

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detent.export.forms import Codewords, Form, Grid, Half, Plain, Table
-from detent.grouping import Channel, Group, Layout
+from detent.export.forms import bits_of, is_plain, packed_nbytes, parts_of
+from detent.grouping import Channel, Group, Layout, granularity_of
 from detent.lives import Encoded
 from detent.parameters import canonical_name
 from detent.specs import short
+from detent.targets.forms import Codewords, Floats, Form, Grid, Levels
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -131,6 +132,7 @@ class Graph:
     ) -> None:
         self.model, self.forms, self.encoded, self.opset = model, forms, encoded, opset
         self.notes: list[str] = []
+        self.reasons: dict[str, str] = {}  # why a claimed weight stays float
         self.rows: dict[str, Exported] = {}
         self.aliases = aliases
         self.normal: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # BatchNorm's (gamma, beta), by what it gives
@@ -204,7 +206,7 @@ class Graph:
 
     def layout_of(self, name: str) -> Layout | None:
         """The layout of a claimed weight."""
-        return self.encoded[name].params.layout if name in self.encoded else None
+        return self.encoded[name].form.layout if name in self.encoded else None
 
     # --- claimed weights -------------------------------------------------------------------------------------------
 
@@ -218,8 +220,9 @@ class Graph:
         for name, value in list(self.weights.items()):
             form = self.forms.get(name)
             if form is not None and integer and _is_bias(value):
-                form = Plain(value=form.decode(), reason="a bias beside integers, which needs more bits than its codes")
-            if form is None or isinstance(form, Plain):
+                form = Floats(layout=form.layout, dtype=form.dtype, value=form.dense())
+                self.reasons[name] = "a bias beside integers, which needs more bits than its codes"
+            if form is None or is_plain(form):
                 self._note_float(name, value, form)
                 continue
             self._replace(name, value, form, matmul, integer)
@@ -235,14 +238,14 @@ class Graph:
         target = short(item.target) if item else ""
         self.rows[name] = Exported(name=name, target=target, form=form, nbytes=nbytes, reason=reason)
 
-    def _note_float(self, name: str, value: ir.Value, form: Plain | None) -> None:
+    def _note_float(self, name: str, value: ir.Value, form: Form | None) -> None:
         constant = value.const_value
         assert constant is not None
         self._note(
             name,
             "float" if constant.dtype.is_floating_point() else constant.dtype.name,
             constant.nbytes,
-            form.reason if form else "",
+            self.reasons.get(name, "its weights, or their survivors, keep real values") if form else "",
         )
 
     def _replace(self, name: str, value: ir.Value, form: Form, matmul: str, integer: bool) -> None:
@@ -268,9 +271,9 @@ class Graph:
                 # A product right behind DequantizeLinear becomes MatMulNBits, which rounds activations to 8 bits. Of a
                 # Gemm that is true where its weight is not transposed, and may become true elsewhere.
                 fresh = self._reshaped(fresh, form.layout.shape, f"{kept}:as_is")
-        elif isinstance(form, Half):
+        elif isinstance(form, Floats):
             fresh = self.node("Cast", [self.constant(f"{kept}.half", _half(form.value))], kept, to=_data_type("FLOAT"))
-        elif isinstance(form, Table):
+        elif isinstance(form, Levels):
             fresh = self._table(kept, form)
         else:
             assert isinstance(form, Codewords)
@@ -278,7 +281,7 @@ class Graph:
         if not turned:
             ir.convenience.replace_all_uses_with(value, fresh)
         self.lowered[name] = fresh
-        self._note(name, _word(form, integer), form.nbytes)
+        self._note(name, _word(form, integer), packed_nbytes(form))
 
     def _reshaped(self, value: ir.Value, shape: Sequence[int], name: str) -> ir.Value:
         return self.node("Reshape", [value, self.constant(f"{name}.shape", np.array(shape, dtype=np.int64))], name)
@@ -300,11 +303,12 @@ class Graph:
     def _grid(
         self, name: str, form: Grid, *, integer: bool = False, turned: bool = False, zero: bool = False
     ) -> ir.Value:
-        layout, scale = form.layout, form.scale
-        indices, attributes = form.indices, {}
-        channels, runs = layout.channels, form.scale.numel() // layout.channels
+        layout, scale, bits = form.layout, form.scale, bits_of(form)
+        assert scale is not None and bits is not None
+        indices, attributes = form.integers, {}
+        channels, runs = layout.channels, scale.numel() // layout.channels
         as_matrix = False
-        if form.scale.numel() == 1:
+        if scale.numel() == 1:
             scale = scale.reshape(())
         elif runs == 1 and layout.conv_groups == 1 and not layout.batch_axes:
             attributes["axis"] = layout.channel_dim
@@ -312,20 +316,21 @@ class Graph:
             as_matrix = len(layout.shape) != 2 or not layout.is_row_major
             indices, attributes["axis"] = layout.by_channel(indices), 0
             if runs > 1:
-                assert isinstance(form.granularity, Group)
+                groups = granularity_of(form.granularity)
+                assert isinstance(groups, Group)
                 scale = scale.reshape(channels, runs)
-                attributes |= {"axis": 1, "block_size": form.granularity.size}
+                attributes |= {"axis": 1, "block_size": groups.size}
         if turned:
             indices = indices.t()
             scale = scale.t() if scale.dim() == 2 else scale
             attributes |= {"axis": 1 - attributes["axis"]} if attributes else {}
-        unsigned = integer and form.bits == 8 and _saturates(indices)
+        unsigned = integer and bits == 8 and _saturates(indices)
         if unsigned:
             codes = self.constant(f"{name}.codes", _integers(indices + _MIDDLE, 8, signed=False))
         else:
-            codes = self.constant(f"{name}.codes", _integers(indices, form.bits))
-        if integer and form.bits < 8:
-            shift = 8 - form.bits - 1
+            codes = self.constant(f"{name}.codes", _integers(indices, bits))
+        if integer and bits < 8:
+            shift = 8 - bits - 1
             codes, scale = self._widened(codes, name, shift), scale / 2.0**shift
         inputs = [codes, self.constant(f"{name}.scale", scale.contiguous().numpy())]
         if unsigned:
@@ -370,18 +375,17 @@ class Graph:
         assert total is not None
         return total
 
-    def _table(self, name: str, form: Table) -> ir.Value:
-        layout, (groups, _) = form.layout, form.levels.shape
+    def _table(self, name: str, form: Levels) -> ir.Value:
+        layout, (groups, _) = form.layout, form.table.shape
         if groups == 1:
-            index = self._index(name, form.codes, form.parts)
-            return self.node("Gather", [self.constant(f"{name}.levels", form.levels[0].numpy()), index], name)
+            index = self._index(name, form.codes, parts_of(form))
+            return self.node("Gather", [self.constant(f"{name}.levels", form.table[0].numpy()), index], name)
         rows, fan_in = layout.by_channel(form.codes), layout.numel // layout.channels
         runs = groups // layout.channels
         if runs > 1:
-            assert isinstance(form.granularity, Group)
-            rows = form.granularity.cut(form.codes, layout, 0)
-        index = self._index(name, rows, form.parts)
-        levels = self.constant(f"{name}.levels", form.levels.contiguous().numpy())
+            rows = granularity_of(form.granularity).cut(form.codes, layout, 0)
+        index = self._index(name, rows, parts_of(form))
+        levels = self.constant(f"{name}.levels", form.table.contiguous().numpy())
         out = self.node("GatherElements", [levels, index], f"{name}:rows", axis=1)
         if runs > 1 and rows.numel() != layout.numel:
             out = self._reshaped(out, (layout.channels, -1), f"{name}:padded")
@@ -390,14 +394,16 @@ class Graph:
         return self._from_channels(out, layout, name)
 
     def _codewords(self, name: str, form: Codewords, integer: bool) -> ir.Value:
-        book = form.book.contiguous().numpy()
-        key = f"{form.bits} {book.shape}".encode() + book.tobytes()
+        bits = bits_of(form)
+        whole = form.book if bits is None else form.integers
+        book = whole.contiguous().numpy()
+        key = f"{bits} {book.shape}".encode() + book.tobytes()
         if key not in self._books:
             own = f"{OWN}codebook{len(self._books)}"
-            found = self.constant(own, book if form.bits is None else _integers(form.book, form.bits))
-            wide = form.bits is None or form.bits == 8
+            found = self.constant(own, book if bits is None else _integers(whole, bits))
+            wide = bits is None or bits == 8
             self._books[key] = found if wide else self.node("Cast", [found], f"{own}.wide", to=_data_type("INT8"))
-        index = self._index(name, form.index, form.parts)
+        index = self._index(name, form.index, parts_of(form))
         units = self.node("Gather", [self._books[key], index], f"{name}:units")
         if form.scale is None:
             return self._reshaped(units, form.layout.shape, name)
@@ -406,7 +412,7 @@ class Graph:
             axis = {} if form.scale.numel() == 1 else {"axis": form.layout.channel_dim}
             scale = form.scale.reshape(()) if form.scale.numel() == 1 else form.scale
             inputs = [units, self.constant(f"{name}.scale", scale.numpy())]
-            if _saturates(form.book):
+            if _saturates(whole):
                 inputs = [self._raised(units, name), inputs[1]]
                 inputs.append(self.constant(f"{name}.zero", np.full(tuple(scale.shape), _MIDDLE, dtype=np.uint8)))
             return self.node("DequantizeLinear", inputs, name, **axis)
@@ -438,7 +444,6 @@ class Graph:
         weight = node.inputs[1]
         assert weight is not None
         form = next(self.forms[name] for name, value in self.lowered.items() if value is weight)
-        assert not isinstance(form, Half | Plain)
         shape = np.zeros(len(form.layout.shape), dtype=np.int64)  # 0: as it is
         name = f"{weight.name}:as_is{len(self.graph.initializers)}"
         inputs = [weight, self.constant(f"{name}.shape", shape)]
@@ -528,8 +533,9 @@ class Graph:
         form = self.forms.get(name)
         if isinstance(form, Codewords) and form.scale is None:
             return False
-        if isinstance(form, Grid | Table | Codewords):
-            self.forms[name] = form.times(factor)
+        scaled = None if form is None else form.scaled(factor)
+        if scaled is not None:
+            self.forms[name] = scaled
             return True
         layout = self._layout(name, layer, weight)
         assert weight.const_value is not None
@@ -539,8 +545,9 @@ class Graph:
         kept, weight.name = weight.name, f"{weight.name}:before"
         fresh = self.constant(str(kept), value.numpy())
         if form is not None:
-            reason = form.reason if isinstance(form, Plain) else "16-bit floats times a factor are none any more"
-            self.forms[name] = Plain(value=value, reason=reason)
+            if not is_plain(form):
+                self.reasons[name] = "16-bit floats times a factor are none any more"
+            self.forms[name] = Floats(layout=layout, dtype=value.dtype, value=value)
         layer.replace_input_with(1, fresh)
         self.weights[name] = fresh
         return True
@@ -648,7 +655,7 @@ def _is_bias(value: ir.Value) -> bool:
 
 def _has_blocks(form: Form) -> bool:
     """Whether an output channel has several scales."""
-    return isinstance(form, Grid) and form.scale.numel() > form.layout.channels
+    return isinstance(form, Grid) and form.scale is not None and form.scale.numel() > form.layout.channels
 
 
 def _saturates(integers: Tensor) -> bool:
@@ -661,13 +668,13 @@ def _saturates(integers: Tensor) -> bool:
 def _word(form: Form, integer: bool = False) -> str:
     """The form as the report says it."""
     if isinstance(form, Grid):
-        return f"UINT{form.bits}" if integer and form.bits == 8 and _saturates(form.indices) else f"INT{form.bits}"
-    if isinstance(form, Plain):
-        return "float"
-    if isinstance(form, Half):
+        bits = bits_of(form)
+        return f"UINT{bits}" if integer and bits == 8 and _saturates(form.integers) else f"INT{bits}"
+    if isinstance(form, Floats):
         return str(form.value.dtype).removeprefix("torch.").upper()
-    parts = "+".join(f"UINT{part}" for part in form.parts)
-    return f"{'table' if isinstance(form, Table) else 'codewords'} {parts}"
+    assert isinstance(form, Levels | Codewords)
+    parts = "+".join(f"UINT{part}" for part in parts_of(form))
+    return f"{'table' if isinstance(form, Levels) else 'codewords'} {parts}"
 
 
 def _integers(values: Tensor, bits: int, signed: bool = True) -> np.ndarray:

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from detent.export.calling import unwrap
-from detent.grouping import Channel, Group, Layout, PerTensor, granularity_of
-from detent.lives import Encoded, Lives
+from detent.grouping import Group, Layout
+from detent.lives import Lives
 from detent.pack.atomic import destination, replace_file
 from detent.parameters import canonical_name
 from detent.plan import Plan
 from detent.recipe import Recipe
-from detent.targets import Target, Uniform
+from detent.specs import short
+from detent.targets import Target
+from detent.targets.forms import Grid, Outline
 
 __all__ = ["HfCheck", "HfReport", "check_compressed_tensors", "to_compressed_tensors"]
 
@@ -134,12 +136,13 @@ def check_compressed_tensors(model: nn.Module, recipe: Recipe | Plan) -> HfCheck
     for claim in plan.claimed:
         target = plan.rule_of(claim).target
         assert target is not None
-        why = _reason(target, claim.layout, claim.dtype, layers, claim.name, claim.aliases)
+        outline = _outline(target, claim.layout, claim.dtype)
+        why = _reason(short(target), outline, claim.layout, claim.dtype, layers, claim.name, claim.aliases)
         if why:
             refused[claim.name] = why
         else:
-            assert isinstance(target, Uniform)
-            schemes[claim.name.rpartition(".")[0]] = _scheme(target)
+            assert outline is not None
+            schemes[claim.name.rpartition(".")[0]] = _scheme(outline)
     packed = tuple(claim.name for claim in plan.claimed if claim.name not in refused)
     return HfCheck(packed=packed, refused=refused, notes=_fused_notes(schemes, layers))
 
@@ -190,11 +193,12 @@ def to_compressed_tensors(
     codes = run.encoded(bits=bits)
     for name, encoded in codes.items():
         module = name.rpartition(".")[0]
-        layout = encoded.params.layout
-        reason = _reason(encoded.target, layout, encoded.dtype, layers, name, claims[name].aliases)
+        form, told = encoded.form, short(encoded.target)
+        reason = _reason(told, form.outline, form.layout, form.dtype, layers, name, claims[name].aliases)
         if reason:
             raise ValueError(f"{name!r} cannot be written in the format pack-quantized: {reason}")
-        schemes[module], parts = _packed(encoded)
+        assert isinstance(form, Grid)
+        schemes[module], parts = _packed(form)
         tensors[name] = {f"{module}.{part}": value for part, value in parts.items()}
     ignored = tuple(n for n, m in layers.items() if isinstance(m, nn.Linear) and n not in schemes)
     config = _config(schemes, ignored)
@@ -313,8 +317,18 @@ def _transformers() -> Any:
     return PreTrainedModel
 
 
+def _outline(target: Target, layout: Layout, dtype: torch.dtype) -> Outline | None:
+    """What the forms of a target are, tried on two channels of weights; `None` if it takes none like these."""
+    probe = torch.linspace(-1.0, 1.0, 2 * (layout.numel // layout.channels)).reshape(2, -1).to(dtype)
+    try:
+        return target.form(probe, target.fit(probe)).outline
+    except ValueError:
+        return None
+
+
 def _reason(
-    target: Target,
+    target: str,
+    outline: Outline | None,
     layout: Layout,
     dtype: torch.dtype,
     layers: Mapping[str, nn.Module],
@@ -328,46 +342,43 @@ def _reason(
         return f"it holds weights of linear layers only, and this is the {own} of a {type(module).__name__}"
     if aliases:
         return f"it is tied to {', '.join(aliases)}, which loaders would tie to the packed codes"
-    if not isinstance(target, Uniform) or not target.zero:
+    fields = outline.fields if outline is not None and outline.kind is Grid else {}
+    if not fields or not fields["zero"] or fields["powers"]:
         return f"it holds symmetric grids with a zero, Uniform(bits=4 or 8), and this lies on {target}"
-    if target.bits not in _BITS:
-        return f"loaders know 4 and 8 bits, and this has {target.bits}"
+    bits = (2 * fields["n"]).bit_length()
+    if bits not in _BITS or fields["n"] != 2 ** (bits - 1) - 1:
+        return f"loaders know 4 and 8 bits, and this has {bits}"
     if not layout.is_row_major:
         return "it keeps one scale a row, and the channels of this weight run along another axis"
-    groups = granularity_of(target.granularity)
+    groups, scale = fields["granularity"], fields["store"] or dtype
     inputs = layout.shape[1]
     if isinstance(groups, Group) and inputs % groups.size:
         return f"groups of {groups.size} do not divide its {inputs} inputs"
-    scale = getattr(torch, target.param_dtype)
     if torch.promote_types(scale, dtype) != dtype:
         word = str(dtype).removeprefix("torch.")
         return (
-            f"its scales are {target.param_dtype} and its weights {word}, in which loaders "
+            f"its scales are {str(scale).removeprefix('torch.')} and its weights {word}, in which loaders "
             f'multiply: use Uniform(param_dtype="{word}")'
         )
     return None
 
 
-def _scheme(target: Uniform) -> _Scheme:
-    groups = granularity_of(target.granularity)
-    return _Scheme(target.bits, groups.size if isinstance(groups, Group) else None)
+def _scheme(outline: Outline) -> _Scheme:
+    groups = outline.fields["granularity"]
+    return _Scheme((2 * outline.fields["n"]).bit_length(), groups.size if isinstance(groups, Group) else None)
 
 
-def _packed(encoded: Encoded) -> tuple[_Scheme, dict[str, Tensor]]:
+def _packed(form: Grid) -> tuple[_Scheme, dict[str, Tensor]]:
     """The scheme of a parameter, and its codes and scales as the format names and shapes them, without their prefix."""
     from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
-    target, layout = encoded.target, encoded.params.layout
-    assert isinstance(target, Uniform)
-    rows, columns = layout.shape
-    # Our codes count from -n = -(2^(bits-1) - 1), the format's integers from -2^(bits-1), which stays unused.
-    integers = (encoded.codes["codes"].to(torch.int16) - (2 ** (target.bits - 1) - 1)).to(torch.int8)
-    groups = granularity_of(target.granularity)
-    assert isinstance(groups, (Group, Channel, PerTensor))
-    scale = encoded.params["scale"].to(encoded.dtype)
-    scale = scale.expand(rows) if isinstance(groups, PerTensor) else scale
-    return _scheme(target), {
-        "weight_packed": pack_to_int32(integers.reshape(rows, columns), target.bits),
+    scheme, (rows, columns) = _scheme(form.outline), form.layout.shape
+    # Our integers count from -(2^(bits-1) - 1), the format's from -2^(bits-1), which stays unused.
+    integers = form.integers.to(torch.int8)
+    scale = (torch.ones(1) if form.scale is None else form.scale).to(form.dtype)
+    scale = scale.expand(rows) if scale.numel() == 1 else scale
+    return scheme, {
+        "weight_packed": pack_to_int32(integers.reshape(rows, columns), scheme.bits),
         "weight_scale": scale.reshape(rows, -1).contiguous(),
         "weight_shape": torch.tensor([rows, columns]),
     }

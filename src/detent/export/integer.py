@@ -21,12 +21,13 @@ from torch.fx.node import map_arg
 
 from detent.export.activations import Activations, ranges_from_data
 from detent.export.calling import bind, unwrapped
-from detent.export.forms import on_cpu
+from detent.export.forms import grid_of
 from detent.export.integer_steps import IntegerModel, Step
 from detent.export.trace import Op, Padding, classify, padding_of, trace
 from detent.grouping import Channel, PerTensor, granularity_of
 from detent.lives import Encoded, Lives
 from detent.parameters import canonical_name
+from detent.specs import short
 
 __all__ = ["to_integer"]
 
@@ -90,7 +91,7 @@ def to_integer(
     if settings.method == "batchnorm":
         raise ValueError('to_integer(activations=...): method="batchnorm" is for ONNX only; give calibration data')
     with run._one_thread("to_integer"):
-        encoded = {name: on_cpu(item) for name, item in run.encoded(bits=bits).items()}
+        encoded = {name: replace(item, form=item.form.to("cpu")) for name, item in run.encoded(bits=bits).items()}
         with run.compressed(bits=bits), unwrapped(run.model) as bare:
             model = copy.deepcopy(bare).cpu().eval()
     batches = iter(calibration)
@@ -448,21 +449,17 @@ class _Builder:
         found = self.encoded.get(key)
         if found is None:
             raise ValueError(f"to_integer: {key!r} is in full precision; give it a rule such as Uniform(bits=8)")
-        kind = getattr(found.target, "survivors", found.target)
-        fits = isinstance(granularity_of(getattr(kind, "granularity", "tensor")), (PerTensor, Channel))
-        scale = found.params.tensors.get("scale") if fits else None
-        if scale is not None:
-            ones = replace(found.params, tensors=dict(found.params.tensors) | {"scale": torch.ones_like(scale)})
-            # What projections are worked out in: two half-precision numbers would give another product.
-            wide = torch.promote_types(found.dtype, torch.float32)
-            whole = found.target.decode(found.codes, ones, wide)
-            by_channel = scale.to(wide).expand(len(whole)).reshape((-1,) + (1,) * (whole.dim() - 1))
-            same = torch.equal((whole * by_channel + 0.0).to(found.dtype), found.decode())
-            if same and torch.equal(whole, whole.round()) and float(whole.abs().max()) <= 127:
-                return whole.to(torch.int64).numpy(), scale.double().expand(len(whole)).numpy().copy()
+        form = grid_of(found.form)
+        if form is not None and int(form.steps.abs().max()) <= 127:
+            groups = granularity_of(form.granularity)
+            by_row = isinstance(groups, Channel) and form.layout.is_row_major and not form.layout.batch_axes
+            if by_row or isinstance(groups, PerTensor):
+                scale = torch.ones(1) if form.scale is None else form.scale
+                whole = form.integers.to(torch.int64).numpy()
+                return whole, scale.double().expand(len(whole)).numpy().copy()
         raise ValueError(
-            f"to_integer: {key!r} lies on {found.target}, which is not integers of 8 bits times one scale a tensor or "
-            'channel; use Uniform(granularity="channel")'
+            f"to_integer: {key!r} lies on {short(found.target)}, which is not integers of 8 bits times one scale a "
+            'tensor or channel; use Uniform(granularity="channel")'
         )
 
     def _check(self, name: str, bound: int) -> None:

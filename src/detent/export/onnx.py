@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
 from detent import sharding
 from detent.export.activations import Activations, Calibration, round_activations
 from detent.export.calling import Call, Inputs, bind, unwrapped
-from detent.export.forms import Codewords, Form, Grid, Table, form_of
+from detent.export.forms import bits_of, form_of, parts_of
 from detent.export.graph import OPSET, OPSET_OF_2_BITS, Graph, OnnxReport
 from detent.export.rescaling import fold_factors
 from detent.lives import Encoded, Lives
@@ -33,6 +32,7 @@ from detent.pack.atomic import destination, replace_file
 from detent.parameters import canonical_name
 from detent.recipe import Recipe
 from detent.specs import short
+from detent.targets.forms import Codewords, Form, Grid, Levels
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -343,7 +343,7 @@ def _refuse_other_weights(model: nn.Module, encoded: Mapping[str, Encoded]) -> N
         if name not in held:
             raise ValueError(f"the codes have {name!r}, which is no parameter of this model")
         weight = held[name].detach().cpu()
-        if weight.shape != item.params.layout.shape or not torch.equal(item.decode().to(weight), weight):
+        if weight.shape != item.form.layout.shape or not torch.equal(item.decode().to(weight), weight):
             raise ValueError(
                 f"{name!r} does not hold what its codes decode to; load the model with life='compressed' first"
             )
@@ -357,7 +357,7 @@ def encoded_of(path: str | os.PathLike[str]) -> dict[str, Encoded]:
         OSError: it cannot be opened.
     """
     with Reader(path) as file:
-        return {name: file.encoded(name) for name in file.targets}
+        return {name: file.encoded(name) for name in file.coded}
 
 
 # --- tracing -------------------------------------------------------------------------------------------------------
@@ -370,12 +370,6 @@ def traced(model: nn.Module, example: _Example, encoded: Mapping[str, Encoded]) 
         ValueError: a weight that has no form, outputs that are no tensors, or an axis that the graph fixes.
     """
     left_out = _outputs_left_out(model, example)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.LSTM) and module.proj_size:
-            raise ValueError(
-                f"{name!r} is an LSTM with proj_size={module.proj_size}, which ONNX's LSTM has not, and PyTorch's "
-                "exporter leaves it out; use an LSTM without it and a Linear layer, or torch.nn.LSTMCell in a loop"
-            )
     forms: dict[str, Form] = {}
     for name, item in encoded.items():
         try:
@@ -448,10 +442,10 @@ def _tokens(model: nn.Module, example: _Example) -> str:
 def widths_of(form: Form) -> tuple[int, ...]:
     """Bits of every packed integer of a form."""
     if isinstance(form, Grid):
-        return (form.bits,)
+        return (bits_of(form) or 32,)
     if isinstance(form, Codewords):
-        return (*form.parts, form.bits or 32)
-    return form.parts if isinstance(form, Table) else ()
+        return (*parts_of(form), bits_of(form) or 32)
+    return parts_of(form) if isinstance(form, Levels) else ()
 
 
 def _program(model: nn.Module, example: _Example, opset: int) -> ir.Model:
@@ -484,7 +478,7 @@ def _program(model: nn.Module, example: _Example, opset: int) -> ir.Model:
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            raise ValueError(f"PyTorch cannot trace this model for ONNX: {_cause(error, example, model)}") from error
+            raise ValueError(f"PyTorch cannot trace this model for ONNX: {_cause(error, example)}") from error
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
@@ -493,7 +487,7 @@ def _program(model: nn.Module, example: _Example, opset: int) -> ir.Model:
     return program.model
 
 
-def _cause(error: Exception, example: _Example, model: nn.Module) -> str:
+def _cause(error: Exception, example: _Example) -> str:
     """What torch's exporter met, with advice where there is some."""
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
@@ -502,11 +496,6 @@ def _cause(error: Exception, example: _Example, model: nn.Module) -> str:
     said = first_line(error.__cause__ or error)
     if "transformers.grouped_mm" in whole:
         said += '; call model.set_experts_implementation("batched_mm") before the export'
-    elif "linalg" in whole and (odd := next((n for n, m in model.named_modules() if is_parametrized(m)), None)):
-        said += (
-            f"; {odd!r} is parametrized by what ONNX has no operator for (orthogonal): call "
-            "torch.nn.utils.parametrize.remove_parametrizations on it, and compress the weight that is left"
-        )
     elif "data-dependent" in whole or "onstraints violated" in whole or "ConstraintViolation" in whole:
         said += "; the model decides by its data, or by a size that was to be free"
         said += ": try dynamic_batch=False" if example.batch else ""
@@ -628,10 +617,7 @@ def _checked(
     """
     import onnx
 
-    try:
-        onnx.checker.check_model(onnx.load_model_from_string(data), full_check=True)
-    except Exception as error:  # its two kinds have no common base but this
-        raise ValueError(f"the graph is no valid ONNX: {first_line(error)}; nothing was written") from error
+    onnx.checker.check_model(onnx.load_model_from_string(data), full_check=True)
     samples = _samples(model, example, rounded)
     sizes = [_size(values) for values in zip(*(outputs for _, _, outputs in samples), strict=True)]
     bounds = [tolerance * size for size in sizes]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from detent.export.forms import Codewords, Grid, Table
 from detent.export.graph import Graph, constants_of
 from detent.grouping import Channel, Layout
 
@@ -46,13 +45,12 @@ def fold_factors(graph: Graph) -> None:
         weight, form = graph.weights[name], graph.forms[name]
         assert weight.const_value is not None
         own = torch.from_numpy(weight.const_value.numpy().copy()).double()
-        factor = None
-        if isinstance(form, Grid | Table) or (isinstance(form, Codewords) and form.scale is not None):
-            factor = _factor(own, torch.from_numpy(array.copy()).double(), form.layout)
-        if factor is None or not isinstance(form, Grid | Table | Codewords):
+        factor = _factor(own, torch.from_numpy(array.copy()).double(), form.layout)
+        scaled = None if factor is None else form.scaled(factor)
+        if scaled is None:
             graph.notes.append(f"{name!r} is rescaled at every run (weight norm): no factors along its channels")
             continue
-        graph.forms[name] = form.times(factor)
+        graph.forms[name] = scaled
         graph.replace_uses(value, weight)
         for node in reversed(nodes):
             graph.graph.remove(node, safe=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from detent.export.channels import ChannelGraph
 from detent.export.trace import LAYERS
 from detent.export.units import Units
 from detent.lives import Lives
-from detent.targets import SparseLevels, Structured, TopK
 
 __all__ = ["Folded", "LayerSize", "Slimmed", "fold_dead_units", "slim"]
 
@@ -288,13 +287,8 @@ def _finalized(run: Run) -> list[Entry]:
 def _recounted(entry: Entry) -> Any:
     """The params of a claimed weight, with counts for what is left of it; `None` if it left its target."""
     assert entry.params is not None
-    w, target, tensors = entry.param.detach(), entry.target, dict(entry.params.tensors)
-    sparse, prefix = (target.sparse, "pattern.") if isinstance(target, SparseLevels) else (target, "")
-    if isinstance(sparse, TopK):
-        tensors[f"{prefix}count"] = torch.tensor(int(w.count_nonzero()))
-    elif isinstance(sparse, Structured):
-        tensors[f"{prefix}groups"] = sparse.pattern(w != 0, entry.params)[0].values.sum().long()
-    params = replace(entry.params, tensors=tensors)
+    w, target = entry.param.detach(), entry.target
+    params = target.recounted(w, entry.params)
     return params if torch.equal(target.project(w, params), w) else None
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,10 +45,8 @@ from detent.pack.header import (
     Columns,
     FormatError,
     Life,
-    ParamRow,
     RawForm,
     Row,
-    StreamRow,
     checksum,
     first_line,
     plain_bytes,
@@ -57,8 +56,9 @@ from detent.pack.header import (
     write_head,
 )
 from detent.pack.shown import Header, shown
-from detent.specs import to_spec
-from detent.targets import Codes, Params, Stream, Target
+from detent.specs import target_of, to_spec
+from detent.targets import Form, Target
+from detent.targets.parts import Part
 
 __all__ = ["Reader", "Writer", "check_form", "opened", "unpack"]
 
@@ -180,7 +180,7 @@ class Writer:
         if (encoded is None and value is None) or (columns.life == "both" and value is None):
             raise ValueError(f"{name!r} has neither values nor codes for the file's lives")
         kinds = {(tuple(t.shape), t.dtype) for t in (value, second) if t is not None}
-        kinds |= {(encoded.params.layout.shape, encoded.dtype)} if encoded is not None else set()
+        kinds |= {(encoded.form.layout.shape, encoded.form.dtype)} if encoded is not None else set()
         if len(kinds) > 1:
             raise ValueError(f"{name!r} has another shape or dtype in its other life: {sorted(map(str, kinds))}")
         for tensor in (value, second):
@@ -191,7 +191,7 @@ class Writer:
         whole = value if columns.life == "both" else None
         if encoded is not None:
             self._add_coded(name, encoded, mechanism)
-            kind = CODE_OF[encoded.dtype]
+            kind = CODE_OF[encoded.form.dtype]
         else:
             assert value is not None
             bytewise = reason == BUFFER and "float8" in columns.batchnorm  # only who asked for 8 bits gets them
@@ -214,46 +214,34 @@ class Writer:
         self._columns.aliases.append((alias, self._columns.names[name]))
 
     def _add_coded(self, name: str, item: Encoded, mechanism: str) -> None:
-        columns, target, layout = self._columns, item.target, item.params.layout
-        spec = (json.dumps(to_spec(target), separators=(",", ":"), allow_nan=False), mechanism)
+        columns, form = self._columns, item.form
+        spec = (json.dumps(to_spec(item.target), separators=(",", ":"), allow_nan=False), mechanism)
         if spec not in columns.targets:
             columns.targets.append(spec)
-        numbers = [(n in target.shared, _raw_piece(item.params[n], None, n), item.params[n]) for n in target.stored]
-        streams = [(s.name in target.shared, _stream_piece(s)) for s in item.codes.streams]
-        shared = None
-        if target.shared:
-            common = (
-                [piece for is_shared, piece, _ in numbers if is_shared],
-                [p for is_shared, p in streams if is_shared],
-            )
-            shapes = [tuple(t.shape) for is_shared, _, t in numbers if is_shared]
-            shared = self._shared(*common, shapes)
-        own = [piece for is_shared, piece, _ in numbers if not is_shared]
-        codes = [piece for is_shared, piece in streams if not is_shared]
-        params = [ParamRow(p.name, str(p.kind), tuple(t.shape)) for is_shared, p, t in numbers if not is_shared]
-        rows = _rows_of(codes, layout.numel)
-        form = CodedForm(
-            CODE_OF[item.dtype],
-            columns.targets.index(spec),
-            layout.axes_code,
-            layout.conv_groups,
-            shared,
-            tuple(param[1:] for param in params),
-            columns.counted(rows, layout.numel),
-        )
-        columns.add_row(name, layout.shape, form)
-        self._add_blob([*own, *codes], specs_of(params, rows), layout.shape)
+        parts, values = form.parts, form.values
+        try:
+            form.check()
+        except ValueError as error:
+            raise ValueError(f"{name!r} cannot be written as {type(form).__name__}: {error}") from None
+        pairs = list(zip(parts, values, strict=True))
+        shared = self._shared([pair for pair in pairs if pair[0].is_shared])
+        own = [pair for pair in pairs if not pair[0].is_shared]
+        columns.counts += [values.numel() for part, values in own if part.is_listed][:1]
+        target, layout = columns.targets.index(spec), form.layout
+        numbers = form.outline.numbers
+        coded = CodedForm(CODE_OF[form.dtype], target, layout.axes_code, layout.conv_groups, shared, numbers)
+        columns.add_row(name, layout.shape, coded)
+        self._add_blob(*_written(own), layout.shape)
 
-    def _shared(self, numbers: list[Piece], streams: list[Piece], shapes: Sequence[tuple[int, ...]]) -> int:
-        """Where the pieces stand that several tensors have in common: written once, compared by their bytes."""
-        columns, pieces = self._columns, [*numbers, *streams]
-        params = [ParamRow(p.name, str(p.kind), shape) for p, shape in zip(numbers, shapes, strict=True)]
-        rows = _rows_of(streams, None)
-        key = (tuple(params), tuple(rows), tuple(piece.values.tobytes() for piece in pieces))
+    def _shared(self, pairs: list[tuple[Part, Tensor]]) -> int | None:
+        """Where the numbers stand that several tensors have in common: written once, compared by their bytes."""
+        if not pairs:
+            return None
+        pieces, specs = _written(pairs)
+        key = (specs, tuple(piece.values.tobytes() for piece in pieces))
         if key not in self._held:
             self._held[key] = len(self._held)
-            columns.shared.append((tuple(param[1:] for param in params), columns.counted(rows, None)))
-            self._add_blob(pieces, specs_of(params, rows), ())
+            self._add_blob(pieces, specs, ())
         return self._held[key]
 
     def _add_blob(self, pieces: Sequence[Piece], specs: Sequence[Spec], shape: Sequence[int]) -> None:
@@ -286,24 +274,12 @@ def _raw_piece(tensor: Tensor, kind: str | None = None, name: str = "") -> Piece
     return Piece(name, kind, array_of(tensor.detach().to(DTYPES[kind])))
 
 
-def _stream_piece(stream: Stream) -> Piece:
-    if stream.values.is_floating_point():
-        assert stream.width == 8 * stream.values.dtype.itemsize, stream
-        return _raw_piece(stream.values, name=stream.name)
-    return Piece(stream.name, stream.width, array_of(stream.values))
-
-
-def _rows_of(pieces: Sequence[Piece], weights: int | None) -> list[StreamRow]:
-    """Streams with their counts, where the ones of a mask before them do not say them already."""
-    rows, ones = [], None
-    for piece in pieces:
-        count: int | None = piece.values.size
-        if count == ones and count != weights and weights is not None:
-            count = None
-        rows.append(StreamRow(piece.name, piece.kind, count))
-        if piece.kind == 1:
-            ones = int(np.count_nonzero(piece.values))
-    return rows
+def _written(pairs: Sequence[tuple[Part, Tensor]]) -> tuple[list[Piece], tuple[Spec, ...]]:
+    """Numbers of a form as pieces of a blob, and what a reader knows of them; the ones of a mask are not counted."""
+    counted = [replace(part, count=values.numel()) if part.is_listed else part for part, values in pairs]
+    specs = specs_of(counted)
+    values = [array_of(values.detach()) for _, values in pairs]
+    return [Piece(spec.name, spec.kind, own) for spec, own in zip(specs, values, strict=True)], specs
 
 
 def narrowest(tensor: Tensor, bytewise: bool = False) -> str:
@@ -393,7 +369,7 @@ class Reader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._opened = open_frame(path)
         self._head = self._opened.head
-        self._shared: dict[int, tuple[dict[str, Tensor], tuple[Stream, ...]]] = {}
+        self._shared: dict[int, dict[str, Tensor]] = {}
 
     def __enter__(self) -> Reader:
         return self
@@ -431,10 +407,13 @@ class Reader:
         return self._head.aliases
 
     @property
-    def targets(self) -> dict[str, Target]:
-        """The target of every tensor that has codes."""
-        rows = self._head.rows.items()
-        return {name: self._head.targets[row.code.target] for name, row in rows if row.code is not None}
+    def coded(self) -> list[str]:
+        """The tensors that are stored as codes, in the order in which they lie in the file."""
+        return [name for name, row in self._head.rows.items() if row.code is not None]
+
+    @functools.cached_property
+    def _targets(self) -> list[Target]:
+        return [target_of(spec) for spec, _ in self._head.specs]
 
     def tensor(self, name: str, life: Literal["full", "compressed"] = "compressed") -> Tensor:
         """One tensor, in memory of its own.
@@ -447,7 +426,7 @@ class Reader:
         return self.value(self._row(name), life)
 
     def encoded(self, name: str) -> Encoded:
-        """The codes of one tensor, and what decodes them.
+        """What one tensor is, and the target it lies on: `Held` where this process does not know that.
 
         Raises:
             FormatError: it is damaged.
@@ -456,9 +435,7 @@ class Reader:
         row = self._row(name)
         if row.code is None:
             raise ValueError(f"{self._opened.path} holds {name!r} as it is, not as codes")
-        item = self._encoded(name, row, row.code)
-        self._decoded(name, row, item)  # codes that nothing can be made of stop here, whoever asks for them
-        return item
+        return Encoded(target=self._targets[row.code.target], form=self._form(name, row, row.code))
 
     def _row(self, name: str) -> Row:
         row = self._head.rows.get(self._head.aliases.get(name, name))
@@ -484,7 +461,7 @@ class Reader:
         """A tensor of the header; as a view of the file, if wished and if it stands there as it is."""
         index, blob = self._blob(row, life)
         if row.code is not None and not blob.bare:
-            return self._decode(blob.owner, row, row.code)
+            return self._form(blob.owner, row, row.code).dense()
         kind = DTYPES[str(blob.specs[0].kind)]
         if not blob.bare:
             return tensor_of(self.pieces(index)[0], kind, row.shape).to(DTYPES[row.dtype])
@@ -519,44 +496,23 @@ class Reader:
         except ValueError as error:
             raise FormatError(f"{self._opened.path}: {blob.owner!r} is damaged: {first_line(error)}") from None
 
-    def _common(self, code: Code) -> tuple[dict[str, Tensor], tuple[Stream, ...]]:
-        """Params and streams that a tensor has in common with others."""
+    def _common(self, code: Code) -> dict[str, Tensor]:
+        """Numbers that a tensor has in common with others."""
         if code.shared is None:
-            return {}, ()
+            return {}
         if code.shared not in self._shared:
             row = self._head.shared[code.shared]
-            self._shared[code.shared] = _as_tensors(row.params, row.streams, self.pieces(row.blob))
+            self._shared[code.shared] = _as_tensors(row.parts, self.pieces(row.blob))
         return self._shared[code.shared]
 
-    def _encoded(self, name: str, row: Row, code: Code) -> Encoded:
-        numbers, streams = _as_tensors(code.params, code.streams, self.pieces(row.compressed))
-        more_numbers, more_streams = self._common(code)
-        numbers, streams = numbers | more_numbers, streams + more_streams
-        if code.pieces is not None:
-            try:
-                code.pieces.check(numbers, {stream.name: stream.values for stream in streams})
-            except ValueError as error:
-                raise FormatError(f"{self._opened.path}: {name!r} cannot be decoded: {error}") from None
-        return Encoded(
-            target=self._head.targets[code.target],
-            params=Params(tensors=numbers, layout=code.layout),
-            codes=Codes(streams=streams),
-            dtype=DTYPES[row.dtype],
-        )
-
-    def _decode(self, name: str, row: Row, code: Code) -> Tensor:
-        return self._decoded(name, row, self._encoded(name, row, code))
-
-    def _decoded(self, name: str, row: Row, item: Encoded) -> Tensor:
-        path = self._opened.path
+    def _form(self, name: str, row: Row, code: Code) -> Form:
+        named = _as_tensors(code.parts, self.pieces(row.compressed)) | self._common(code)
+        dtype = DTYPES[row.dtype]
         try:
-            value = item.decode()
-        # Whatever a target makes of codes that it did not write itself: the file is at fault.
-        except Exception as error:
-            raise FormatError(f"{path}: {name!r} cannot be decoded: {first_line(error)}") from error
-        if tuple(value.shape) != row.shape or value.dtype != item.dtype:
-            raise FormatError(f"{path}: {name!r} decodes to {value.dtype} {tuple(value.shape)}, not as declared")
-        return value
+            values = [named[part.name] for part in code.outline.parts(code.layout, dtype)]
+            return code.outline.form(values, code.layout, dtype)
+        except ValueError as error:
+            raise FormatError(f"{self._opened.path}: {name!r} cannot be decoded: {first_line(error)}") from None
 
 
 @contextlib.contextmanager
@@ -580,26 +536,18 @@ class _Unlocked:
         self.__array_interface__ = data.__array_interface__ | {"data": (data.ctypes.data, False)}
 
 
-def _as_tensors(
-    params: Sequence[ParamRow], streams: Sequence[StreamRow], pieces: Sequence[np.ndarray]
-) -> tuple[dict[str, Tensor], tuple[Stream, ...]]:
-    """The pieces of a blob as a target wants them."""
-    numbers = {p.name: tensor_of(v, DTYPES[p.dtype], p.shape) for p, v in zip(params, pieces, strict=False)}
-    found = []
-    for stream, values in zip(streams, pieces[len(params) :], strict=True):
-        if isinstance(stream.kind, str):
-            tensor = tensor_of(values, DTYPES[stream.kind], (values.size,))
-            found.append(Stream(name=stream.name, values=tensor, width=8 * tensor.dtype.itemsize))
-        else:
-            # A view of a mapped file cannot be written to, which torch warns of.
-            narrow = values.dtype == np.uint8
-            tensor = torch.from_numpy(values if narrow and values.flags.writeable else _own(values, narrow))
-            found.append(Stream(name=stream.name, values=tensor, width=stream.kind))
-    return numbers, tuple(found)
-
-
-def _own(values: np.ndarray, narrow: bool) -> np.ndarray:
-    return values.astype(np.uint8 if narrow else np.int32)
+def _as_tensors(parts: Sequence[Part], pieces: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    """The pieces of a blob as a form takes them."""
+    found = {}
+    for part, values in zip(parts, pieces, strict=True):
+        if not isinstance(part.kind, int):
+            found[part.name] = tensor_of(values, part.kind, (values.size,))
+            continue
+        # A view of a mapped file cannot be written to, which torch warns of.
+        narrow = values.dtype == np.uint8
+        own = values if narrow and values.flags.writeable else values.astype(np.uint8 if narrow else np.int32)
+        found[part.name] = torch.from_numpy(own)
+    return found
 
 
 def unpack(

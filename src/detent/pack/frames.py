@@ -19,6 +19,7 @@ from detent.pack.header import DTYPES, LONGEST, VERSION, FormatError, Head, chec
 
 __all__ = ["MAGIC", "DetentFrame", "Frame", "SafetensorsFrame", "open_frame"]
 
+_OLD = ("0", "1")
 MAGIC = b"\x89Detent"  # no text, no safetensors file and no archive starts like this; the version is the next byte
 _START, _FOOTER = len(MAGIC) + 1, 8
 # No parameter or buffer can have this name: torch refuses empty names, so no canonical name starts with a dot.
@@ -345,6 +346,12 @@ def _entries(head: Head, entries: dict[str, Any]) -> dict[str, int]:
 def _check_version(path: str, version: str) -> None:
     if version == str(VERSION):
         return
+    if version in _OLD:
+        raise FormatError(
+            f"{path}: has format version {version}, of drafts that only their own targets could decode; this release "
+            f"reads {VERSION}. Convert it: `detent unpack` of the Detent that wrote it makes a state dict of a life, "
+            "and `detent compress` of this one makes a file of that"
+        )
     newer = version.isascii() and version.isdigit()
     what = f"has format version {version}; this release reads {VERSION}" if newer else "has no valid format version"
     raise FormatError(f"{path}: {what}")

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from detent.contents import DTYPES
 from detent.grouping import Layout
 from detent.pack.coding import Spec
 from detent.pack.dictionary import DICTIONARY
-from detent.specs import from_spec
-from detent.targets import Target
-from detent.targets.declared import Declared, Pieces
+from detent.specs import check_size
+from detent.targets.forms import Outline, outline_of
+from detent.targets.parts import FLOATS, Part
 
 __all__ = [
     "BUFFER",
@@ -34,11 +33,8 @@ __all__ = [
     "FormatError",
     "Head",
     "Life",
-    "ParamRow",
     "RawForm",
     "Row",
-    "SharedRow",
-    "StreamRow",
     "checksum",
     "first_line",
     "plain_bytes",
@@ -48,7 +44,7 @@ __all__ = [
     "write_head",
 ]
 
-VERSION = 1
+VERSION = 2
 BUFFER, CLAIMED = "buffer", "claimed"
 LONGEST = 1 << 26  # bytes of a header as it stands in the file, and unpacked: a million tensors
 
@@ -56,18 +52,14 @@ Life = Literal["both", "compressed"]
 CODE_OF = {dtype: code for code, dtype in DTYPES.items()}
 
 _CODES = tuple(DTYPES)  # a dtype is written as its place in this list
-_RAW_STREAMS = ("F32", "F16", "BF16", "F64")  # a stream's kind is written as its bits, or 17 and the place in this list
 _LIVES: tuple[Life, ...] = ("compressed", "both")
 _STATISTICS = re.compile(r"none|(own|re-estimated)(, rounded to (float16|bfloat16|float8_e4m3fn|float8_e5m2))?")
 _LEAST_UNPACKED, _MOST_PACKING = 1 << 20, 32  # a header may unpack to so many bytes, and so many times its length more
 _LEAST_DECLARED, _MOST_DECLARED = 1 << 30, 1 << 16  # all tensors of a file together, likewise
 _LEAST_MEMORY, _MOST_MEMORY = 1 << 27, 64  # and take so many bytes of memory, and so many times the file's length
 _A_NUMBER, _A_TEXT, _A_CHARACTER, _A_JSON, _A_TENSOR = 32, 64, 2, 32, 1 << 10  # bytes of memory, about
-_A_TARGET = 1 << 14  # in memory a tenth of that, but it takes as long to build
-_MOST_A_WEIGHT = 256  # values of one piece for each weight of its tensor
+_MOST_A_WEIGHT = 256  # numbers of one part for each weight of its tensor
 _RANK, _LENGTH = 64, 1 << 48
-_SHORT = 1 << 10  # characters of a target that is kept once it is built
-_WEIGHTS, _ONES, _LISTED = 0, 1, 2  # how many values a stream has
 _RAW, _TWICE, _CODED = 0, 1, 2  # kinds of forms
 
 NARROWER: dict[str, tuple[str, ...]] = {code: (code,) for code in DTYPES} | {
@@ -88,42 +80,21 @@ class FormatError(ValueError):
 # --- what a header declares ---------------------------------------------------------------------------------------
 
 
-class ParamRow(NamedTuple):
-    """One of the fitted numbers that a target needs to decode."""
+class Shared(NamedTuple):
+    """Numbers that several coded tensors have in common (a global codebook), and their blob."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-class StreamRow(NamedTuple):
-    """A run of codes: `kind` is bits a value or the dtype of raw floats; no count means the ones of a mask."""
-
-    name: str
-    kind: int | str
-    numel: int | None
-
-
-class SharedRow(NamedTuple):
-    """Numbers and runs of codes that several coded tensors have in common (a global codebook), and their blob."""
-
-    params: tuple[ParamRow, ...]
-    streams: tuple[StreamRow, ...]
+    parts: tuple[Part, ...]
     blob: int
 
 
 class Code(NamedTuple):
-    """How a tensor's codes are to be read; `target` and `shared` point into the lists of `Head`.
-
-    `pieces`: what their values must be, or `None` where the target does not say.
-    """
+    """What a tensor is; `target` and `shared` point into the lists of `Head`, `parts` are those of its own blob."""
 
     target: int
     layout: Layout
-    params: tuple[ParamRow, ...]
-    streams: tuple[StreamRow, ...]
+    outline: Outline
+    parts: tuple[Part, ...]
     shared: int | None
-    pieces: Pieces | None
 
 
 class Blob(NamedTuple):
@@ -161,18 +132,16 @@ class Head:
     life: Life
     batchnorm: str
     specs: tuple[tuple[Mapping[str, Any], str], ...]
-    targets: tuple[Target, ...]
-    shared: tuple[SharedRow, ...]
+    shared: tuple[Shared, ...]
     rows: Mapping[str, Row]
     aliases: Mapping[str, str]
     blobs: tuple[Blob, ...]
     notes: Mapping[str, Any]
 
 
-def specs_of(params: Sequence[ParamRow], streams: Sequence[StreamRow]) -> tuple[Spec, ...]:
-    """Params and streams as pieces of a blob."""
-    numbers = [Spec(p.name, p.dtype, math.prod(p.shape)) for p in params]
-    return (*numbers, *(Spec(*stream) for stream in streams))
+def specs_of(parts: Sequence[Part]) -> tuple[Spec, ...]:
+    """Parts of a form as pieces of a blob."""
+    return tuple(Spec(p.name, p.kind if isinstance(p.kind, int) else CODE_OF[p.kind], p.count) for p in parts)
 
 
 def raw_spec(dtype: str, shape: Sequence[int]) -> tuple[Spec, ...]:
@@ -208,10 +177,6 @@ def checksum(data: Any) -> int:
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-FlatParam = tuple[str, tuple[int, ...]]  # dtype, shape; names are the target's `stored`, in order
-FlatStream = tuple[str, int | str, int]  # name, kind, how its values are counted
-
-
 class RawForm(NamedTuple):
     """What many tensors that are stored as they are have in common."""
 
@@ -229,8 +194,7 @@ class CodedForm(NamedTuple):
     axis: int  # of the channels, and of what is stacked: `Layout.axes_code`
     groups: int
     shared: int | None
-    params: tuple[FlatParam, ...]
-    streams: tuple[FlatStream, ...]
+    numbers: tuple[int, ...]  # `Outline.numbers`
 
 
 @dataclass(kw_only=True)
@@ -242,7 +206,6 @@ class Columns:
     batchnorm: str = "none"
     notes: str = ""
     targets: list[tuple[str, str]] = field(default_factory=list)
-    shared: list[tuple[tuple[FlatParam, ...], tuple[FlatStream, ...]]] = field(default_factory=list)
     forms: dict[RawForm | CodedForm, int] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)
@@ -262,17 +225,6 @@ class Columns:
         """Declare a blob of the compressed life."""
         self.lengths.append(0 if length == plain else length)
         self.checks.append(check)
-
-    def counted(self, streams: Sequence[StreamRow], weights: int | None) -> tuple[FlatStream, ...]:
-        """Streams with the way their counts are written instead of the counts."""
-        found = []
-        for stream in streams:
-            how = _ONES if stream.numel is None else (_WEIGHTS if stream.numel == weights else _LISTED)
-            if how == _LISTED:
-                assert stream.numel is not None
-                self.counts.append(stream.numel)
-            found.append((stream.name, stream.kind, how))
-        return tuple(found)
 
 
 def write_head(columns: Columns) -> bytes:
@@ -302,10 +254,6 @@ def _flat(c: Columns) -> Iterator[int | str]:
         yield from target
     yield len(why)
     yield from why
-    yield len(c.shared)
-    for params, streams in c.shared:
-        yield from _flat_params(params)
-        yield from _flat_streams(streams)
     yield len(c.forms)
     for form in c.forms:
         if isinstance(form, RawForm):
@@ -314,8 +262,8 @@ def _flat(c: Columns) -> Iterator[int | str]:
         else:
             yield from (_CODED, _CODES.index(form.dtype), form.target, form.axis, form.groups)
             yield 0 if form.shared is None else form.shared + 1
-            yield from _flat_params(form.params)
-            yield from _flat_streams(form.streams)
+            yield len(form.numbers)
+            yield from form.numbers
     yield "\n".join(c.names)
     yield from c.rows
     for shape in c.shapes:
@@ -327,18 +275,6 @@ def _flat(c: Columns) -> Iterator[int | str]:
     for alias in c.aliases:
         yield from alias
     yield c.notes
-
-
-def _flat_params(params: Sequence[FlatParam]) -> Iterator[int | str]:
-    yield len(params)
-    for dtype, shape in params:
-        yield from (_CODES.index(dtype), len(shape), *shape)
-
-
-def _flat_streams(streams: Sequence[FlatStream]) -> Iterator[int | str]:
-    yield len(streams)
-    for name, kind, how in streams:
-        yield from (name, kind if isinstance(kind, int) else 17 + _RAW_STREAMS.index(kind), how)
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -433,18 +369,14 @@ def _parsed(v: _Values, checks: list[int]) -> Head:
     if not _STATISTICS.fullmatch(batchnorm):
         raise ValueError(f"{batchnorm!r} is no kind of BatchNorm statistics")
     told = v.many("targets", lambda: (v.text("a target"), v.text("a mechanism")))
-    v.charge(sum(_A_TARGET + _A_JSON * len(text) for text, _ in told))
+    v.charge(sum(_A_JSON * len(text) for text, _ in told))
     why = v.many("reasons", lambda: v.text("a reason"))
-    shared = v.many("shared pieces", lambda: (_params(v), _streams(v)))
     forms = v.many("forms", lambda: _form(v, why))
     names = _names(v.text("the names"), v)
     mine = [forms[v.number(len(forms), "a form")] for _ in names]
     shapes = [v.shape() for _ in names]
-    targets = tuple(_target(text) if len(text) > _SHORT else _short_target(text) for text, _ in told)
-    made = _Blobs(v, targets, shared)
+    made = _Blobs(v, len(told))
     rows = {name: made.row(name, form, shape, life) for name, form, shape in zip(names, mine, shapes, strict=True)}
-    if len(made.shared) != len(shared):
-        raise ValueError(f"shared[{len(made.shared)}] belongs to no tensor")
     if len(made.blobs) != len(checks):
         raise ValueError(f"{len(checks)} checksums for {len(made.blobs)} blobs")
     blobs = tuple(blob._replace(length=made.length(blob), check=c) for blob, c in zip(made.blobs, checks, strict=True))
@@ -459,8 +391,7 @@ def _parsed(v: _Values, checks: list[int]) -> Head:
         writer=writer,
         life=life,
         batchnorm=batchnorm,
-        specs=tuple((_json(text), mechanism) for text, mechanism in told),
-        targets=targets,
+        specs=tuple((_spec(text), mechanism) for text, mechanism in told),
         shared=tuple(made.shared),
         rows=rows,
         aliases={alias: names[i] for alias, i in aliases},
@@ -479,19 +410,10 @@ def _json(text: str) -> dict[str, Any]:
     return value
 
 
-def _target(text: str) -> Target:
+def _spec(text: str) -> dict[str, Any]:
     spec = _json(text)
-    try:
-        target = from_spec(spec, "target")
-    except (TypeError, OverflowError) as error:  # fields that nobody would write
-        raise ValueError(f"target: {error}") from None
-    if not isinstance(target, Target):
-        raise ValueError(f"target: {spec.get('kind')!r} is not a target")
-    return target
-
-
-# Building one looks through all classes there are, which takes longer than reading the rest of a small header.
-_short_target = functools.lru_cache(maxsize=256)(_target)
+    check_size(spec, "a target")
+    return spec
 
 
 def _is_name(name: str) -> bool:
@@ -510,20 +432,6 @@ def _dtype(v: _Values) -> str:
     return _CODES[v.number(len(_CODES), "a dtype")]
 
 
-def _params(v: _Values) -> tuple[FlatParam, ...]:
-    return v.many("params", lambda: (_dtype(v), v.shape()))
-
-
-def _streams(v: _Values) -> tuple[FlatStream, ...]:
-    def one() -> FlatStream:
-        name, kind, how = v.text("a stream"), v.number(17 + len(_RAW_STREAMS), "a kind"), v.number(3, "a way to count")
-        if not kind:
-            raise ValueError(f"{name!r} has 0 bits a value")
-        return name, (kind if kind < 17 else _RAW_STREAMS[kind - 17]), how
-
-    return v.many("streams", one)
-
-
 def _form(v: _Values, why: Sequence[str]) -> RawForm | CodedForm:
     kind = v.number(3, "a form's kind")
     if kind == _CODED:
@@ -533,7 +441,8 @@ def _form(v: _Values, why: Sequence[str]) -> RawForm | CodedForm:
             v.number(_LENGTH, "groups"),
             v.number(_LENGTH, "a shared piece"),
         )
-        return CodedForm(dtype, target, axis, groups, shared - 1 if shared else None, _params(v), _streams(v))
+        numbers = v.many("numbers of a form", lambda: v.number(_LENGTH, "a number of a form"))
+        return CodedForm(dtype, target, axis, groups, shared - 1 if shared else None, numbers)
     reason, dtype, raw = why[v.number(len(why), "a reason's number")], _dtype(v), _dtype(v)
     second = _dtype(v) if kind == _TWICE else None
     for stored in (raw, second or raw):
@@ -545,14 +454,9 @@ def _form(v: _Values, why: Sequence[str]) -> RawForm | CodedForm:
 class _Blobs:
     """The blobs of a header in the order in which they lie in the file, and rows that point at them."""
 
-    def __init__(
-        self,
-        v: _Values,
-        targets: Sequence[Target],
-        shared: Sequence[tuple[tuple[FlatParam, ...], tuple[FlatStream, ...]]],
-    ) -> None:
-        self._v, self._targets, self._shared = v, targets, shared
-        self.shared: list[SharedRow] = []
+    def __init__(self, v: _Values, targets: int) -> None:
+        self._v, self._targets = v, targets
+        self.shared: list[Shared] = []
         self.blobs: list[Blob] = []
 
     def row(self, name: str, form: RawForm | CodedForm, shape: tuple[int, ...], life: Life) -> Row:
@@ -564,7 +468,7 @@ class _Blobs:
             own = raw if life == "compressed" else (raw_spec(form.second, shape) if form.second else None)
         else:
             code, raw, why = self._code(name, form, shape), raw_spec(form.dtype, shape), CLAIMED
-            own = specs_of(code.params, code.streams)
+            own = specs_of(code.parts)
         if own is not None:
             self._add(name, own, shape)
         compressed = full = len(self.blobs) - 1
@@ -589,102 +493,36 @@ class _Blobs:
         return length
 
     def _code(self, name: str, form: CodedForm, shape: tuple[int, ...]) -> Code:
-        if form.target >= len(self._targets):
-            raise ValueError(f"{name!r} points at target {form.target} of {len(self._targets)}")
-        layout = Layout.of_code(form.axis, shape, form.groups)
-        if layout is None:
-            raise ValueError(f"{name!r} has the impossible layout {form.axis, form.groups}")
-        target = self._targets[form.target]
-        if bool(target.shared) != (form.shared is not None):
-            raise ValueError(f"{name!r} shares what is its own for {type(target).__name__}, or the other way round")
-        reason = target.accepts(shape, DTYPES[form.dtype], layout)
-        if reason:
-            raise ValueError(f"{name!r}: {reason}")
-        weights, shared = math.prod(shape), form.shared
-        if shared is not None and shared == len(self.shared) < len(self._shared):
-            self._add_shared(shared, target)
-        if shared is not None and shared >= len(self.shared):
-            raise ValueError(f"{name!r} points at shared[{shared}], which does not come next")
-        params = _named(name, target, form.params, shared is not None, of_all=False)
-        streams = tuple(StreamRow(name, kind, self._count(how, weights)) for name, kind, how in form.streams)
-        common = SharedRow((), (), 0) if shared is None else self.shared[shared]
-        pieces = _compared(name, target, layout, form.dtype, (params, streams), common)
-        for spec in specs_of(params, streams):
-            if (spec.count or 0) > _MOST_A_WEIGHT * weights:
-                raise ValueError(f"{name!r}: {spec.count} values of {spec.name!r} for {weights} weights")
-        return Code(form.target, layout, params, streams, shared, pieces)
+        if form.target >= self._targets:
+            raise ValueError(f"{name!r} points at target {form.target} of {self._targets}")
+        layout, dtype = Layout.of_code(form.axis, shape, form.groups), DTYPES[form.dtype]
+        if layout is None or not layout.numel or dtype not in FLOATS:
+            raise ValueError(f"{name!r} is {form.dtype} with the impossible layout {form.axis, form.groups} of {shape}")
+        try:
+            outline = outline_of(form.numbers)
+            parts = outline.parts(layout, dtype)
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}") from None
+        common, own = tuple(p for p in parts if p.is_shared), [p for p in parts if not p.is_shared]
+        self._share(name, form.shared, common)
+        if any(part.is_listed for part in own):
+            count = self._v.number(layout.numel + 1, "how many survive")
+            own = [replace(part, count=count) if part.is_listed else part for part in own]
+        if any((part.count or 0) > _MOST_A_WEIGHT * layout.numel for part in own):
+            raise ValueError(f"{name!r}: more numbers than {layout.numel} weights may have")
+        return Code(form.target, layout, outline, tuple(own), form.shared)
 
-    def _add_shared(self, index: int, target: Target) -> None:
-        flat, runs = self._shared[index]
-        what = f"shared[{index}]"
-        params = _named(what, target, flat, True, of_all=True)
-        streams = tuple(StreamRow(name, kind, self._count(how, None)) for name, kind, how in runs)
-        self.shared.append(SharedRow(params, streams, len(self.blobs)))
-        self._add(what, specs_of(params, streams), ())
-
-    def _count(self, how: int, weights: int | None) -> int | None:
-        if how == _ONES:
-            return None
-        if how == _WEIGHTS:
-            if weights is None:
-                raise ValueError("a shared stream has no tensor to take its count from")
-            return weights
-        return self._v.number(_LENGTH, "a count")
-
-
-def _named(
-    what: str, target: Target, params: Sequence[FlatParam], is_shared: bool, *, of_all: bool
-) -> tuple[ParamRow, ...]:
-    """Params with their names, which are the target's."""
-    names = [name for name in target.stored if not is_shared or (name in target.shared) == of_all]
-    if len(names) != len(params):
-        raise ValueError(f"{what!r} has {len(params)} params, {type(target).__name__} decodes with {len(names)}")
-    return tuple(ParamRow(name, *param) for name, param in zip(names, params, strict=True))
-
-
-def _compared(
-    name: str,
-    target: Target,
-    layout: Layout,
-    dtype: str,
-    own: tuple[tuple[ParamRow, ...], tuple[StreamRow, ...]],
-    common: SharedRow,
-) -> Pieces | None:
-    """What a target says its pieces are, if those that a header declares are these; `None` where it does not say.
-
-    Raises:
-        ValueError: they are others.
-    """
-    kind = type(target).__name__
-    held = {p.name: math.prod(p.shape) for p in (*own[0], *common.params)}
-    held |= {s.name: s.numel or 0 for s in (*own[1], *common.streams)}
-    if len(held) != sum(map(len, (*own, *common[:2]))):
-        raise ValueError(f"{name!r} has two streams or params of one name")
-    if [p.name for p in common.params] != [n for n in target.stored if n in target.shared]:
-        raise ValueError(f"{name!r} shares numbers that are not those of {kind}")
-    if {s.name for s in common.streams} - {*target.shared} or {s.name for s in own[1]} & {*target.shared}:
-        raise ValueError(f"{name!r} has streams that are not those of {kind}")
-    pieces = target.declared(layout, DTYPES[dtype], held)
-    if pieces is None:
-        return None
-    for is_shared, params, streams in ((False, *own), (True, *common[:2])):
-        numbers = [p for p in pieces.params if (p.name in target.shared) == is_shared]
-        runs = [p for p in pieces.streams if (p.name in target.shared) == is_shared]
-        rows = [(p.name, p.dtype, p.shape) for p in params]
-        rows += [(s.name, s.kind, None if s.numel is None else (s.numel,)) for s in streams]
-        if [row[0] for row in rows] != [p.name for p in (*numbers, *runs)]:
-            raise ValueError(
-                f"{name!r} has {', '.join(repr(row[0]) for row in rows) or 'nothing'}, not what {kind} has"
-            )
-        for piece, row in zip((*numbers, *runs), rows, strict=True):
-            _fit(name, piece, row)
-    return pieces
-
-
-def _fit(name: str, piece: Declared, row: tuple[str, int | str, tuple[int, ...] | None]) -> None:
-    _, kind, shape = row
-    if not piece.fits(DTYPES[kind] if isinstance(kind, str) else kind, shape):
-        raise ValueError(f"{name!r}: {piece.name!r} is {kind} {shape or ''}, not {piece.kind} {piece.shape or ''}")
+    def _share(self, name: str, index: int | None, parts: tuple[Part, ...]) -> None:
+        """Compare what a tensor shares with what is there, or add it as the next there is."""
+        if bool(parts) != (index is not None):
+            raise ValueError(f"{name!r} shares what is its own, or the other way round")
+        if index is None:
+            return
+        if index == len(self.shared):
+            self.shared.append(Shared(parts, len(self.blobs)))
+            self._add(f"shared[{index}]", specs_of(parts), ())
+        if index >= len(self.shared) or specs_of(self.shared[index].parts) != specs_of(parts):
+            raise ValueError(f"{name!r} shares shared[{index}], which is none of its own or does not come next")
 
 
 def _check_declared(head: Head, size: int) -> None:

@@ -16,10 +16,10 @@ from detent.grouping import near_dead
 from detent.pack.coding import Coding, Piece, encode_tensor
 from detent.pack.container import Reader, opened
 from detent.pack.header import BUFFER, Row
-from detent.specs import short
-from detent.targets import Target
+from detent.specs import short_spec
+from detent.targets.parts import Part
 
-__all__ = ["Inspection", "distances", "entropy_bits", "inspect", "says_where"]
+__all__ = ["Inspection", "distances", "entropy_bits", "inspect"]
 
 _CHUNK = 1 << 20  # values compared at a time: bounds the memory of their float64 copies
 _CODINGS: tuple[Coding, ...] = (
@@ -119,9 +119,9 @@ def _row(file: Reader, name: str, row: Row) -> dict[str, Any]:
         found["nominal_bits"] = found["entropy_bits"] = 8 * compressed.numel() * compressed.dtype.itemsize
         found["_conv"] = len(row.shape) >= 3 and row.why != BUFFER
     else:
-        target, skipped = head.targets[row.code.target], len(row.code.params)
-        found |= {"becomes": short(target), "coded": True, "_conv": len(row.shape) >= 3}
-        found |= _codes(file, row.compressed, skipped, target)
+        becomes = short_spec(head.specs[row.code.target][0])
+        found |= {"becomes": becomes, "coded": True, "_conv": len(row.shape) >= 3}
+        found |= _codes(file, row.compressed, row.code.parts)
         layout, own = row.code.layout, compressed
         if row.full is not None:
             own = full = file.value(row, "full", view=True)
@@ -162,35 +162,29 @@ def _shared_rows(file: Reader) -> Iterator[dict[str, Any]]:
     head = file._head
     for i, shared in enumerate(head.shared):
         users = [row for row in head.rows.values() if row.code is not None and row.code.shared == i]
-        target = head.targets[users[0].code.target] if users[0].code else None
-        assert target is not None
+        spec = next(head.specs[row.code.target][0] for row in users if row.code is not None)
         found = _blank(f"shared by {len(users)} tensors", (), head.blobs[shared.blob].length)
-        found |= {"becomes": short(target), "coded": True, "_conv": any(len(row.shape) >= 3 for row in users)}
-        yield found | _codes(file, shared.blob, len(shared.params), target)
+        found |= {"becomes": short_spec(spec), "coded": True, "_conv": any(len(row.shape) >= 3 for row in users)}
+        yield found | _codes(file, shared.blob, shared.parts)
 
 
-def _codes(file: Reader, index: int, skipped: int, target: Target) -> dict[str, Any]:
-    """Nominal and entropy bits of the streams of a blob, and the bytes of those that say where survivors are."""
+def _codes(file: Reader, index: int, parts: Sequence[Part]) -> dict[str, Any]:
+    """Nominal and entropy bits of the codes of a blob, and the bytes of those that say where survivors are."""
     blob, data = file._head.blobs[index], file._opened.blob(index)
-    pieces = file.pieces(index)[skipped:]
-    streams = list(zip(blob.specs[skipped:], pieces, strict=True))
+    roles = [part.role for part in parts]
+    runs = list(zip(roles, blob.specs, file.pieces(index), strict=True))
+    streams = [(spec, values) for role, spec, values in runs if role != "numbers"]
     nominal = sum(spec.width * values.size for spec, values in streams)
     entropy = sum(
         entropy_bits(values) if isinstance(spec.kind, int) else spec.width * values.size for spec, values in streams
     )
-    where = [Piece(spec.name, spec.kind, values) for spec, values in streams if says_where(target, spec.name)]
+    where = [Piece(spec.name, spec.kind, values) for role, spec, values in runs if role == "where"]
     alone = 0
     if where:
         coding: Coding = _CODINGS[data[0]] if data[0] < len(_CODINGS) else "entropy"
         # In one blob pieces share their last bytes: what the pattern takes is what it takes alone.
         alone = min(len(encode_tensor(where, shape=blob.shape, coding=coding)) - 1, blob.length)
     return {"nominal_bits": nominal, "entropy_bits": entropy, "index_bytes": alone}
-
-
-def says_where(target: Target, stream: str) -> bool:
-    """Whether a stream of a sparse target says where its survivors are, not what they are."""
-    is_sparse = target.leaves_free or hasattr(target, "sparse")
-    return is_sparse and stream != "values" and not stream.startswith("survivors.")
 
 
 def entropy_bits(symbols: np.ndarray) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from detent.pack.header import BUFFER, Life
 from detent.pack.shown import Header
 from detent.recipe import Recipe
 from detent.specs import short
+from detent.targets.parts import Part
 
 __all__ = ["read_header", "save", "sizes"]
 
@@ -222,8 +223,8 @@ def sizes(path: str | os.PathLike[str]) -> dict[str, int]:
         size, head = file.size, file._head
         found = {"codes": 0, "params": 0, "rest": 0, "full": 0}
         nominal = 0
-        coded = {row.compressed: len(row.code.params) for row in head.rows.values() if row.code is not None}
-        coded |= {row.blob: len(row.params) for row in head.shared}
+        coded = {row.compressed: _numbers(row.code.parts) for row in head.rows.values() if row.code is not None}
+        coded |= {row.blob: _numbers(row.parts) for row in head.shared}
         for i, blob in enumerate(head.blobs):
             if i not in coded:
                 found["full" if blob.bare else "rest"] += blob.length - (not blob.bare)
@@ -245,3 +246,8 @@ def sizes(path: str | os.PathLike[str]) -> dict[str, int]:
         "nominal_bits": nominal,
         "overhead": size - found["full"] - found["rest"] - nominal // 8,
     }
+
+
+def _numbers(parts: Sequence[Part]) -> int:
+    """How many parts hold fitted numbers; they come first."""
+    return sum(part.role == "numbers" for part in parts)

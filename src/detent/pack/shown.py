@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from detent.grouping import Channel, Granularity, PerTensor
 from detent.pack.header import BUFFER, DTYPES, VERSION, Head, Life
-from detent.specs import short
+from detent.specs import short, short_spec
+from detent.targets.forms import Codewords, Floats, Grid, Outline, Sparse
 
-__all__ = ["Header", "shown"]
+__all__ = ["Header", "shown", "symmetry"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ def shown(head: Head) -> Header:
         tensor: dict[str, Any] = {"dtype": str(DTYPES[row.dtype]).removeprefix("torch."), "shape": row.shape}
         size = head.blobs[row.compressed].length
         if row.code is not None:
-            becomes = short(head.targets[row.code.target])
+            becomes = short_spec(head.specs[row.code.target][0])
             tensor |= {"becomes": becomes, "bytes": size, "bits_per_weight": 8 * size / math.prod(row.shape)}
         else:
             tensor |= {"becomes": "buffer" if row.why == BUFFER else "full precision", "bytes": size}
@@ -105,15 +107,17 @@ def _plan(head: Head, tensors: Mapping[str, Mapping[str, Any]]) -> list[dict[str
 
 def _card(head: Head, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     compressed = []
-    for i, target in enumerate(head.targets):
+    for i, (spec, mechanism) in enumerate(head.specs):
         mine = [row for row in head.rows.values() if row.code is not None and row.code.target == i]
-        shared = {"global": "rule", "layer": "tensor"}.get(getattr(target, "book", ""), target.scope)
-        granularity = getattr(target, "granularity", shared)
+        outline = next((row.code.outline for row in mine if row.code is not None), None)
+        if outline is None:  # metadata of nothing
+            continue
         compressed.append(
             {
-                "target": short(target),
-                "granularity": granularity if isinstance(granularity, str) else short(granularity),
-                "mechanism": head.specs[i][1],
+                "target": short_spec(spec),
+                "granularity": _granularity(outline),
+                "symmetry": symmetry(outline),
+                "mechanism": mechanism,
                 "tensors": len(mine),
                 "weights": sum(math.prod(row.shape) for row in mine),
             }
@@ -131,3 +135,25 @@ def _card(head: Head, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
         "batchnorm": head.batchnorm,
         "notes": dict(head.notes),
     }
+
+
+def _granularity(outline: Outline) -> str:
+    """What shares fitted numbers."""
+    if outline.kind is Sparse:
+        return _granularity(outline.fields["inside"])
+    if outline.kind is Codewords:
+        return "rule" if outline.fields["is_shared"] else "tensor"
+    groups: Granularity = outline.fields.get("granularity", PerTensor())
+    return "channel" if isinstance(groups, Channel) else "tensor" if isinstance(groups, PerTensor) else short(groups)
+
+
+def symmetry(outline: Outline) -> str:
+    """How the levels of a form lie around zero."""
+    if outline.kind is Sparse:
+        inside = outline.fields["inside"]
+        is_free = inside.kind is Floats
+        return "survivors stay in full precision" if is_free else f"survivors {symmetry(inside)}; zero between"
+    if outline.kind is Grid:
+        return f"symmetric, {'with' if outline.fields['zero'] else 'without'} a zero"
+    words = {Codewords: "codewords, no symmetry asked for", Floats: "its levels cannot be listed"}
+    return words.get(outline.kind, "not symmetric (levels of a table)")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pydantic
-import torch
 from pydantic import JsonValue
 
-from detent.grouping import Layout
 from detent.pack.shown import Header
-from detent.targets import Target
 
-__all__ = ["Card", "CardTarget", "card_of", "symmetry"]
+__all__ = ["Card", "CardTarget", "card_of"]
 
 # What a reader asks first and a file can only know from its notes.
 _ASKED = {"data": "training data", "epochs": "epochs", "calibration": "calibration data"}
@@ -46,8 +43,9 @@ class Card(pydantic.BaseModel, frozen=True, extra="forbid"):
 
     Example:
         >>> import detent as dt
+        >>> from torch import nn
         >>> from detent.report import collect
-        >>> run = dt.compress(torch.nn.Linear(4, 4), dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))]))
+        >>> run = dt.compress(nn.Linear(4, 4), dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))]))
         >>> print(collect(run).card.text().splitlines()[0])
         compressed: 16 of 20 parameters (80.0 %)
     """
@@ -123,51 +121,15 @@ def _some(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + more
 
 
-def symmetry(target: Target) -> str:
-    """Whether the levels of a target lie evenly around zero whatever the weights are: tried on lopsided ones.
-
-    Example:
-        >>> import detent as dt
-        >>> symmetry(dt.Uniform(bits=3)), symmetry(dt.Binary())
-        ('symmetric, with a zero', 'symmetric, without a zero')
-    """
-    inner = getattr(target, "survivors", target)
-    if inner is not target:  # a sparse target with levels
-        return f"survivors {symmetry(inner)}; zero between"
-    if inner.leaves_free:
-        return "survivors stay in full precision"
-    probe = torch.linspace(-1.0, 2.0, 64).square().sub(0.5).reshape(8, 8)
-    refused = inner.accepts(probe.shape, probe.dtype, Layout(shape=tuple(probe.shape)))
-    levels = None if refused else inner.levels(inner.fit(probe))
-    if levels is None:
-        has_codebook = type(inner).codebook is not Target.codebook
-        return "codewords, no symmetry asked for" if has_codebook else "its levels cannot be listed"
-    mirrored = torch.allclose(levels, -levels.flip(-1), atol=1e-6)
-    zero = "with a zero" if bool((levels.abs() < 1e-9).any()) else "without a zero"
-    return f"{'symmetric' if mirrored else 'not symmetric'}, {zero}"
-
-
-def card_of(header: Header, targets: Mapping[str, Target], order: Sequence[str]) -> Card:
+def card_of(header: Header, order: Sequence[str]) -> Card:
     """The card of a file.
 
     Args:
         header: what `dt.pack.read_header` gave.
-        targets: the target of each compressed tensor, by name.
         order: names of the parameters in the model's order, as far as it is known.
     """
     card, becomes = header.card, {row["parameter"]: row["becomes"] for row in header.plan}
-    shown = {header.tensors[name]["becomes"]: target for name, target in targets.items()}
-    kinds = [
-        CardTarget(
-            target=kind["target"],
-            granularity=kind["granularity"],
-            symmetry=symmetry(shown[kind["target"]]),
-            mechanism=kind["mechanism"],
-            tensors=kind["tensors"],
-            weights=kind["weights"],
-        )
-        for kind in card["compressed"]
-    ]
+    kinds = [CardTarget(**kind) for kind in card["compressed"]]
     ranked = [name for name in order if name in becomes and len(header.tensors[name]["shape"]) > 1]
     ends = [f"{name}: {becomes[name]}" for name in (ranked[:1] + ranked[-1:])] or ["none", "none"]
     return Card(

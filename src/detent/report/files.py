@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -11,15 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from detent import sharding
 from detent.batchnorm import Statistics, statistics_of
 from detent.engine import Run
-from detent.pack import FormatError, Inspection, Reader, Writer, inspect, load
+from detent.lives import Encoded
+from detent.pack import Inspection, Reader, Writer, inspect, load
 from detent.pack.coding import Coding
 from detent.pack.container import opened
-from detent.pack.header import Life, first_line
+from detent.pack.header import Life
+from detent.parameters import named_parameters
 from detent.recipe import Recipe, Rule
 from detent.report.card import Card, card_of
 from detent.report.numbers import (
@@ -39,7 +42,8 @@ from detent.report.numbers import (
     silent,
     widths_of,
 )
-from detent.targets import Target
+from detent.specs import to_spec
+from detent.targets import Held, Params, Target
 
 __all__ = ["card_of_file", "collect_file", "run_of_file"]
 
@@ -103,8 +107,8 @@ def collect_file(
             scores["compressed"] = scores_of(evaluate, model)
         if model is not None and both and sensitivity is not None:
             load(file, model, "full")
-            alone = ((name, file.tensor(name)) for name in file.targets)
-            losses = sensitivities(model, alone, len(file.targets), sensitivity, watch)
+            alone = ((name, file.tensor(name)) for name in file.coded)
+            losses = sensitivities(model, alone, len(file.coded), sensitivity, watch)
         if model is not None and both and evaluate is not None:
             load(file, model, "full")
             scores = {"full": scores_of(evaluate, model), **scores}
@@ -112,7 +116,7 @@ def collect_file(
         tensors = header.tensors.values()
         return assemble(
             header=header,
-            pieces=(Piece.of(n, file.tensor(n, "full") if both else None, file.encoded(n)) for n in file.targets),
+            pieces=(Piece.of(n, file.tensor(n, "full") if both else None, file.encoded(n)) for n in file.coded),
             order=file.names,
             raw=sum(math.prod(t["shape"]) * getattr(torch, t["dtype"]).itemsize for t in tensors),
             written=_written(file, watch),
@@ -147,8 +151,9 @@ def alone(file: Reader, out: Path, coding: Coding, advance: Callable[[], None]) 
     mechanisms = {row["parameter"]: row["mechanism"] for row in header.plan}
     batchnorm, notes = header.card["batchnorm"], header.card["notes"]
     with Writer(out, "compressed", coding=coding, batchnorm=batchnorm, notes=notes) as writer:
+        coded = set(file.coded)
         for name in file.names:
-            if name in file.targets:
+            if name in coded:
                 writer.add(name, None, encoded=file.encoded(name), mechanism=mechanisms[name])
             else:
                 writer.add(name, file.tensor(name), reason=reasons.get(name, "buffer"))
@@ -179,7 +184,7 @@ def card_of_file(path: str | os.PathLike[str]) -> Card:
         ('weight: Uniform(bits=3)', 7)
     """
     with Reader(path) as file:
-        return card_of(file.header, file.targets, file.names)
+        return card_of(file.header, file.names)
 
 
 def run_of_file(path: str | os.PathLike[str] | Reader, model: nn.Module, life: Life = "both") -> Run:
@@ -209,36 +214,44 @@ def run_of_file(path: str | os.PathLike[str] | Reader, model: nn.Module, life: L
     """
     with opened(path) as file:
         load(file, model, "full" if life == "both" else "compressed")
-        encoded = {name: file.encoded(name) for name in file.targets}
+        encoded = {name: file.encoded(name) for name in file.coded}
         reasons, source = _reasons(file), file.header.card["batchnorm"]
         second = {n: file.tensor(n) for n in statistics_of(model)} if source not in ("none", "own") else {}
+    weights = {name: sharding.whole(w) for name, w in named_parameters(model).items() if name in encoded}
+    placed = {name: _placed(item, weights[name]) for name, item in encoded.items()}
     alike: list[tuple[Target, list[str]]] = []  # what shares a target was fitted together: a codebook, a threshold
-    for name, item in encoded.items():
-        mine = next((names for target, names in alike if target == item.target), None)
+    for name, (target, _) in placed.items():
+        mine = next((names for other, names in alike if other == target), None)
         if mine is None:
-            alike.append((item.target, [name]))
+            alike.append((target, [name]))
         else:
             mine.append(name)
     rules = [Rule(match=f"^({'|'.join(map(re.escape, names))})$", target=t, include=".") for t, names in alike]
     plan = Recipe(rules).resolve(model)
     claims = tuple(
-        replace(claim, layout=encoded[claim.name].params.layout)
+        replace(claim, layout=encoded[claim.name].form.layout)
         if claim.claimed
         else replace(claim, reason=reasons.get(claim.name, claim.reason))
         for claim in plan.claims
     )
     run = Run(model, replace(plan, claims=claims), [], None, "raise")
     for entry in run._entries:
-        item = encoded[entry.name]
-        try:
-            params = item.target.restored(sharding.whole(entry.param), item.params, item.codes)
-        # Whatever a target makes of codes that it did not write itself: the file is at fault.
-        except Exception as error:
-            raise FormatError(f"{file.path}: {entry.name!r} cannot be decoded: {first_line(error)}") from error
-        entry.params = entry.pull_params = params.to(entry.param.device)
+        entry.params = entry.pull_params = placed[entry.name][1].to(entry.param.device)
     run._adopt()
     if second:
         found = Statistics(second)
         found.source = source
         run._keep_statistics(found)
     return run
+
+
+def _placed(item: Encoded, w: Tensor) -> tuple[Target, Params]:
+    """A target, and the params with which it projects a weight to what a file holds."""
+    try:
+        params = item.target.restored(w, item.form)
+        if torch.equal(item.target.project(w, params), item.form.dense().to(w.device)):
+            return item.target, params
+    except Exception:  # whatever a target makes of a form that it did not write
+        pass
+    held = Held(spec=json.dumps(to_spec(item.target)))
+    return held, held.restored(w, item.form)

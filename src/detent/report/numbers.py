@@ -27,7 +27,7 @@ from detent.pack.shown import Header
 from detent.parameters import named_parameters
 from detent.report.card import Card, card_of
 from detent.specs import short
-from detent.targets import Params, Target
+from detent.targets import Target
 
 __all__ = [
     "Export",
@@ -350,18 +350,16 @@ class Piece:
     name: str
     full: Tensor | None
     compressed: Tensor
-    target: Target
-    params: Params
+    cell: Tensor | None
 
     @staticmethod
     def of(name: str, full: Tensor | None, item: Encoded) -> Piece:
-        return Piece(name=name, full=full, compressed=item.decode(), target=item.target, params=item.params)
+        return Piece(name=name, full=full, compressed=item.decode(), cell=item.form.cell)
 
 
 def layer_of(piece: Piece, mechanism: str, coded: Mapping[str, Any], packed: Mapping[str, Any]) -> Layer:
     """Everything about one tensor that needs no data, with its rows of the two files."""
-    w, q = piece.full, piece.compressed
-    cell = piece.target.cell(piece.params)
+    w, q, cell = piece.full, piece.compressed, piece.cell
     error = wasserstein = distance = None
     if w is not None:
         error, wasserstein, _ = distances(w, q)
@@ -535,16 +533,14 @@ def assemble(
     """A report from what was measured; the pieces are looked at one at a time."""
     mechanisms = {row["parameter"]: row["mechanism"] for row in header.plan}
     rows = {coding: {row["name"]: row for row in found.rows} for coding, found in written.items()}
-    targets: dict[str, Target] = {}
     layers = []
     for piece in pieces:
         name = piece.name
-        targets[name] = piece.target
         layer = layer_of(piece, mechanisms[name], rows["entropy"][name], rows["bitpacked"][name])
         layers.append(layer.model_copy(update={"sensitivity": losses.get(name)}))
     place = {name: i for i, name in enumerate(order)}
     layers.sort(key=lambda layer: place[layer.name])
-    card = card_of(header, targets, order)
+    card = card_of(header, order)
     if both is not None:  # what is weighed here are files of the compressed life alone
         card = card.model_copy(update={"lives": "both"})
     return Report(

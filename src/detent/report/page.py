@@ -147,7 +147,7 @@ def summary(report: Report) -> str:
         >>> from detent.report import collect
         >>> run = dt.compress(torch.nn.Linear(8, 8), dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4))]))
         >>> summary(collect(run)).split(" instead")[1]
-        ' of 288 bytes (1.9 times smaller).'
+        ' of 288 bytes (2.0 times smaller).'
     """
     smallest = min(parts["file"] for parts in report.sizes.parts.values())
     text = f"The compressed life takes {smallest:,} bytes"

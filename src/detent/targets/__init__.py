@@ -1,13 +1,13 @@
 """Targets: where a weight tensor may end."""
 
-from detent.targets.base import Codes as Codes
 from detent.targets.base import Params as Params
 from detent.targets.base import Scope as Scope
-from detent.targets.base import Stream as Stream
 from detent.targets.base import Target as Target
 from detent.targets.codebook import KernelCodebook as KernelCodebook
 from detent.targets.codebook import VectorCodebook as VectorCodebook
 from detent.targets.composite import SparseLevels as SparseLevels
+from detent.targets.forms import Form as Form
+from detent.targets.held import Held as Held
 from detent.targets.levels import Binary as Binary
 from detent.targets.levels import LearnedLevels as LearnedLevels
 from detent.targets.levels import PowerOfTwo as PowerOfTwo

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from detent.grouping import Layout
 from detent.schedules import check_types
-from detent.targets.declared import Pieces
+from detent.targets.forms import Form
+from detent.targets.parts import compute_dtype
 
-__all__ = ["Codes", "Params", "Scope", "Stream", "Target", "check_finite", "compute_dtype"]
+__all__ = ["Params", "Scope", "Target", "check_finite", "compute_dtype"]
 
 Scope = Literal["element", "row", "tensor", "model"]
 
@@ -48,62 +49,14 @@ class Params:
         return replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stream:
-    """One run of codes.
-
-    Args:
-        name: what it holds ("codes", "mask", "values").
-        values: 1-D tensor; integers in [0, 2**width), or raw floats.
-        width: bits a value on disk: 1 to 16 for integers; 16, 32 or 64 for raw floats.
-
-    Example:
-        >>> Stream(name="codes", values=torch.tensor([0, 3, 1]), width=2).nbytes
-        1
-    """
-
-    name: str
-    values: Tensor
-    width: int
-
-    def __post_init__(self) -> None:
-        assert self.values.dim() == 1, self.values.shape
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk, bit-packed at true width."""
-        return -(-self.values.numel() * self.width // 8)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Codes:
-    """Everything needed, besides the params, to rebuild one projected tensor.
-
-    Example:
-        >>> Codes(streams=(Stream(name="codes", values=torch.tensor([1, 0, 2]), width=2),)).nbytes
-        1
-    """
-
-    streams: tuple[Stream, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk of all streams."""
-        return sum(stream.nbytes for stream in self.streams)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return next(stream.values for stream in self.streams if stream.name == name)
-
-
 class Target(abc.ABC):
     """A set of allowed weights: where a tensor may end.
 
     Final subclasses are frozen keyword-only dataclasses without tensors. With `params = fit(w)` held:
 
     * `project(project(w)) == project(w)` bitwise, and never returns -0.0;
-    * `decode(encode(w)) == project(w)` bitwise;
-    * `relax(w, beta)` tends to `project(w)` as beta grows;
-    * `bits_on_disk(params)` is what the codes and params take on disk.
+    * `form(w).dense() == project(w)` bitwise, and it takes `form(w).nbytes` on disk;
+    * `relax(w, beta)` tends to `project(w)` as beta grows.
 
     Class attributes:
         is_exact: `project` is the nearest point of the set (given the params), not a heuristic.
@@ -114,9 +67,6 @@ class Target(abc.ABC):
         has_codebook: weights take codewords (`assign`, `codebook`, `with_codebook`) that training may move.
         prunes: zero is where pruned weights lie, not one level among others.
         is_one_point: the set holds one tensor alone, whatever the weights are.
-        stored: names of the params that `decode` needs; only these go into a file.
-        shared: names, among `stored` and the streams of codes, of what is the same for all tensors of the rule (a
-            global codebook): a file holds it once, and `bits_on_disk` leaves it out.
 
     Example:
         >>> from detent import Uniform
@@ -132,8 +82,6 @@ class Target(abc.ABC):
     has_codebook: ClassVar[bool] = False
     prunes: ClassVar[bool] = False
     is_one_point: ClassVar[bool] = False
-    stored: ClassVar[tuple[str, ...]]
-    shared: ClassVar[tuple[str, ...]] = ()
     # Lets a recipe file be checked field by field although fields may hold abstract types.
     __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}
 
@@ -202,8 +150,18 @@ class Target(abc.ABC):
         return params
 
     @abc.abstractmethod
+    def form(self, w: Tensor, params: Params) -> Form:
+        """What the projection of a tensor is, in the layout of the params: what a file stores and an export translates.
+
+        Weights are finite here: `fit` refuses others, and so does whoever writes.
+        """
+
     def project(self, w: Tensor, params: Params) -> Tensor:
-        """The nearest point of the set, as a new tensor of the same shape and dtype."""
+        """The nearest point of the set, as a new tensor of the same shape and dtype; by default that of `form`.
+
+        Training calls it in every step: a target of its own says it faster, to the bit.
+        """
+        return self.form(w, params).dense() if w.numel() else w.detach().clone()  # a process may hold no row
 
     def relax(self, w: Tensor, params: Params, beta: float) -> Tensor:
         """A smooth stand-in that sharpens with beta: `(w + beta project(w)) / (1 + beta)`.
@@ -220,46 +178,20 @@ class Target(abc.ABC):
         q = self.project(w, params)
         return q if math.isinf(beta) else torch.lerp(w, q, beta / (1.0 + beta))
 
-    @abc.abstractmethod
-    def encode(self, w: Tensor, params: Params) -> Codes:
-        """Codes of `project(w)` for a whole tensor."""
+    def restored(self, w: Tensor, form: Form) -> Params:
+        """All params of a tensor that was read from a file; by default those of a fit.
 
-    @abc.abstractmethod
-    def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
-        """The projected tensor, bitwise, from its codes."""
-
-    def restored(self, w: Tensor, params: Params, codes: Codes) -> Params:
-        """All params of a tensor that was read from a file, from those that are stored and the codes.
-
-        What decoding does not need is in no file. By default it is fitted to the weights again, so a target whose fit
-        takes long, or finds something else once the weights have moved, takes it from the codes.
+        Where these do not project the weights to what the file holds, that is what the tensor stays.
 
         Args:
             w: the whole tensor, in its full life or projected.
-            params: the layout, and the numbers named in `stored`.
-            codes: what `encode` gave.
+            form: what `form` gave.
         """
-        fitted = self.fit(w, params.layout)
-        return replace(fitted, tensors={**fitted.tensors, **params.tensors})
+        return self.fit(w, form.layout)
 
-    def declared(self, layout: Layout, dtype: torch.dtype, held: Mapping[str, int]) -> Pieces | None:
-        """What a file may hold of a tensor, which its reader compares before anything is decoded.
-
-        `None`: unknown. Counts are then bounded by the tensor, and `decode` alone refuses what it does not understand.
-
-        Args:
-            layout: of the tensor.
-            dtype: of its weights.
-            held: how many values the file says it has of each piece, for sizes that only a fit knows (of a codebook).
-
-        Raises:
-            ValueError: sizes that no fit gives.
-        """
-        return None
-
-    @abc.abstractmethod
-    def bits_on_disk(self, params: Params) -> int:
-        """Bits on disk of the codes (each stream padded to whole bytes) and the params."""
+    def recounted(self, w: Tensor, params: Params) -> Params:
+        """The params with counts for what is left of a weight of the set, more of which has become zero."""
+        return params
 
     @abc.abstractmethod
     def typical(self, params: Params) -> Tensor:
@@ -333,11 +265,6 @@ class Target(abc.ABC):
             ValueError: the target has no bit-width.
         """
         raise ValueError(f"bits={bits}: {type(self).__name__} has no bit-width to change")
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which targets compute: float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_finite(w: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from detent.grouping import Layout
 from detent.schedules import is_whole
-from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite, compute_dtype
-from detent.targets.declared import Declared, Pieces
+from detent.targets.base import Params, Scope, Target, check_finite, compute_dtype
+from detent.targets.forms import Codewords, Form
 from detent.targets.levels import _PARAM_DTYPES, Uniform
 
 __all__ = ["KernelCodebook", "VectorCodebook"]
@@ -72,14 +72,6 @@ class _Codebook(Target):
     @property
     def fits_together(self) -> bool:
         return self.book == "global"
-
-    @property
-    def stored(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("book",) if self.codebook_bits is None else ("scale",)
-
-    @property
-    def shared(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("book", "scale") if self.book == "global" else ()
 
     @abc.abstractmethod
     def _length(self, shape: Sequence[int]) -> int:
@@ -260,68 +252,29 @@ class _Codebook(Target):
 
     # --- storing --------------------------------------------------------------------------------------------------
 
-    def encode(self, w: Tensor, params: Params) -> Codes:
-        check_finite(w)
-        book, streams = params["book"], []
-        if len(book) > 1:
-            index = self.assign(w, params).to(torch.int32)
-            streams.append(Stream(name="codes", values=index, width=_width(len(book))))
+    def form(self, w: Tensor, params: Params) -> Codewords:
+        book, scale = params["book"], None
         if self.codebook_bits is not None:
-            whole = Params(tensors={"scale": params["scale"]}, layout=Layout(shape=tuple(book.shape)))
-            levels = self._grid().encode(book, whole)["codes"]
-            streams.append(Stream(name="book", values=levels, width=self.codebook_bits))
-        return Codes(streams=tuple(streams))
-
-    def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
-        shape = params.layout.shape
-        book = self._written_book(codes, params, dtype)
-        if self.zero and bool(book[0].any()):
-            raise ValueError("a codebook whose first codeword is not zero")
-        entries = self._entries(Params(tensors={"book": book}, layout=params.layout), dtype)
-        units = math.prod(shape) // self._length(shape)
-        several = len(entries) > 1
-        index = codes["codes"].long() if several else torch.zeros(units, dtype=torch.long, device=book.device)
-        return entries[index].reshape(shape)
-
-    def declared(self, layout: Layout, dtype: torch.dtype, held: Mapping[str, int]) -> Pieces:
-        length = self._length(layout.shape)
-        units = layout.numel // length
-        # A count that happens to be that of the ones in one-bit codes is written as such: there are two codewords then.
-        written = held.get("book", 0) or (2 * length if "codes" in held else 0)
-        codewords, most = written // length, self._codewords(units) if self.book == "layer" else self.size
-        if not 1 <= codewords <= most:
-            raise ValueError(f"a codebook of {codewords} codewords, where 1 to {most} may be")
-        shape, index = (
-            (codewords, length),
-            Declared(name="codes", kind=_width(codewords), shape=(units,), below=codewords),
+            scale = params["scale"]
+            whole = Params(tensors={"scale": scale}, layout=Layout(shape=tuple(book.shape)))
+            book = self._grid().form(book, whole).codes
+        return Codewords(
+            layout=params.layout,
+            dtype=w.dtype,
+            index=self.assign(w, params).to(torch.int32),
+            book=book,
+            scale=scale,
+            width=self.codebook_bits,
+            is_shared=self.book == "global",
         )
-        codes = (index,) if codewords > 1 else ()
-        if self.codebook_bits is None:
-            return Pieces((Declared(name="book", kind=_PARAM_DTYPES[self.param_dtype], shape=shape),), codes)
-        grid = self._grid().declared(Layout(shape=shape), dtype, {})
-        return Pieces(grid.params, (*codes, replace(grid.streams[0], name="book")))
 
-    def _written_book(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
-        """The codewords, from what is stored."""
-        if self.codebook_bits is None:
-            return params["book"]
-        levels, length = codes["book"], self._length(params.layout.shape)
-        if levels.numel() % length or int(levels.max()) > 2**self.codebook_bits - 2:
-            raise ValueError(f"the codebook is none of {self.codebook_bits} bits and {length} weights a codeword")
-        alone = Codes(streams=(Stream(name="codes", values=levels, width=self.codebook_bits),))
-        layout = Layout(shape=(levels.numel() // length, length))
-        return self._grid().decode(alone, Params(tensors={"scale": params["scale"]}, layout=layout), dtype)
-
-    def restored(self, w: Tensor, params: Params, codes: Codes) -> Params:
+    def restored(self, w: Tensor, form: Form) -> Params:
         # How many units share a global codebook is not told by one of them; only training asks.
-        book = self._written_book(codes, params, w.dtype).to(w.device)
-        found = replace(params, tensors={**params.tensors, "book": book})
-        return replace(found, tensors={**found.tensors, "typical": self._gap(w, found)})
-
-    def bits_on_disk(self, params: Params) -> int:
-        codewords, length = params["book"].shape
-        own = _index_bits(params.layout.numel // length, codewords)
-        return own if self.book == "global" else own + self._book_bits(codewords, length)
+        assert isinstance(form, Codewords)
+        numbers = {"book": form.book} if form.scale is None else {"book": form.entries, "scale": form.scale}
+        numbers = {name: tensor.to(w.device) for name, tensor in numbers.items()}
+        found = Params(tensors=numbers, layout=form.layout)
+        return replace(found, tensors={**numbers, "typical": self._gap(w, found)})
 
     def _book_bits(self, codewords: int, length: int) -> int:
         """Bits of a codebook: integers, padded to whole bytes, and their scale; or floats."""
@@ -387,8 +340,8 @@ class KernelCodebook(_Codebook):
         >>> params = kernels.fit(w)
         >>> len(kernels.project(w, params).reshape(-1, 9).unique(dim=0))
         4
-        >>> kernels.bits_on_disk(params)      # 32 indices of 2 bits, 4 x 9 numbers of 6 bits, one float32 scale
-        312
+        >>> kernels.form(w, params).nbytes      # 32 indices of 2 bits, 4 x 9 numbers of 6 bits, one float32 scale
+        39
 
     Reference: Yu et al., "Kernel Quantization for Efficient Network Compression", arXiv 2003.05148. How the codebook
     is found and rounded is ours: the paper's abstract leaves it open.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from detent.grouping import Granularity, Layout, PerTensor, granularity_of
 from detent.schedules import is_whole
-from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite
-from detent.targets.declared import Pieces
-from detent.targets.sparse import Sparse, of_survivors, padded, square_unit
+from detent.targets.base import Params, Scope, Target, check_finite
+from detent.targets.forms import Form
+from detent.targets.forms import Sparse as SparseForm
+from detent.targets.sparse import Sparse, square_unit
 
 __all__ = ["SparseLevels"]
 
 _PATTERN = "pattern."
-_CODES = "survivors."
 _PIECE = 1 << 18  # weights whose gains are worked out at a time
 
 
@@ -70,7 +70,7 @@ class SparseLevels(Target):
         if not isinstance(self.sparse, Sparse):
             raise ValueError(f"SparseLevels(sparse={self.sparse!r}): must be a sparse target such as TopK(keep=0.1)")
         alone = isinstance(self.survivors, Target) and self.survivors.scope == "element"
-        if not alone or self.survivors.fits_together or self.survivors.shared:
+        if not alone or self.survivors.fits_together:
             raise ValueError(
                 f"SparseLevels(survivors={self.survivors!r}): must be a target that takes weights one at a time, such "
                 "as Uniform(bits=4)"
@@ -99,10 +99,6 @@ class SparseLevels(Target):
     def bits(self) -> int | None:
         """Width of the survivors' codes, if they have one that can change."""
         return getattr(self.survivors, "bits", None) if self.has_bits else None
-
-    @property
-    def stored(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.survivors.stored
 
     @property
     def against_collapse(self) -> str:
@@ -203,48 +199,23 @@ class SparseLevels(Target):
         q, mask = self._choose(w.detach(), _pattern_of(params), _levels_of(params))
         return torch.where(mask, q, torch.zeros_like(q))
 
-    def encode(self, w: Tensor, params: Params) -> Codes:
-        check_finite(w)
-        pattern, levels = _pattern_of(params), _levels_of(params)
-        _, mask = self._choose(w.detach(), pattern, levels)
-        count = self.sparse.kept(pattern)
-        streams = [
-            Stream(name=_CODES + s.name, values=padded(s.values[mask.reshape(-1)], count), width=s.width)
-            for s in self.survivors.encode(w, levels).streams
-        ]
-        return Codes(streams=(*self.sparse.pattern(mask, pattern), *streams))
+    def form(self, w: Tensor, params: Params) -> SparseForm:
+        w, layout, levels = w.detach(), params.layout, _levels_of(params)
+        _, mask = self._choose(w, _pattern_of(params), levels)
+        own = {"mask": mask, "inside": self.survivors.form(w, levels), "pattern": self.sparse.pattern(layout)}
+        return SparseForm(layout=layout, dtype=w.dtype, **own)
 
-    def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
-        mask = self.sparse.unpattern(codes, params).reshape(-1)
-        whole = []
-        for stream in codes.streams:
-            if not stream.name.startswith(_CODES):
-                continue
-            values = torch.zeros(mask.shape, dtype=stream.values.dtype, device=stream.values.device)
-            values[mask] = of_survivors(stream.values, mask)
-            whole.append(Stream(name=stream.name.removeprefix(_CODES), values=values, width=stream.width))
-        q = self.survivors.decode(Codes(streams=tuple(whole)), params, dtype)
-        return q.masked_fill_(~mask.reshape(q.shape), 0.0)
-
-    def declared(self, layout: Layout, dtype: torch.dtype, held: Mapping[str, int]) -> Pieces | None:
-        pattern, levels = self.sparse.declared_pattern(layout), self.survivors.declared(layout, dtype, held)
-        if pattern is None or levels is None:
-            return None
-        shape = None if pattern[1] is None else (pattern[1],)
-        streams = [replace(piece, name=_CODES + piece.name, shape=shape) for piece in levels.streams]
-        return Pieces(levels.params, (*pattern[0], *streams))
-
-    def restored(self, w: Tensor, params: Params, codes: Codes) -> Params:
-        pattern = self.sparse.restored(w, params, codes)
-        gap = self.decode(codes, params, w.dtype).to(w.device).double().sub_(w.detach()).abs_().mean().float()
+    def restored(self, w: Tensor, form: Form) -> Params:
+        assert isinstance(form, SparseForm)
+        pattern, levels = self.sparse.restored(w, form), self.survivors.restored(w, form.inside)
+        gap = form.dense().to(w.device).double().sub_(w.detach()).abs_().mean().float()
         tensors = {_PATTERN + name: tensor for name, tensor in pattern.tensors.items()}
         tensors[_PATTERN + "distance"] = torch.where(gap > 0, gap, torch.ones_like(gap))
-        return replace(params, tensors={**tensors, **params.tensors})
+        return replace(levels, tensors={**tensors, **levels.tensors})
 
-    def bits_on_disk(self, params: Params) -> int:
-        pattern, levels = _pattern_of(params), _levels_of(params)
-        flat = replace(levels, layout=Layout(shape=(self.sparse.kept(pattern),)))
-        return self.sparse.pattern_bits(pattern) + self.survivors.bits_on_disk(flat)
+    def recounted(self, w: Tensor, params: Params) -> Params:
+        counts = self.sparse.counted(w != 0, params.layout)
+        return replace(params, tensors={**params.tensors} | {_PATTERN + name: count for name, count in counts.items()})
 
     def typical(self, params: Params) -> Tensor:
         return params[_PATTERN + "distance"].clamp_max(torch.finfo(torch.float32).max)

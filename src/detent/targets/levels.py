@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from detent.grouping import GranularityLike, Layout, granularity_of
 from detent.schedules import is_whole
-from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite, compute_dtype
-from detent.targets.declared import Declared, Pieces, scale_ends
+from detent.targets.base import Params, Scope, Target, check_finite, compute_dtype
+from detent.targets.forms import Form, Grid, Levels, grid_cell, in_pieces, looked_up
 from detent.targets.kmeans import kmeans, ternary_scale
+from detent.targets.parts import scale_ends
 from detent.targets.search import alternating, least_error
 
 __all__ = ["Binary", "LearnedLevels", "PowerOfTwo", "Ternary", "Uniform"]
@@ -37,7 +38,6 @@ class _Scaled(Target):
     param_dtype: Literal["float16", "bfloat16", "float32"]
 
     is_exact: ClassVar[bool] = True
-    stored: ClassVar[tuple[str, ...]] = ("scale",)
 
     @property
     def scope(self) -> Scope:
@@ -50,11 +50,6 @@ class _Scaled(Target):
 
     @property
     @abc.abstractmethod
-    def _width(self) -> int:
-        """Bits a code."""
-
-    @property
-    @abc.abstractmethod
     def _has_zero(self) -> bool:
         """Whether 0 is one of the integers."""
 
@@ -64,14 +59,6 @@ class _Scaled(Target):
         smallest, largest = scale_ends(store, dtype, self._n)
         live = scale.clamp(min=smallest, max=largest).to(store)
         return live.mul_(scale > 0)
-
-    def declared(self, layout: Layout, dtype: torch.dtype, held: Mapping[str, int]) -> Pieces:
-        store, groups = _PARAM_DTYPES[self.param_dtype], granularity_of(self.granularity).count(layout)
-        low, high = scale_ends(store, dtype, self._n)
-        scale = Declared(name="scale", kind=store, shape=(groups,), low=low, high=high, besides=0.0)
-        levels = 2 * self._n + self._has_zero
-        codes = Declared(name="codes", kind=self._width, shape=(layout.numel,), below=levels)
-        return Pieces((scale,) if self.stored else (), (codes,))
 
     def _least_error(
         self, x: Tensor, full: Tensor, ratios: Sequence[float], layout: Layout, dtype: torch.dtype
@@ -92,12 +79,6 @@ class _Scaled(Target):
         sizes = groups.sizes(layout).to(x.device)
         return alternating(groups.cut(x, layout, 0.0), sizes, self._n, self._has_zero, rounds, x.dtype)
 
-    def _scale(self, params: Params, dtype: torch.dtype) -> Tensor:
-        """One scale a group; 1 where the target stores none and the params come from a file."""
-        if "scale" in params.tensors:
-            return params["scale"].to(dtype)
-        return torch.ones(granularity_of(self.granularity).count(params.layout), dtype=dtype)
-
     def _indices(self, x: Tensor, scale: Tensor, layout: Layout) -> Tensor:
         # An all-zero group has scale 0; divide it by 1 instead, the multiplication makes it zero again.
         divisor = torch.where(scale > 0, scale, 1.0).to(x.dtype)
@@ -115,39 +96,33 @@ class _Scaled(Target):
 
     def project(self, w: Tensor, params: Params) -> Tensor:
         x = w.detach().to(compute_dtype(w.dtype))
-        return self._on_grid(x, self._scale(params, x.dtype), params.layout).to(w.dtype)
+        return self._on_grid(x, params["scale"].to(x.dtype), params.layout).to(w.dtype)
 
-    def encode(self, w: Tensor, params: Params) -> Codes:
-        check_finite(w)
+    def form(self, w: Tensor, params: Params) -> Grid:
         x = w.detach().to(compute_dtype(w.dtype))
-        codes = self._indices(x, self._scale(params, x.dtype), params.layout).add_(self._n)
+        codes = self._indices(x, params["scale"], params.layout).add_(self._n)
         if not self._has_zero:
             codes.sub_((codes > self._n).to(codes.dtype))
-        return Codes(streams=(Stream(name="codes", values=codes.to(torch.uint8).reshape(-1), width=self._width),))
+        return Grid(
+            layout=params.layout,
+            dtype=w.dtype,
+            codes=codes.to(torch.uint8 if self._n <= 128 - self._has_zero else torch.int32),
+            scale=self._written(params),
+            granularity=self.granularity,
+            n=self._n,
+            zero=self._has_zero,
+        )
 
-    def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
-        compute = compute_dtype(dtype)
-        indices = codes["codes"].to(compute).sub_(self._n).reshape(params.layout.shape)
-        if not self._has_zero:
-            indices.add_((indices >= 0).to(compute))
-        step = granularity_of(self.granularity).expand(self._scale(params, compute).to(indices.device), params.layout)
-        return indices.mul_(step).add_(0.0).to(dtype)
+    def _written(self, params: Params) -> Tensor | None:
+        """The scale that a file has to hold."""
+        return params["scale"]
 
-    def restored(self, w: Tensor, params: Params, codes: Codes) -> Params:
-        return params
-
-    def bits_on_disk(self, params: Params) -> int:
-        codes = 8 * -(-params.layout.numel * self._width // 8)
-        if not self.stored:
-            return codes
-        return codes + params["scale"].numel() * torch.finfo(_PARAM_DTYPES[self.param_dtype]).bits
+    def restored(self, w: Tensor, form: Form) -> Params:
+        return Params(tensors={"scale": form.named["scale"]}, layout=form.layout)
 
     def cell(self, params: Params) -> Tensor:
-        # A dead group (scale 0) still needs a positive width to divide by; its weights are exactly zero.
-        scale = self._scale(params, torch.float32)
-        # Without zero the middle cell is twice as wide; where n is 1 there is no other.
-        width = scale if self._has_zero or self._n > 1 else 2 * scale.clamp(max=torch.finfo(torch.float32).max / 2)
-        return granularity_of(self.granularity).expand(torch.where(scale > 0, width, 1.0), params.layout)
+        width = grid_cell(params["scale"].to(torch.float32), self._n, self._has_zero)
+        return granularity_of(self.granularity).expand(width, params.layout)
 
     def typical(self, params: Params) -> Tensor:
         return self.cell(params) / 4
@@ -155,17 +130,17 @@ class _Scaled(Target):
     def spacing(self, params: Params) -> Tensor | None:
         if not self._has_zero and self._n > 1:
             return None  # the gap about 0 is twice as wide
-        scale = self._scale(params, torch.float32)
+        scale = params["scale"].to(torch.float32)
         return granularity_of(self.granularity).expand(scale if self._has_zero else 2 * scale, params.layout)
 
     def limits(self, params: Params) -> Tensor:
         # In float64 the product is exact, so that rounded to the weight's dtype it is the outermost level itself.
-        scale = self._scale(params, torch.float64)
+        scale = params["scale"].to(torch.float64)
         return granularity_of(self.granularity).expand(scale * self._n, params.layout)
 
     def levels(self, params: Params) -> Tensor:
         """Scale times integers, exactly, in float64; a group of scale 0 repeats the level 0."""
-        scale = granularity_of(self.granularity).expand(self._scale(params, torch.float64), params.layout)
+        scale = granularity_of(self.granularity).expand(params["scale"].to(torch.float64), params.layout)
         steps = torch.arange(-self._n, self._n + 1, dtype=torch.float64, device=scale.device)
         steps = steps if self._has_zero else steps[steps != 0]
         return scale.unsqueeze(-1) * steps + 0.0
@@ -202,8 +177,8 @@ class Uniform(_Scaled):
         >>> params = grid.fit(w)
         >>> grid.project(w, params)
         tensor([ 1.,  0., -1.,  0.])
-        >>> grid.bits_on_disk(params)      # four 2-bit codes and one float32 scale
-        40
+        >>> grid.form(w, params).nbytes      # four 2-bit codes and one float32 scale
+        5
         >>> halves = Uniform(bits=2, range="minmax", zero=False)
         >>> halves.levels(halves.fit(w)).tolist()
         [-1.0, -0.5, 0.5, 1.0]
@@ -237,10 +212,6 @@ class Uniform(_Scaled):
     @property
     def _n(self) -> int:
         return 2 ** (self.bits - 1) - int(self.zero)
-
-    @property
-    def _width(self) -> int:
-        return self.bits
 
     @property
     def _has_zero(self) -> bool:
@@ -300,9 +271,11 @@ class _Signs(_Scaled):
 
     scale: Any  # how the number is found, or None for none; each class says which words it knows
 
-    @property
-    def stored(self) -> tuple[str, ...]:  # type: ignore[override]
-        return () if self.scale is None else ("scale",)
+    def _written(self, params: Params) -> Tensor | None:
+        return None if self.scale is None else params["scale"]
+
+    def restored(self, w: Tensor, form: Form) -> Params:
+        return self.fit(w, form.layout) if self.scale is None else super().restored(w, form)
 
     @property
     def _n(self) -> int:
@@ -339,8 +312,8 @@ class Binary(_Signs):
         >>> binary = Binary()
         >>> binary.project(w, binary.fit(w))
         tensor([ 1., -1.,  1.,  1.])
-        >>> binary.bits_on_disk(binary.fit(w))      # four bits in a byte, and one float32
-        40
+        >>> binary.form(w, binary.fit(w)).nbytes      # four bits in a byte, and one float32
+        5
 
     Reference: Rastegari et al., "XNOR-Net", arXiv 1603.05279, section 3.1; without a scale Ajanthan et al., "Mirror
     Descent View for Neural Network Quantization", arXiv 1910.08237.
@@ -356,10 +329,6 @@ class Binary(_Signs):
         granularity_of(self.granularity, "Binary.granularity")
         _check_param_dtype("Binary", self.param_dtype)
         super().__post_init__()
-
-    @property
-    def _width(self) -> int:
-        return 1
 
     @property
     def _has_zero(self) -> bool:
@@ -390,8 +359,8 @@ class Ternary(_Signs):
         >>> ternary = Ternary()
         >>> ternary.project(w, ternary.fit(w))
         tensor([ 0.9000,  0.0000, -0.9000,  0.0000])
-        >>> ternary.bits_on_disk(ternary.fit(w))      # four 2-bit codes and one float32
-        40
+        >>> ternary.form(w, ternary.fit(w)).nbytes      # four 2-bit codes and one float32
+        5
 
     Reference: Li et al., "Ternary Weight Networks", arXiv 1605.04711; "alternate": Leng et al., arXiv 1707.09870;
     without a scale Ajanthan et al., arXiv 1910.08237.
@@ -407,10 +376,6 @@ class Ternary(_Signs):
         granularity_of(self.granularity, "Ternary.granularity")
         _check_param_dtype("Ternary", self.param_dtype)
         super().__post_init__()
-
-    @property
-    def _width(self) -> int:
-        return 2
 
     @property
     def _has_zero(self) -> bool:
@@ -433,23 +398,9 @@ class _Listed(Target):
     def scope(self) -> Scope:
         return "element"
 
-    @property
-    @abc.abstractmethod
-    def _width(self) -> int:
-        """Bits a code."""
-
     @abc.abstractmethod
     def _table(self, params: Params) -> Tensor:
         """(groups, levels), ascending, in float64; every level is a number of the weight's dtype."""
-
-    def _pieces(self, x: Tensor, layout: Layout) -> Iterable[tuple[Tensor, Tensor]]:
-        """Pieces of a tensor, each with the group of every weight."""
-        marks = torch.arange(granularity_of(self.granularity).count(layout), dtype=torch.int32, device=x.device)
-        group = granularity_of(self.granularity).expand(marks, layout).broadcast_to(x.shape)
-        if x.numel() <= _PIECE or x.dim() < 2:
-            return [(x, group)]
-        rows = max(1, _PIECE * x.shape[0] // x.numel())
-        return zip(x.split(rows), group.split(rows), strict=True)
 
     def _places(self, x: Tensor, table: Tensor, layout: Layout) -> Tensor:
         """Number of the nearest level of each weight's group, int32; half-way the lower one."""
@@ -462,7 +413,7 @@ class _Listed(Target):
         size = 1 << (table.shape[1] - 1).bit_length()
         bounds = torch.nn.functional.pad(bounds, (0, size - 1 - bounds.shape[1]), value=torch.inf).reshape(-1)
         places = []
-        for part, group in self._pieces(x, layout):
+        for part, group in in_pieces(x, granularity_of(self.granularity), layout):
             place = torch.zeros_like(part, dtype=torch.int32)
             step = size
             while step > 1:
@@ -472,41 +423,20 @@ class _Listed(Target):
             places.append(place)
         return torch.cat(places) if len(places) > 1 else places[0]
 
-    def _values(self, places: Tensor, table: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-        table = table.to(dtype)
-        if len(table) == 1:
-            return table[0].index_select(0, places.reshape(-1)).reshape(places.shape)
-        flat, k = table.reshape(-1), table.shape[1]
-        parts = [
-            flat.index_select(0, (group * k + place).reshape(-1)).reshape(place.shape)
-            for place, group in self._pieces(places, layout)
-        ]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
     def project(self, w: Tensor, params: Params) -> Tensor:
         x = w.detach().to(compute_dtype(w.dtype))
         table = self._table(params)
-        return self._values(self._places(x, table, params.layout), table, params.layout, w.dtype)
+        places = self._places(x, table, params.layout)
+        return looked_up(places, table.to(w.dtype), granularity_of(self.granularity), params.layout)
 
-    def encode(self, w: Tensor, params: Params) -> Codes:
-        check_finite(w)
+    def form(self, w: Tensor, params: Params) -> Form:
         x = w.detach().to(compute_dtype(w.dtype))
-        codes = self._places(x, self._table(params), params.layout).to(torch.uint8).reshape(-1)
-        return Codes(streams=(Stream(name="codes", values=codes, width=self._width),))
+        codes = self._places(x, self._table(params), params.layout)
+        return self._form_of(codes.to(torch.uint8), w.dtype, params)
 
-    def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
-        table = self._table(params).to(codes["codes"].device)
-        places = codes["codes"].to(torch.int32).reshape(params.layout.shape)
-        if places.numel() and int(places.max()) >= table.shape[1]:
-            raise ValueError(f"a code of {int(places.max())}, where there are only {table.shape[1]} levels")
-        return self._values(places, table, params.layout, dtype)
-
-    def restored(self, w: Tensor, params: Params, codes: Codes) -> Params:
-        return params
-
-    def bits_on_disk(self, params: Params) -> int:
-        codes = 8 * -(-params.layout.numel * self._width // 8)
-        return codes + sum(params[name].numel() * torch.finfo(params[name].dtype).bits for name in self.stored)
+    @abc.abstractmethod
+    def _form_of(self, codes: Tensor, dtype: torch.dtype, params: Params) -> Form:
+        """The form of these places among the levels."""
 
     def typical(self, params: Params) -> Tensor:
         """A quarter of the mean distance of neighbouring levels, as on an evenly spaced grid."""
@@ -564,7 +494,6 @@ class PowerOfTwo(_Listed):
     zero: bool = True
 
     has_bits: ClassVar[bool] = True
-    stored: ClassVar[tuple[str, ...]] = ("top",)
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or self.bits not in self.widths:
@@ -582,10 +511,6 @@ class PowerOfTwo(_Listed):
     def _n(self) -> int:
         return 2 ** (self.bits - 1) - int(self.zero)
 
-    @property
-    def _width(self) -> int:
-        return self.bits
-
     def _table(self, params: Params) -> Tensor:
         top = params["top"].double().unsqueeze(1)
         down = torch.arange(self._n, dtype=torch.float64, device=top.device)
@@ -601,12 +526,15 @@ class PowerOfTwo(_Listed):
         """Tops moved between these; exact in float16, as they are stored."""
         return top.clamp(*self._ends(dtype)).to(torch.float16)
 
-    def declared(self, layout: Layout, dtype: torch.dtype, held: Mapping[str, int]) -> Pieces:
-        (low, high), shape = self._ends(dtype), (granularity_of(self.granularity).count(layout),)
-        dead = None if self.zero else _DEAD
-        top = Declared(name="top", kind=torch.float16, shape=shape, low=low, high=high, besides=dead, whole=True)
-        levels = 2 * self._n + self.zero
-        return Pieces((top,), (Declared(name="codes", kind=self.bits, shape=(layout.numel,), below=levels),))
+    def _form_of(self, codes: Tensor, dtype: torch.dtype, params: Params) -> Grid:
+        smallest = self._table(params)[:, self._n + self.zero].to(torch.bfloat16)
+        own = {"granularity": self.granularity, "n": self._n, "zero": self.zero, "powers": True}
+        return Grid(layout=params.layout, dtype=dtype, codes=codes, scale=smallest, **own)
+
+    def restored(self, w: Tensor, form: Form) -> Params:
+        smallest = form.named["scale"].float()
+        top = torch.where(smallest > 0, smallest.log2().round() + (self._n - 1), _DEAD).to(torch.float16)
+        return Params(tensors={"top": top}, layout=form.layout)
 
     def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
         layout = layout or Layout(shape=tuple(w.shape))
@@ -672,8 +600,8 @@ class LearnedLevels(_Listed):
         >>> learned = LearnedLevels(k=3, zero=True)
         >>> learned.project(w, learned.fit(w))
         tensor([ 1.2500,  1.2500, -2.2500, -2.2500,  0.0000])
-        >>> learned.bits_on_disk(learned.fit(w))      # five 2-bit codes in two bytes, and three float32
-        112
+        >>> learned.form(w, learned.fit(w)).nbytes      # five 2-bit codes in two bytes, and three float32
+        14
 
     Reference: Han et al., "Deep Compression", arXiv 1510.00149, section 3.1.
     """
@@ -684,7 +612,6 @@ class LearnedLevels(_Listed):
     param_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
 
     has_codebook: ClassVar[bool] = True
-    stored: ClassVar[tuple[str, ...]] = ("levels",)
 
     def __post_init__(self) -> None:
         if not is_whole(self.k, 2, 256):
@@ -692,10 +619,6 @@ class LearnedLevels(_Listed):
         granularity_of(self.granularity, "LearnedLevels.granularity")
         _check_param_dtype("LearnedLevels", self.param_dtype)
         super().__post_init__()
-
-    @property
-    def _width(self) -> int:
-        return (self.k - 1).bit_length()
 
     def _table(self, params: Params) -> Tensor:
         return params["levels"].double().sort(dim=1).values  # training may have let two of them pass each other
@@ -713,17 +636,12 @@ class LearnedLevels(_Listed):
         most = min(torch.finfo(store).max, torch.finfo(dtype).max)
         return min(most, 65280.0) if {store, dtype} == {torch.float16, torch.bfloat16} else most
 
-    def declared(self, layout: Layout, dtype: torch.dtype, held: Mapping[str, int]) -> Pieces:
-        store, most = _PARAM_DTYPES[self.param_dtype], self._most(dtype)
-        shape = (granularity_of(self.granularity).count(layout), self.k)
-        levels = Declared(name="levels", kind=store, shape=shape, low=-most, high=most, within=dtype)
-        codes = Declared(name="codes", kind=self._width, shape=(layout.numel,), below=self.k)
-        return Pieces((levels,), (codes,))
+    def _form_of(self, codes: Tensor, dtype: torch.dtype, params: Params) -> Levels:
+        table = params["levels"].sort(dim=1).values
+        return Levels(layout=params.layout, dtype=dtype, codes=codes, table=table, granularity=self.granularity)
 
-    def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
-        if self.zero and not bool((params["levels"] == 0).any(dim=1).all()):
-            raise ValueError("levels without the 0 that is one of them")
-        return super().decode(codes, params, dtype)
+    def restored(self, w: Tensor, form: Form) -> Params:
+        return Params(tensors={"levels": form.named["levels"].reshape(-1, self.k)}, layout=form.layout)
 
     def _stored(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
         store, most = _PARAM_DTYPES[self.param_dtype], self._most(dtype)
@@ -737,7 +655,8 @@ class LearnedLevels(_Listed):
         places = self._places(x, ranked.values, layout)
         flat = rows.reshape(-1)
         parts = [
-            flat.index_select(0, (group * self.k + place).reshape(-1)) for place, group in self._pieces(places, layout)
+            flat.index_select(0, (group * self.k + place).reshape(-1))
+            for place, group in in_pieces(places, granularity_of(self.granularity), layout)
         ]
         return torch.cat(parts)
 

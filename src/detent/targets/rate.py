@@ -11,7 +11,7 @@ from torch import Tensor
 
 from detent.grouping import GranularityLike, Layout, PerTensor, granularity_of
 from detent.schedules import is_finite, is_number, is_whole
-from detent.targets.base import Codes, Params, Stream, check_finite, compute_dtype
+from detent.targets.base import Params, check_finite, compute_dtype
 from detent.targets.levels import _check_param_dtype, _Scaled
 
 __all__ = ["UniformStep", "entropy_at", "step_at_rate"]
@@ -105,10 +105,6 @@ class UniformStep(_Scaled):
         return 2 ** (self.bits - 1) - 1
 
     @property
-    def _width(self) -> int:
-        return self.bits
-
-    @property
     def _has_zero(self) -> bool:
         return True
 
@@ -168,13 +164,6 @@ class UniformStep(_Scaled):
         index = torch.div(x, granularity_of(self.granularity).expand(divisor, layout))
         size = index.abs_().add_(self.rounding).floor_().clamp_(max=self._n)
         return torch.copysign(size, x, out=size)
-
-    def encode(self, w: Tensor, params: Params) -> Codes:
-        check_finite(w)
-        x = w.detach().to(compute_dtype(w.dtype))
-        codes = self._indices(x, self._scale(params, x.dtype), params.layout).add_(self._n)
-        whole = codes.to(torch.uint8 if self.bits <= 8 else torch.int32)
-        return Codes(streams=(Stream(name="codes", values=whole.reshape(-1), width=self.bits),))
 
 
 def entropy_at(weights: Sequence[Tensor], step: float, rounding: float, n: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from detent.grouping import Layout
-from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite
-from detent.targets.declared import Declared, Pieces
+from detent.targets.base import Params, Scope, Target, check_finite
+from detent.targets.forms import Floats
 
 __all__ = ["Round"]
 
@@ -37,14 +36,13 @@ class Round(Target):
         >>> halves = Round()
         >>> halves.project(w, halves.fit(w))
         tensor([ 1.0000,  0.1000, -3.1406])
-        >>> halves.bits_on_disk(halves.fit(w))
-        48
+        >>> halves.form(w, halves.fit(w)).nbytes
+        6
     """
 
     dtype: Literal["float16", "bfloat16"] = "float16"
 
     is_exact: ClassVar[bool] = True
-    stored: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, str) or self.dtype not in _STORE:
@@ -82,23 +80,8 @@ class Round(Target):
     def project(self, w: Tensor, params: Params) -> Tensor:
         return self._short(w).to(w.dtype)
 
-    def encode(self, w: Tensor, params: Params) -> Codes:
-        check_finite(w)
-        return Codes(streams=(Stream(name="values", values=self._short(w).reshape(-1), width=16),))
-
-    def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
-        values = codes["values"]
-        if values.dtype != _STORE[self.dtype] or not bool(torch.isfinite(values).all()):
-            raise ValueError(f"the values are {values.dtype} or not finite, where {self.dtype} belongs")
-        return values.to(dtype).reshape(params.layout.shape)
-
-    def declared(self, layout: Layout, dtype: torch.dtype, held: Mapping[str, int]) -> Pieces:
-        most, store = self._most(dtype), _STORE[self.dtype]
-        values = Declared(name="values", kind=store, shape=(layout.numel,), low=-most, high=most, within=dtype)
-        return Pieces((), (values,))
-
-    def bits_on_disk(self, params: Params) -> int:
-        return 16 * params.layout.numel
+    def form(self, w: Tensor, params: Params) -> Floats:
+        return Floats(layout=params.layout, dtype=w.dtype, value=self._short(w))
 
     def typical(self, params: Params) -> Tensor:
         """The mean distance; 1 if there is none (any positive number)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -13,26 +13,25 @@ from torch import Tensor
 
 from detent.grouping import Layout
 from detent.schedules import is_whole
-from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite, compute_dtype
-from detent.targets.declared import Declared, Pieces
+from detent.targets.base import Params, Scope, Target, check_finite, compute_dtype
+from detent.targets.forms import Floats, Form
+from detent.targets.forms import Sparse as SparseForm
+from detent.targets.patterns import LONGEST_BLOCK, Blocks, Mask, Pattern, Tiles, matrix
 
 __all__ = ["NM", "Sparse", "Structured", "TopK", "square_unit"]
 
 _PIECE = 1 << 19  # weights ranked at a time, so that passing tensors stay small beside the weight
 _COMPARED = 16  # up to this length of a block, comparing all pairs is faster than sorting
-_LONGEST_BLOCK = 1 << 31  # weights; no tensor has rows as long
-_LONGEST_RANK = 1 << 62  # patterns of a block that int64 can count
 
 
 class Sparse(Target):
     """A target that keeps some weights as they are: which ones is all there is to say.
 
-    A final subclass says which patterns are allowed (`choose`) and how one is written (`pattern`, `unpattern`).
-    `SparseLevels` uses the same three to put the survivors on levels.
+    A final subclass says which patterns are allowed (`choose`) and, where a bit a weight is more than they take, how
+    one is written (`pattern`). `SparseLevels` uses the same two to put the survivors on levels.
     """
 
     is_exact: ClassVar[bool] = True
-    stored: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def choose(self, gain: Tensor, params: Params) -> Tensor:
@@ -41,36 +40,9 @@ class Sparse(Target):
         Gains of -inf come after all others, and are not kept where a pattern may be smaller.
         """
 
-    @abc.abstractmethod
-    def pattern(self, mask: Tensor, params: Params) -> tuple[Stream, ...]:
-        """A chosen mask as codes."""
-
-    @abc.abstractmethod
-    def unpattern(self, codes: Codes, params: Params) -> Tensor:
-        """The mask, from its codes; only the layout of the params is there."""
-
-    @abc.abstractmethod
-    def pattern_bits(self, params: Params) -> int:
-        """Bits on disk of the pattern, each stream padded to whole bytes."""
-
-    @abc.abstractmethod
-    def kept(self, params: Params) -> int:
-        """Number of values written: that of the weights kept, or the largest possible one where it may differ."""
-
-    def declared_pattern(self, layout: Layout) -> tuple[tuple[Declared, ...], int | None] | None:
-        """What a file may hold of a pattern, and how many values follow it if that is always the same number.
-
-        `None`: unknown.
-        """
-        return None
-
-    def declared(self, layout: Layout, dtype: torch.dtype, held: Mapping[str, int]) -> Pieces | None:
-        found = self.declared_pattern(layout)
-        if found is None:
-            return None
-        streams, count = found
-        values = Declared(name="values", kind=dtype, shape=None if count is None else (count,))
-        return Pieces((), (*streams, values))
+    def pattern(self, layout: Layout) -> Pattern:
+        """How a mask is written."""
+        return Mask()
 
     def extend(self, gain: Tensor, zero: Tensor, params: Params) -> Tensor:
         """`choose` among the weights that are not zero already: what was pruned stays so, whatever it would gain.
@@ -88,16 +60,13 @@ class Sparse(Target):
         return self.choose(self.size(w), params)
 
     def _numbers(self, w: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Bits of a weight, and the typical distance of those that must go: any positive number if none must."""
+        """The typical distance of those that must go: any positive number if none must."""
         losers = mask.numel() - int(torch.count_nonzero(mask))
         total = torch.zeros((), dtype=torch.float64, device=w.device)
         for part, kept in zip(w.detach().reshape(-1).split(_PIECE), mask.reshape(-1).split(_PIECE), strict=True):
             total += (part.to(compute_dtype(w.dtype)).abs() * ~kept).sum(dtype=torch.float64)
         mean = (total / max(losers, 1)).clamp_max(torch.finfo(torch.float32).max).float()
-        return {
-            "width": torch.tensor(torch.finfo(w.dtype).bits),
-            "mean": torch.where(mean > 0, mean, torch.ones_like(mean)),
-        }
+        return {"mean": torch.where(mean > 0, mean, torch.ones_like(mean))}
 
     def unweighed(self, params: Params, w: Tensor, weighed: Tensor) -> Params:
         return replace(params, tensors={**params.tensors, **self._numbers(w, self.mask(weighed, params))})
@@ -108,33 +77,26 @@ class Sparse(Target):
         kept = torch.where(self.mask(w, params), w, torch.zeros((), dtype=w.dtype, device=w.device))
         return kept.add_(0.0)
 
-    def encode(self, w: Tensor, params: Params) -> Codes:
-        check_finite(w)
+    def form(self, w: Tensor, params: Params) -> Form:
+        layout, w = params.layout, w.detach()
+        inside = Floats(layout=layout, dtype=w.dtype, value=w + 0.0)
         mask = self.mask(w, params)
-        values = (w.detach().reshape(-1)[mask.reshape(-1)] + 0.0).contiguous()
-        stream = Stream(name="values", values=padded(values, self.kept(params)), width=torch.finfo(w.dtype).bits)
-        return Codes(streams=(*self.pattern(mask, params), stream))
-
-    def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
-        values = codes["values"]
-        mask = self.unpattern(codes, params).reshape(-1)
-        whole = torch.zeros(params.layout.numel, dtype=dtype, device=values.device)
-        whole[mask] = of_survivors(values, mask).to(dtype)
-        return whole.reshape(params.layout.shape)
-
-    def bits_on_disk(self, params: Params) -> int:
-        return self.pattern_bits(params) + self.kept(params) * int(params["width"])
+        return SparseForm(layout=layout, dtype=w.dtype, mask=mask, inside=inside, pattern=self.pattern(layout))
 
     def typical(self, params: Params) -> Tensor:
         return params["mean"]
 
-    def restored(self, w: Tensor, params: Params, codes: Codes) -> Params:
-        mask = self.unpattern(codes, params).to(w.device)
-        return replace(params, tensors={**self.counted(mask, params), **self._numbers(w, mask)})
+    def restored(self, w: Tensor, form: Form) -> Params:
+        assert isinstance(form, SparseForm)
+        mask = form.mask.to(w.device)
+        return Params(tensors={**self.counted(mask, form.layout), **self._numbers(w, mask)}, layout=form.layout)
 
-    def counted(self, mask: Tensor, params: Params) -> dict[str, Tensor]:
+    def counted(self, mask: Tensor, layout: Layout) -> dict[str, Tensor]:
         """The params that say how much is kept, from an allowed mask."""
         return {"count": torch.tensor(int(torch.count_nonzero(mask)))}
+
+    def recounted(self, w: Tensor, params: Params) -> Params:
+        return replace(params, tensors={**params.tensors, **self.counted(w != 0, params.layout)})
 
     def free(self, w: Tensor, params: Params) -> Tensor:
         return self.mask(w, params)
@@ -256,26 +218,6 @@ class TopK(Sparse):
     def choose(self, gain: Tensor, params: Params) -> Tensor:
         return _largest(gain, int(params["count"]))
 
-    def pattern(self, mask: Tensor, params: Params) -> tuple[Stream, ...]:
-        return (Stream(name="mask", values=mask.reshape(-1).to(torch.uint8), width=1),)
-
-    def unpattern(self, codes: Codes, params: Params) -> Tensor:
-        mask = codes["mask"].bool().reshape(params.layout.shape)
-        if self.scope == "tensor" and self.keep != "nonzero":
-            _check_kept(
-                "weights", int(torch.count_nonzero(mask)), _count_of("TopK", self.keep, mask.numel(), "weights")
-            )
-        return mask
-
-    def declared_pattern(self, layout: Layout) -> tuple[tuple[Declared, ...], None]:
-        return (Declared(name="mask", kind=1, shape=(layout.numel,)),), None
-
-    def pattern_bits(self, params: Params) -> int:
-        return 8 * -(-params.layout.numel // 8)
-
-    def kept(self, params: Params) -> int:
-        return int(params["count"])
-
 
 @dataclass(frozen=True, kw_only=True)
 class NM(Sparse):
@@ -309,8 +251,8 @@ class NM(Sparse):
     along: Literal["channels", "columns"] = "channels"
 
     def __post_init__(self) -> None:
-        if not is_whole(self.m, 1, _LONGEST_BLOCK):
-            raise ValueError(f"NM(m={self.m!r}): a block holds a whole number of weights, 1 to {_LONGEST_BLOCK}")
+        if not is_whole(self.m, 1, LONGEST_BLOCK):
+            raise ValueError(f"NM(m={self.m!r}): a block holds a whole number of weights, 1 to {LONGEST_BLOCK}")
         if not is_whole(self.n, 1, self.m):
             raise ValueError(f"NM(n={self.n!r}, m={self.m}): n must be a whole number from 1 to m")
         if self.along not in ("channels", "columns"):
@@ -321,40 +263,23 @@ class NM(Sparse):
     def scope(self) -> Scope:
         return "tensor"  # a row of axis 0 is no output channel in a transposed convolution
 
-    def _shape(self, layout: Layout) -> tuple[int, int, int]:
-        """(lines that blocks run along, full blocks a line, length of its last short block)."""
-        kernel = layout.kernel if self.along == "channels" else 1
-        length = _matrix(layout)[1] // kernel
-        return layout.channels * kernel, length // self.m, length % self.m
-
-    def _blocks(self, matrix: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """(full blocks, short blocks), one a row, of some channels: rows of `Layout.by_channel`."""
-        lines, full, _ = self._shape(layout)
-        kernel = lines // layout.channels
-        line = matrix.reshape(len(matrix), -1, kernel).transpose(1, 2).reshape(len(matrix) * kernel, -1)
-        return line[:, : full * self.m].reshape(-1, self.m), line[:, full * self.m :]
-
-    def _rows(self, blocks: Tensor, rest: Tensor, layout: Layout) -> Tensor:
-        """Inverse of `_blocks`."""
-        lines, full, _ = self._shape(layout)
-        line = torch.cat([blocks.reshape(len(rest), full * self.m), rest], dim=1)
-        kernel = lines // layout.channels
-        return line.reshape(len(rest) // kernel, kernel, -1).transpose(1, 2).reshape(len(rest) // kernel, -1)
+    def pattern(self, layout: Layout) -> Blocks:
+        return Blocks(n=self.n, m=self.m, along=self.along)
 
     def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
         check_finite(w)
         params = Params(layout=layout or Layout(shape=tuple(w.shape)))
-        tensors = {"count": torch.tensor(self.kept(params)), **self._numbers(w, self.mask(w, params))}
-        return Params(tensors=tensors, layout=params.layout)
+        count = torch.tensor(self.pattern(params.layout).survivors(params.layout))
+        return Params(tensors={"count": count, **self._numbers(w, self.mask(w, params))}, layout=params.layout)
 
     def choose(self, gain: Tensor, params: Params) -> Tensor:
         layout = params.layout.whole()
         # Some channels at a time: along the channels of a convolution, lines are a copy of the gains.
         parts = layout.by_channel(gain).split(max(1, _PIECE * layout.channels // layout.numel))
-        chosen = []
+        chosen, pattern = [], self.pattern(layout)
         for part in parts:
-            blocks, rest = self._blocks(part, layout)
-            chosen.append(self._rows(_best(blocks, self.n), _best(rest, self.n), layout))
+            blocks, rest = pattern.cut(part, layout)
+            chosen.append(pattern.joined(_best(blocks, self.n), _best(rest, self.n), layout))
         return layout.from_channels(torch.cat(chosen))
 
     def extend(self, gain: Tensor, zero: Tensor, params: Params) -> Tensor:
@@ -364,34 +289,6 @@ class NM(Sparse):
             gain[zero] = held
             mask = self.choose(gain.masked_fill_(mask & ~zero, torch.inf), params)
         return mask
-
-    def pattern(self, mask: Tensor, params: Params) -> tuple[Stream, ...]:
-        blocks, rest = self._blocks(params.layout.whole().by_channel(mask), params.layout.whole())
-        return (*_ranked("positions", blocks, self.n), *_ranked("last", rest, self.n))
-
-    def unpattern(self, codes: Codes, params: Params) -> Tensor:
-        lines, full, tail = self._shape(params.layout)
-        blocks = _unranked("positions", codes, lines * full, self.m, self.n)
-        rows = self._rows(blocks, _unranked("last", codes, lines, tail, self.n), params.layout)
-        return params.layout.from_channels(rows)
-
-    def declared_pattern(self, layout: Layout) -> tuple[tuple[Declared, ...], int]:
-        lines, full, tail = self._shape(layout)
-        streams = (
-            *_declared_ranks("positions", lines * full, self.m, self.n),
-            *_declared_ranks("last", lines, tail, self.n),
-        )
-        return streams, self.kept(Params(layout=layout))
-
-    def pattern_bits(self, params: Params) -> int:
-        lines, full, tail = self._shape(params.layout)
-        written = [(lines * full, width) for width in _rank_widths(self.m, self.n)]
-        written += [(lines, width) for width in _rank_widths(tail, self.n)]
-        return sum(8 * -(-count * width // 8) for count, width in written)
-
-    def kept(self, params: Params) -> int:
-        lines, full, tail = self._shape(params.layout)
-        return lines * (full * self.n + min(tail, self.n))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -449,51 +346,23 @@ class Structured(Sparse):
     def accepts(self, shape: Sequence[int], dtype: torch.dtype, layout: Layout) -> str | None:
         reason = Target.accepts(self, shape, dtype, layout)
         if reason is None and self.scope == "tensor" and isinstance(self.keep, int):
-            groups = self._count(layout)
+            groups = self.pattern(layout).count(layout)
             if self.keep > groups:
                 return f"Structured(keep={self.keep}) asks for more groups ({self.group}) than the {groups} there are"
         return reason
 
-    def _tile(self, layout: Layout) -> tuple[int, int]:
-        """Rows and columns of one group, which never reaches over several of the matrices that are stacked."""
-        rows, columns = _matrix(layout)
+    def pattern(self, layout: Layout) -> Tiles:
+        """Tiles, which never reach over several of the matrices that are stacked."""
+        rows, columns = matrix(layout)
         deep = rows // layout.batch
         if self.group == "block":
             assert self.block is not None
-            return min(self.block[0], deep), min(self.block[1], columns)
-        return {"filter": (1, columns), "column": (deep, 1), "channel": (deep, layout.kernel)}[self.group]
-
-    def _sizes(self, layout: Layout) -> Tensor:
-        """Weights in each group."""
-        sides = []
-        for length, size in zip(_matrix(layout), self._tile(layout), strict=True):
-            side = torch.full((-(-length // size),), size)
-            side[-1] = length - size * (len(side) - 1)
-            sides.append(side)
-        return (sides[0][:, None] * sides[1]).reshape(-1)
-
-    def _count(self, layout: Layout) -> int:
-        """Number of groups."""
-        return math.prod(-(-length // size) for length, size in zip(_matrix(layout), self._tile(layout), strict=True))
-
-    def _groups(self, x: Tensor, layout: Layout) -> Tensor:
-        """The groups as rows of a contiguous matrix, smaller ones filled with zeros."""
-        matrix = layout.by_channel(x)
-        (rows, columns), (r, c) = matrix.shape, self._tile(layout)
-        matrix = torch.nn.functional.pad(matrix, (0, -columns % c, 0, -rows % r))
-        tiles = matrix.reshape(matrix.shape[0] // r, r, matrix.shape[1] // c, c).permute(0, 2, 1, 3)
-        return tiles.reshape(-1, r * c).contiguous()
-
-    def _spread(self, chosen: Tensor, layout: Layout) -> Tensor:
-        """One value a group, for each of its weights."""
-        rows, columns = _matrix(layout)
-        r, c = self._tile(layout)
-        grid = chosen.reshape(-(-rows // r), -(-columns // c))
-        matrix = grid.repeat_interleave(r, dim=0)[:rows].repeat_interleave(c, dim=1)[:, :columns]
-        return layout.from_channels(matrix)
+            return Tiles(rows=min(self.block[0], deep), columns=min(self.block[1], columns))
+        sides = {"filter": (1, columns), "column": (deep, 1), "channel": (deep, layout.kernel)}
+        return Tiles(rows=sides[self.group][0], columns=sides[self.group][1])
 
     def _sums(self, gain: Tensor, layout: Layout) -> Tensor:
-        return self._groups(gain, layout).sum(dim=1, dtype=torch.float64)
+        return self.pattern(layout).cut(gain, layout).sum(dim=1, dtype=torch.float64)
 
     def _params(self, w: Tensor, layout: Layout, groups: int) -> Params:
         held = Params(tensors={"groups": torch.tensor(groups)}, layout=layout)
@@ -502,7 +371,7 @@ class Structured(Sparse):
     def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
         check_finite(w)
         layout = layout or Layout(shape=tuple(w.shape))
-        return self._params(w, layout, _count_of("Structured", self.keep, self._count(layout), "groups"))
+        return self._params(w, layout, _count_of("Structured", self.keep, self.pattern(layout).count(layout), "groups"))
 
     def fit_model(
         self, weights: Sequence[Tensor], layouts: Sequence[Layout], previous: Sequence[Params | None]
@@ -513,7 +382,7 @@ class Structured(Sparse):
             check_finite(w)
         unit = square_unit(*weights)
         means = [
-            self._sums((w.detach().double() * unit).square_(), layout) / self._sizes(layout).to(w.device)
+            self._sums((w.detach().double() * unit).square_(), layout) / self.pattern(layout).sizes(layout).to(w.device)
             for w, layout in zip(weights, layouts, strict=True)
         ]
         total = _count_of("Structured", self.keep, sum(map(len, means)), "groups")
@@ -528,36 +397,16 @@ class Structured(Sparse):
 
     def extend(self, gain: Tensor, zero: Tensor, params: Params) -> Tensor:
         layout = params.layout.whole()  # a group goes with its largest: only one of nothing but zeros is zero
-        return super().extend(gain, ~self._spread(self._groups(~zero, layout).any(dim=1), layout), params)
+        tiles = self.pattern(layout)
+        return super().extend(gain, ~tiles.spread(tiles.cut(~zero, layout).any(dim=1), layout), params)
 
     def choose(self, gain: Tensor, params: Params) -> Tensor:
         layout = params.layout.whole()
-        return self._spread(_largest(self._sums(gain, layout), int(params["groups"])), layout)
+        chosen = _largest(self._sums(gain, layout), int(params["groups"]))
+        return self.pattern(layout).spread(chosen, layout)
 
-    def counted(self, mask: Tensor, params: Params) -> dict[str, Tensor]:
-        return {"groups": self._groups(mask, params.layout).any(dim=1).sum().cpu()}
-
-    def pattern(self, mask: Tensor, params: Params) -> tuple[Stream, ...]:
-        groups = self._groups(mask, params.layout.whole()).any(dim=1)
-        return (Stream(name="mask", values=groups.to(torch.uint8), width=1),)
-
-    def unpattern(self, codes: Codes, params: Params) -> Tensor:
-        groups = codes["mask"].bool()
-        if self.scope == "tensor":
-            most = _count_of("Structured", self.keep, self._count(params.layout), "groups")
-            _check_kept("groups", int(torch.count_nonzero(groups)), most)
-        return self._spread(groups, params.layout)
-
-    def declared_pattern(self, layout: Layout) -> tuple[tuple[Declared, ...], None]:
-        return (Declared(name="mask", kind=1, shape=(self._count(layout),)),), None
-
-    def pattern_bits(self, params: Params) -> int:
-        return 8 * -(-self._count(params.layout) // 8)
-
-    def kept(self, params: Params) -> int:
-        # Tiles at the edges are smaller, and which tiles are kept is not told by the params: the most it can be.
-        sizes = self._sizes(params.layout)
-        return int(sizes.sort(descending=True).values[: int(params["groups"])].sum())
+    def counted(self, mask: Tensor, layout: Layout) -> dict[str, Tensor]:
+        return {"groups": self.pattern(layout).cut(mask, layout).any(dim=1).sum().cpu()}
 
 
 # --- counting and ranking ----------------------------------------------------------------------------------------
@@ -578,33 +427,6 @@ def _count_of(who: str, keep: float, total: int, what: str) -> int:
     if keep > total:
         raise ValueError(f"{who}(keep={keep}) asks for more {what} than the {total} there are")
     return keep
-
-
-def _matrix(layout: Layout) -> tuple[int, int]:
-    """(output channels, inputs of each): the shape of `Layout.by_channel`."""
-    return layout.channels, layout.numel // layout.channels
-
-
-def padded(values: Tensor, count: int) -> Tensor:
-    """Filled up with zeros to `count` values."""
-    return torch.nn.functional.pad(values, (0, count - values.numel())) if values.numel() < count else values
-
-
-def of_survivors(values: Tensor, mask: Tensor) -> Tensor:
-    """One value for each place of a mask, without the zeros that may fill them up.
-
-    Raises:
-        ValueError: fewer values, or more that are not zero.
-    """
-    count = int(torch.count_nonzero(mask))
-    if values.numel() < count or values.numel() > mask.numel() or bool(values[count:].any()):
-        raise ValueError(f"{values.numel()} values for {count} survivors")
-    return values[:count]
-
-
-def _check_kept(what: str, kept: int, most: int) -> None:
-    if kept > most:
-        raise ValueError(f"a pattern keeps {kept} {what}, its target {most}")
 
 
 def square_unit(*tensors: Tensor) -> float:
@@ -694,96 +516,3 @@ def _best(gain: Tensor, n: int) -> Tensor:
             better[:j] += columns[j] > columns[:j]
         mask[first : first + step] = (better < n).t()
     return mask
-
-
-def _rank_widths(m: int, n: int) -> list[int]:
-    """Widths of the streams that hold the number of a pattern of n in m: at most 16 bits each, none if it is certain.
-
-    Patterns that int64 cannot count are written as one bit a weight: [m] stands for that.
-    """
-    if n >= m:
-        return []
-    patterns = _patterns(m, n)
-    if patterns > _LONGEST_RANK:
-        return [m]
-    bits = (patterns - 1).bit_length()
-    return [min(16, bits - at) for at in range(0, bits, 16)]
-
-
-def _patterns(m: int, n: int) -> int:
-    """How many ways there are to choose n of m; of more than int64 can count, that it is more."""
-    few = min(n, m - n)
-    if few and few * math.log2(m / few) > 63:  # there are at least (m / few)^few, and to count them could take for ever
-        return _LONGEST_RANK + 1
-    return math.comb(m, n)
-
-
-def _binomials(m: int, k: int, device: torch.device | None) -> Tensor:
-    """C(p, i) for i from 1 to k in row i - 1 and p from 0 to m - 1, each row the running sum of the one before."""
-    rows, last = [], torch.ones(m, dtype=torch.int64, device=device)
-    for _ in range(k):
-        last = torch.cat([last.new_zeros(1), last[:-1].cumsum(0)])
-        rows.append(last)
-    return torch.stack(rows)
-
-
-def _ranked(name: str, mask: Tensor, n: int) -> tuple[Stream, ...]:
-    """Rows of a mask with n set each, as the numbers of their patterns (the combinatorial number system)."""
-    rows, m = mask.shape
-    if n >= m:
-        return ()
-    if _patterns(m, n) > _LONGEST_RANK:
-        return (Stream(name=name, values=mask.reshape(-1).to(torch.uint8), width=1),)
-    few = min(n, m - n)  # counting the rarer kind keeps every number below that of the patterns
-    table = _binomials(m if rows else 0, few, mask.device)  # a block longer than a line is one that there is not
-    rank = torch.empty(rows, dtype=torch.int64, device=mask.device)
-    step = max(1, _PIECE // m)
-    for first in range(0, rows, step):
-        part = mask[first : first + step]
-        hits = (part if few == n else ~part).nonzero()[:, 1].reshape(-1, few)
-        rank[first : first + step] = table.gather(1, hits.t()).sum(dim=0)
-    widths = _rank_widths(m, n)
-    return tuple(
-        Stream(name=_part(name, i), values=(rank >> 16 * i & (1 << width) - 1).to(torch.int32), width=width)
-        for i, width in enumerate(widths)
-    )
-
-
-def _unranked(name: str, codes: Codes, rows: int, m: int, n: int) -> Tensor:
-    """Inverse of `_ranked`.
-
-    Raises:
-        ValueError: a number that stands for no pattern.
-    """
-    device = codes.streams[-1].values.device if codes.streams else None
-    if n >= m or not rows:
-        return torch.ones(rows, m, dtype=torch.bool, device=device)
-    if _patterns(m, n) > _LONGEST_RANK:
-        mask = codes[name].bool().reshape(rows, m)
-        if bool((mask.sum(dim=1) != n).any()):
-            raise ValueError(f"{name!r} holds another pattern than {n} in {m}")
-        return mask
-    few = min(n, m - n)
-    rank = torch.zeros(rows, dtype=torch.int64, device=device)
-    for i in range(len(_rank_widths(m, n))):
-        rank += codes[_part(name, i)].to(torch.int64) << 16 * i
-    if int(rank.max()) >= _patterns(m, n):
-        raise ValueError(f"{name!r} holds a number of no pattern of {n} in {m}")
-    mask = torch.zeros(rows, m, dtype=torch.bool, device=device)
-    for row in _binomials(m, few, device).flip(0):  # the place of the last hit is the largest p with C(p, few) <= rank
-        place = torch.searchsorted(row, rank, right=True) - 1
-        rank = rank - row[place]
-        mask.scatter_(1, place[:, None], True)
-    return mask if few == n else ~mask
-
-
-def _declared_ranks(name: str, rows: int, m: int, n: int) -> tuple[Declared, ...]:
-    widths = _rank_widths(m, n)
-    if widths and _patterns(m, n) > _LONGEST_RANK:
-        return (Declared(name=name, kind=1, shape=(rows * m,)),)
-    below = _patterns(m, n) if len(widths) == 1 else None
-    return tuple(Declared(name=_part(name, i), kind=w, shape=(rows,), below=below) for i, w in enumerate(widths))
-
-
-def _part(name: str, index: int) -> str:
-    return name if index == 0 else f"{name}-{index}"

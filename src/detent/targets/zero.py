@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from detent.grouping import GranularityLike, Layout, granularity_of
-from detent.targets.base import Codes, Params, Scope, Target, check_finite, compute_dtype
-from detent.targets.declared import Pieces
+from detent.targets.base import Params, Scope, Target, check_finite, compute_dtype
+from detent.targets.forms import Grid
 
 __all__ = ["Zero"]
 
@@ -39,7 +38,6 @@ class Zero(Target):
 
     is_exact: ClassVar[bool] = True
     is_one_point: ClassVar[bool] = True
-    stored: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         granularity_of(self.granularity, "Zero.granularity")
@@ -60,18 +58,9 @@ class Zero(Target):
     def project(self, w: Tensor, params: Params) -> Tensor:
         return torch.zeros_like(w)
 
-    def encode(self, w: Tensor, params: Params) -> Codes:
-        check_finite(w)
-        return Codes()
-
-    def decode(self, codes: Codes, params: Params, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(params.layout.shape, dtype=dtype)
-
-    def declared(self, layout: Layout, dtype: torch.dtype, held: Mapping[str, int]) -> Pieces:
-        return Pieces()
-
-    def bits_on_disk(self, params: Params) -> int:
-        return 0
+    def form(self, w: Tensor, params: Params) -> Grid:
+        codes = torch.zeros(w.shape, dtype=torch.uint8, device=w.device)
+        return Grid(layout=params.layout, dtype=w.dtype, codes=codes, scale=None, n=0)
 
     def typical(self, params: Params) -> Tensor:
         mean = params["mean"].clamp_max(torch.finfo(torch.float32).max)
