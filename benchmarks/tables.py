@@ -583,6 +583,23 @@ def cadence(records: Path) -> str:
     return text + markdown(head, rows) + origin(record, "cadence")
 
 
+@table("budget-trained")
+def budget_trained(records: Path) -> str:
+    """Accuracy of networks trained under a budget."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in records.glob("budget-trained-*.json")}
+    if not found:
+        return NOTHING
+    rows = []
+    for name, record in sorted(found.items(), key=lambda item: item[1]["results"]["bytes"]):
+        results, config = record["results"], record["config"]
+        cells = (f"{results['bytes']:,}", f"{results['accuracy']:.2f}", str(config["epochs"]), config["precision"])
+        rows.append([f"`{name}`", *cells])
+    head = ["record", "bytes of the file", "test accuracy (%)", "epochs", "precision"]
+    text = "ResNet-20 on CIFAR-10 from its checkpoint of 91.73 %, straight-through at the rate of the budget.\n\n"
+    commits = ", ".join(sorted({record["environment"]["commit"][:9] for record in found.values()}))
+    return text + markdown(head, rows) + f"\nRecords `budget-trained-*`; one seed each; commits {commits}.\n"
+
+
 @table("step-peers")
 def step_peers(records: Path) -> str:
     """Others beside ours, a whole training step."""

@@ -179,6 +179,7 @@ def test_every_record_has_a_table() -> None:
         "step_cost-before",
         "step_cost-peers",
         "cadence",
+        "budget-trained-45kb",
         "demo-psg",
         "admm_quadratic",
         "fuzz",

@@ -230,6 +230,7 @@ class Recipe:
         0.weight   (3, 4)  Uniform(bits=4)  PSG()
         0.bias     (3,)    full precision              passed over: bias; name it in include= to claim it
         12 of 15 weights claimed (80.0 %)
+        scales, levels and masks: fitted once
     """
 
     rules: Sequence[Rule] = ()
