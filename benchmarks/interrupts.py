@@ -208,9 +208,8 @@ MECHANISMS: dict[str, tuple[dt.Mechanism | None, dt.Target]] = {
 }
 
 
-# Lines between torch's step and the first of ours that can be undone; the guard against other threads is among them.
-_GUARD = ("in of", "in doing", "in _at_work", "in _forget_the_dead", "in _one_thread", "in <genexpr>", "in take_back")
-_NOT_BEGUN = ("in <lambda>", "in _after", "in _end_step", "in land", "in <listcomp>", *_GUARD)
+# Lines between torch's step and the one that says it is over.
+_NOT_BEGUN = ("in <lambda>", "in _after", "in _end_step", "in land")
 
 
 def broken(make: Make, name: str, place: int) -> tuple[str, str]:
@@ -232,6 +231,9 @@ def broken(make: Make, name: str, place: int) -> tuple[str, str]:
             where = str(error)
     if not where:
         return "past", where
+    if not torch.is_grad_enabled():
+        torch.set_grad_enabled(True)
+        return "WRONG: gradients are off", where
     act.act(new)
     left = it.weights()
     is_old, is_new = same(left, old.weights()), same(left, new.weights())

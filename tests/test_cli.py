@@ -69,7 +69,7 @@ SURFACE = {
         "--force": False,
         "--json": False,
     },
-    "plan": {"model": "required", "--recipe -r": "psg-w4", "--to": None, "--json": False},
+    "plan": {"model": "required", "--recipe -r": "psg-w4", "--to": None, "--example": None, "--json": False},
     "compress": {
         "weights": "required",
         "--recipe -r": "uniform-w4",
@@ -77,6 +77,7 @@ SURFACE = {
         "--life": "compressed",
         "--coding": None,
         "--model": None,
+        "--example": None,
         "--force": False,
         "--json": False,
     },
@@ -469,6 +470,53 @@ def test_near_dead_units_are_counted_by_plan_and_inspect(tmp_path: Path) -> None
         assert (rows["conv.weight"]["near_dead"], rows["conv.weight"]["outputs"]) == (3, 4)
         assert rows["out.weight"]["near_dead"] == rows["norm.weight"]["outputs"] == 0
     assert "have no weight above" not in call("plan", f"{HERE}:make_net").stdout
+    both = call("plan", f"{HERE}:make_near_dead", "-r", "uniform-w8", "--to", "compressed-tensors").stdout
+    assert words in both and "refused: conv.weight: it holds weights of linear layers only" in both
+
+
+class HeadFirst(nn.Module):
+    """Registered in another order than it runs in, with a table of whole numbers before all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.table = nn.Linear(8, 3), nn.Embedding(9, 6)
+        self.middle, self.first = nn.Linear(8, 8), nn.Linear(6, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if x.is_floating_point() else self.table(x)
+        return self.head(self.middle(self.first(x).relu()).relu())
+
+
+TOKENS = (torch.tensor([[1, 2, 3]]),)
+
+
+def make_tokens_by_name() -> dict[str, torch.Tensor]:
+    return {"x": TOKENS[0]}
+
+
+@pytest.mark.parametrize(
+    ("example", "ends"),
+    [
+        (None, ["first.weight", "head.weight"]),  # the first registered is "first", the last is "last"
+        ("2,6", ["first.weight", "head.weight"]),
+        ("TOKENS", ["head.weight", "table.weight"]),
+        ("make_tokens_by_name", ["head.weight", "table.weight"]),
+    ],
+)
+def test_first_and_last_go_by_execution_where_an_example_is_given(
+    tmp_path: Path, example: str | None, ends: list[str]
+) -> None:
+    flags = [] if example is None else ["--example", example if "," in example else f"{HERE}:{example}"]
+    said = call("plan", f"{HERE}:HeadFirst", "-r", "psg-w3", *flags)
+    assert said.exit_code == 0, said.output
+    rows = json.loads(call("plan", f"{HERE}:HeadFirst", "-r", "psg-w3", *flags, "--json").stdout)["parameters"]
+    assert sorted(row["parameter"] for row in rows if "bits=8" in row["becomes"]) == ends
+    assert ("by order of registration" in said.stdout) == (example is None)
+    save_file(HeadFirst().state_dict(), tmp_path / "head.safetensors")
+    out = tmp_path / "head.detent"
+    made = call("compress", tmp_path / "head.safetensors", "-r", "psg-w3", "--model", f"{HERE}:HeadFirst", *flags)
+    assert made.exit_code == 0, made.output
+    assert sorted(row["name"] for row in inspect(out).rows if "bits=8" in row["becomes"]) == ends
 
 
 def test_a_recipe_may_be_a_file(tmp_path: Path) -> None:
@@ -489,6 +537,11 @@ def test_a_recipe_may_be_a_file(tmp_path: Path) -> None:
         ((f"{HERE}:make_nothing",), "not str"),
         ((f"{HERE}:make_trouble",), "the factory raised TypeError"),
         (("no-such.safetensors",), "detent: cannot open no-such.safetensors: No such file or directory"),
+        ((f"{HERE}:Net", "--example", "3x8x8"), "--example 3x8x8: must be sizes with commas between them"),
+        ((f"{HERE}:Net", "--example", f"{HERE}:absent"), f"--example {HERE}:absent: cannot find the factory"),
+        ((f"{HERE}:Net", "--example", f"{HERE}:make_nothing"), "example=str: must be a tensor"),
+        ((f"{HERE}:HeadFirst", "--example", "2,5"), "the model raised RuntimeError on it"),
+        (("no-such.safetensors", "--example", "1,3,8,8"), "--example 1,3,8,8: a file cannot be run; give a factory"),
     ],
 )
 def test_a_wrong_plan_is_refused_in_one_sentence(arguments: tuple[str, ...], words: str) -> None:
@@ -781,6 +834,7 @@ def test_a_file_that_grew_is_not_called_smaller(tmp_path: Path, weights: Path) -
         (("NET", "--life", "full"), "--life full: must be compressed or both"),
         (("NET", "--coding", "zip"), "--coding zip: must be one of entropy, bitpacked, none"),
         (("NET", "-o", "NET"), "would write over"),
+        (("NET", "--example", "1,3,8,8"), "--example 1,3,8,8: goes with --model"),
         (("NET", "--model", f"{HERE}:Odd"), "does not fit the model"),
         (("BAD",), "not a safetensors state dict"),
         (("NAN",), "'out.weight'"),

@@ -211,6 +211,72 @@ def test_a_clip_through_data_that_the_step_would_undo_is_refused(name: str, size
     assert run.clock == 3
 
 
+HOLDING = {
+    "PartialFreeze": dt.Rule(match="weight", target=GRID, mechanism=dt.PartialFreeze(rounds=(0.5, 1.0), every=9)),
+    "ADMM freeze": dt.Rule(
+        match="weight", target=GRID, mechanism=dt.ADMM(rho=0.1, every=1, until=1, rounds=(0.5, 1.0))
+    ),
+    "ADMM mask": dt.Rule(match="weight", target=dt.TopK(keep=0.5), mechanism=dt.ADMM(rho=0.1, every=1, until=1)),
+    "Masked": dt.Rule(match="weight", target=dt.TopK(keep=0.5), mechanism=dt.Masked()),
+}
+
+
+@pytest.mark.parametrize("name", HOLDING)
+@pytest.mark.parametrize("size", [8, 200])
+def test_a_write_through_data_to_weights_that_are_held_is_refused_and_one_to_the_others_counts(
+    name: str, size: int
+) -> None:
+    """What the step would put back in silence is said; what training goes on from is not."""
+    torch.manual_seed(0)
+    model = nn.Linear(size, size)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    run = dt.attach(model, optimizer, dt.Recipe([HOLDING[name]]), total_steps=12)
+    step(model, optimizer)
+    step(model, optimizer)
+    saved = run.state_dict()["weights"]["weight"]
+    held = saved["state"]["frozen"].bool() if saved["held"].get("frozen") else ~saved["state"]["mask"].bool()
+    assert held.any() and not held.all()
+    own = model.weight.detach().clone()
+    model.weight.data[held] += 0.25
+    with pytest.raises(RuntimeError, match="'weight' was written by someone else since attach or the last step"):
+        step(model, optimizer)
+    model.weight.data.copy_(own)
+    model.weight.data[~held] += 0.25
+    optimizer.zero_grad()
+    optimizer.step()
+    assert run.clock == 3 and torch.equal(model.weight, torch.where(held, own, own + 0.25))
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_a_write_through_data_to_what_an_earlier_stage_holds_is_refused(fixed: bool) -> None:
+    """Weights that a stage has put on levels, and the zeros alone of one that pruned."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    first = dt.Rule(match="0.weight", target=GRID if fixed else dt.TopK(keep=0.5), mechanism=dt.HardProjection())
+    second = dt.Rule(match="1.weight", target=GRID, mechanism=dt.PSG())
+    recipe = dt.Recipe(stages=[dt.Stage(rules=[first], share=0.5), dt.Stage(rules=[second], share=0.5)])
+    run = dt.attach(model, optimizer, recipe, total_steps=6)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+
+    for _ in range(4):
+        step()
+    assert run.stage == 1
+    own = model[0].weight.detach().clone()
+    free = (own != 0) & (not fixed)
+    model[0].weight.data[~free] += 0.25
+    with pytest.raises(RuntimeError, match="'0.weight' was written by someone else since attach or the last step"):
+        step()
+    model[0].weight.data.copy_(own)
+    model[0].weight.data[free] += 0.25
+    step()
+    assert run.clock == 5 and torch.equal(model[0].weight[~free], own[~free])
+
+
 @pytest.mark.parametrize("name", ["psg", "ste"])
 def test_a_clip_through_data_counts_where_no_latent_stands_in_the_weights_place(name: str) -> None:
     """Under PSG the clipped weights are what the step moves; so they are under STE before it begins."""

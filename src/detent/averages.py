@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from detent import sharding
+from detent.batchnorm import without_gradients
 from detent.claimed import Entry, fit_target
 from detent.lives import Lives
 from detent.parameters import refuse_no_model
@@ -121,7 +121,7 @@ def _with_latents(model: nn.Module, entries: Sequence[Entry]) -> Iterator[None]:
     kept = [(entry, sharding.local(entry.param).clone()) for entry in moved]
     sharding.reshard(model)
     try:
-        with torch.no_grad():
+        with without_gradients():
             for entry in moved:
                 entry.write(entry.hidden())
                 entry.adopt()
@@ -129,7 +129,7 @@ def _with_latents(model: nn.Module, entries: Sequence[Entry]) -> Iterator[None]:
         written = [entry.name for entry in moved if not entry.is_ours]
     finally:
         sharding.reshard(model)
-        with torch.no_grad():
+        with without_gradients():
             for entry, value in kept:
                 entry.write(value)
                 entry.adopt()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "swapped_buffers",
     "undone",
     "undone_unless_done",
+    "without_gradients",
 ]
 
 
@@ -51,6 +53,13 @@ def undone_unless_done(undo: Callable[[], None]) -> Iterator[None]:
     except BaseException:
         undo()
         raise
+
+
+@contextmanager
+def without_gradients() -> Iterator[None]:
+    """`torch.no_grad()` whose end nothing can break off: gradients that stay off would stop training for good."""
+    with undone(partial(torch.set_grad_enabled, torch.is_grad_enabled())), torch.no_grad():
+        yield
 
 
 class Statistics(dict[str, Tensor]):

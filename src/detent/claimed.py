@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from detent import sharding
+from detent.batchnorm import without_gradients
 from detent.mechanisms import Cadence, Clock, Mechanism
 from detent.mechanisms.base import never_zero
 from detent.parameters import named_parameters
@@ -21,7 +22,7 @@ from detent.schedules import Schedule, check_moment, moments_of, step_at
 from detent.specs import short
 from detent.targets import Params, Target
 from detent.targets.base import compute_dtype
-from detent.writes import Seal, sealed
+from detent.writes import Seal, holds_on_to, sealed
 
 __all__ = [
     "Entry",
@@ -135,11 +136,16 @@ class Entry:
 
     @property
     def is_ours_in_step(self) -> bool:
-        """The same before a step, in which the weight may be replaced by a memory: what was written would be undone.
+        """The same before a step, which replaces the weight by a memory or holds part of it: a write would be undone.
 
         There a write that moved no count is looked for too; elsewhere such a write is what training goes on from.
         """
-        return self.holds() if self.is_replaced else self.is_ours
+        if self.is_replaced or self.is_fixed:
+            return self.holds()
+        if not self.is_ours:
+            return False
+        partly = self.zeros is not None or not self.state.keys().isdisjoint(("mask", "frozen"))
+        return not partly or self.holds() or holds_on_to(sharding.local(self.param), self.zeros, self.state)
 
     def holds(self) -> bool:
         """Whether the weight is bitwise what it was when the engine last wrote it, whatever was written meanwhile."""
@@ -717,7 +723,7 @@ def _fit_together(
     """
     weighing = [entry.weighing_whole() for entry in entries]
     try:
-        with torch.no_grad():
+        with without_gradients():
             layouts = [e.claim.layout for e in entries]
             if all(h is None for h in weighing):
                 return target.fit_model(whole, layouts, previous)

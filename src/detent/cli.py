@@ -29,6 +29,7 @@ from detent.cli_work import (
     budget_of,
     bytes_in,
     code_of,
+    example_of,
     export_file,
     model_of,
     recipe_of,
@@ -103,6 +104,13 @@ app = typer.Typer(
 )
 
 Force = Annotated[bool, typer.Option("--force", help="Write over files whose names were not given; never an input.")]
+Example = Annotated[
+    str | None,
+    typer.Option(
+        help="With a factory: what its model takes, so that first and last go by execution. The shape of one input, "
+        'e.g. 1,3,32,32, or a factory "package.module:function" of a tensor, a tuple or a dict of arguments.'
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else there.")]
 
 
@@ -281,6 +289,7 @@ def plan(
     to: Annotated[
         str | None, typer.Option(help="compressed-tensors: also say what that export would refuse; wants a factory.")
     ] = None,
+    example: Example = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a recipe would do to every parameter of a model, and why some stay in full precision."""
@@ -290,10 +299,12 @@ def plan(
             raise ValueError(f"--to {to}: must be compressed-tensors")
         if to and is_state:
             raise ValueError(f"--to {to}: a file does not say which layers are linear; give a factory")
+        if example and is_state:
+            raise ValueError(f"--example {example}: a file cannot be run; give a factory")
         with contextlib.ExitStack() as stack:
             weights = stack.enter_context(Checkpoint(model)) if is_state else None
             net = model_of(model) if weights is None else skeleton(weights)
-            resolved = recipe_of(recipe).resolve(net)
+            resolved = recipe_of(recipe).resolve(net, example=example_of(example))
             checked = check_compressed_tensors(net, resolved) if to else None
             dead = resolved.near_dead(
                 net.named_parameters() if weights is None else ((name, weights.tensor(name)) for name in weights)
@@ -344,6 +355,7 @@ def compress(
         str | None,
         typer.Option(help='A factory "package.module:function", whose code is run; else shapes and names must do.'),
     ] = None,
+    example: Example = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -353,9 +365,11 @@ def compress(
             raise ValueError(f"--life {life}: must be compressed or both")
         if coding not in (None, *CODINGS):
             raise ValueError(f"--coding {coding}: must be one of {', '.join(CODINGS)}")
+        if example and model is None:
+            raise ValueError(f"--example {example}: goes with --model, which is run on it")
         with Checkpoint(weights) as opened, _watched() as watch:  # first: another kind of file is at fault before all
             default = None if out else _beside(weights)
-            inputs = [*opened.files, None if recipe is None else Path(recipe), code_of(model)]
+            inputs = [*opened.files, None if recipe is None else Path(recipe), code_of(model), code_of(example)]
             refuse_overwriting(named=[out], unnamed=[default], inputs=inputs, force=force)
             said: dict[str, Any] = {"data": "none", "epochs": 0, "calibration": "none"}
             said["made by"] = f"detent compress {weights.name or weights.resolve().name}"
@@ -365,6 +379,10 @@ def compress(
             net, place = None if model is None else model_of(model), out or _beside(weights)
             if budget is not None:
                 done = watch("finding what fits", 1)
+                if example is not None:
+                    raise ValueError(
+                        f"--example {example} beside --budget {budget}: a budget knows no first or last layer"
+                    )
                 with_budget = budget_of(budget, recipe=recipe, choices=choices, life=life)
                 found = compress_to_budget(
                     opened, place, with_budget, choices=choices, coding=coding, model=net, notes=said
@@ -373,7 +391,15 @@ def compress(
             else:
                 chosen = recipe_of(recipe or "uniform-w4")
                 found = compress_state_dict(
-                    opened, place, chosen, life=life, coding=coding, model=net, notes=said, watch=watch
+                    opened,
+                    place,
+                    chosen,
+                    life=life,
+                    coding=coding,
+                    model=net,
+                    example=example_of(example),
+                    notes=said,
+                    watch=watch,
                 )
             made = dataclasses.asdict(found)
         if as_json:

@@ -31,6 +31,7 @@ __all__ = [
     "budget_of",
     "bytes_in",
     "code_of",
+    "example_of",
     "export_file",
     "model_of",
     "recipe_of",
@@ -65,9 +66,28 @@ def model_of(source: str) -> nn.Module:
     Raises:
         ValueError: no such factory, or one that fails or makes no module.
     """
+    made = _made(source, f"model={source!r}")
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"model={source!r}: must give a torch.nn.Module, not {type(made).__name__}")
+    return made
+
+
+def example_of(source: str | None) -> Any:
+    """What `--example` says the model takes: zeros of a shape, or what a factory gives; its code is run.
+
+    Raises:
+        ValueError: neither sizes with commas between them nor a factory, or one that fails.
+    """
+    if source is None:
+        return None
+    return _made(source, f"--example {source}") if ":" in source else torch.zeros(_sizes_in(source, "--example"))
+
+
+def _made(source: str, said: str) -> Any:
+    """What a factory makes, or stands there ready-made; errors begin with what was `said`."""
     module_name, colon, function = source.partition(":")
     if not (module_name and colon and function):
-        raise ValueError(f'model={source!r}: give a factory as "package.module:function"')
+        raise ValueError(f'{said}: give a factory as "package.module:function"')
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)  # last: a file in the folder must not stand in for a package
@@ -76,14 +96,11 @@ def model_of(source: str) -> nn.Module:
         for part in function.split("."):
             factory = getattr(factory, part)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"model={source!r}: cannot find the factory: {error}") from None
+        raise ValueError(f"{said}: cannot find the factory: {error}") from None
     try:
-        made = factory() if callable(factory) else factory
+        return factory() if callable(factory) else factory
     except Exception as error:  # whatever a user's own code may raise
-        raise ValueError(f"model={source!r}: the factory raised {type(error).__name__}: {error}") from error
-    if not isinstance(made, nn.Module):
-        raise ValueError(f"model={source!r}: must give a torch.nn.Module, not {type(made).__name__}")
-    return made
+        raise ValueError(f"{said}: the factory raised {type(error).__name__}: {error}") from error
 
 
 # --- what is written ----------------------------------------------------------------------------------------------
@@ -584,11 +601,11 @@ def _range_in(text: str) -> tuple[float, float]:
     return low, high
 
 
-def _sizes_in(shape: str) -> list[int]:
+def _sizes_in(shape: str, flag: str = "--input") -> list[int]:
     try:
         found = [int(part) for part in shape.split(",")]
     except ValueError:
         found = []
     if not found or min(found) < 1:
-        raise ValueError(f"--input {shape}: must be sizes with commas between them, as 1,3,32,32")
+        raise ValueError(f"{flag} {shape}: must be sizes with commas between them, as 1,3,32,32")
     return found

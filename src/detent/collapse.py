@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from detent.batchnorm import without_gradients
 from detent.ends import called_with, mapped, tensors_of
 from detent.specs import short
 from detent.targets import Target
@@ -51,7 +51,7 @@ def answers(model: nn.Module, example: Any) -> tuple[list[Tensor], list[Tensor]]
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with torch.no_grad():
+        with without_gradients():
             here = list(tensors_of(called_with(model, example)))
             there = list(tensors_of(called_with(model, mapped(example, _other))))
         return here, there

@@ -115,6 +115,7 @@ def compress_state_dict(
     life: Life = "compressed",
     coding: Coding | None = None,
     model: nn.Module | None = None,
+    example: Any = None,
     rename: Rename | None = None,
     notes: Mapping[str, Any] | None = None,
     watch: Watch = lambda what, steps: lambda: None,
@@ -129,6 +130,7 @@ def compress_state_dict(
         coding: "entropy", "bitpacked" or "none"; by default what `save` takes for this name.
         model: for what names and shapes do not say: transposed convolutions, ties, buffers, which layer is first. Its
             own weights are not read, so it may lie on the meta device.
+        example: as for `Recipe.resolve`; the model is run, so it needs numbers.
         rename: from names in the state dict to names in the model, as for `load`.
         notes: plain JSON data to keep with the file.
         watch: called with a label and a number of steps, gives what is called at each.
@@ -157,15 +159,18 @@ def compress_state_dict(
                 life=life,
                 coding=coding,
                 model=model,
+                example=example,
                 rename=rename,
                 notes=notes,
                 watch=watch,
             )
     if any(Path(out).resolve() == file.resolve() for file in source.files):
         raise ValueError(f"compress_state_dict(out={str(out)!r}): is a file of the state dict; give another name")
+    if model is None and example is not None:
+        raise ValueError("compress_state_dict(example=...): goes with model=, which is run on it")
     net = skeleton(source) if model is None else model
     refuse_stages(recipe, "compress")
-    plan = recipe.without_mechanisms().resolve(net)
+    plan = recipe.without_mechanisms().resolve(net, example=example)
     norms = any(getattr(module, "running_mean", None) is not None for module in net.modules())
     writer = Writer(out, life, coding=coding, batchnorm="own" if norms else "none", notes=notes)
     done = _write(writer, source, _stored(net, source, rename), plan, life == "both", watch)

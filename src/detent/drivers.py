@@ -43,7 +43,7 @@ class Driver:
     clean: list[Entry] = field(default_factory=list)
     pending: bool = False
     landing: bool = False  # the optimizer has moved the weights: the step counts, and is brought to its end
-    landed: set[Any] = field(default_factory=set)  # what of its end is done
+    landed: dict[Any, list[tuple[Entry, dict[str, Tensor]]]] = field(default_factory=dict)  # done, with its memory
     late: list[tuple[Entry, Held]] = field(default_factory=list)  # what is fitted after it, as it was before
     fitted: list[tuple[Entry, Slot]] | None = None  # what has been
     by_hand: bool = False  # no step hooks: the user calls both halves
@@ -201,7 +201,7 @@ class Driver:
         """A step begins: remember what it may change besides weights, of all optimizers, as some fits are shared."""
         self._warn_beyond(drivers)
         self.undo = [(each, each.step, [(e, e.held()) for e in each.standing]) for each in drivers]
-        self.slots, self.copies, self.begun, self.landed, self.fitted = [], [], [], set(), None
+        self.slots, self.copies, self.begun, self.landed, self.fitted = [], [], [], {}, None
         self.pending = True
 
     def _warn_beyond(self, drivers: list[Driver]) -> None:
@@ -222,7 +222,7 @@ class Driver:
         # In one line, so that no step counts twice.
         self.pending, self.landing, self.step = False, False, self.step + ticks
         self.slots, self.copies, self.undo, self.spent = [], [], [], {}
-        self.landed, self.late, self.fitted = set(), [], None
+        self.landed, self.late, self.fitted = {}, [], None
 
     def refuse_copies(self) -> None:
         """Look for a second copy of a weight before any mechanism moves the weight away from it; once.
@@ -243,14 +243,13 @@ class Driver:
 
     def once(self, what: Any, slots: list[tuple[Entry, Slot]], act: Callable[[], None]) -> None:
         """A part of the end of a step, which is not done twice; its memory counts when it is done."""
-        if what in self.landed:
-            return
-        for entry, slot in slots:
-            slot.state = dict(entry.state)
-        act()
-        for entry, slot in slots:
-            entry.state = slot.state
-        self.landed.add(what)
+        if what not in self.landed:
+            for entry, slot in slots:
+                slot.state = dict(entry.state)
+            act()
+            self.landed[what] = [(entry, slot.state) for entry, slot in slots]
+        for entry, state in self.landed[what]:
+            entry.state = state
 
     def forget_late_fits(self) -> None:
         """A fit after the step begins with what was fitted before it, also where one was broken off."""
@@ -259,7 +258,7 @@ class Driver:
 
     def land(self) -> None:
         """The optimizer has moved the weights: from here on the step counts."""
-        if not self.landing:
+        if self.pending and not self.landing:
             self.landing = True
             self.late = [(entry, entry.held()) for entry in self.entries if entry.cadence.after]
 

@@ -9,12 +9,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from detent import claimed, guards, optimizers, sharding, states
-from detent.batchnorm import Statistics, install, statistics_of, undone, undone_unless_done
+from detent.batchnorm import Statistics, install, statistics_of, undone, undone_unless_done, without_gradients
 from detent.claimed import Entry, by_rule, fit_target
 from detent.collapse import Losses
 from detent.contents import contents_of, refuse_unsavable, refuse_unused
@@ -108,7 +107,7 @@ def attach(
 
     def leave() -> None:
         run.detach()
-        with torch.no_grad():
+        with without_gradients():
             for entry, value in kept:
                 entry.write(value)
 
@@ -247,7 +246,7 @@ class Run(Resumable):
                 )
         for driver in drivers:
             self._fit_due(driver)
-        with torch.no_grad():
+        with without_gradients():
             for driver in drivers:
                 for entry in driver.entries:
                     entry.mechanism.open(driver.slot(entry), driver.clock)
@@ -268,7 +267,7 @@ class Run(Resumable):
             driver.enter(stage)
             self._refresh()
 
-        with undone_unless_done(back), torch.no_grad():
+        with undone_unless_done(back), without_gradients():
             settle_stage(driver, self._all, self._is_unfixed)
             self._look_for_losses((e, e.target, e.params) for e in driver.entries if e.params is not None)
             self._losses.say(f"the end of stage {stage + 1}")
@@ -391,8 +390,16 @@ class Run(Resumable):
     def _before(self, driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any], *, idle: bool = False) -> Any:
         if self._closed:
             return None
-        with self._one_thread("optimizer.step()"):
-            return self._start_step(driver, args, kwargs, idle)
+        last: list[object] = []  # what the step before would undo, once no other thread may begin one
+        try:
+            with self._one_thread("optimizer.step()"):
+                last.append(driver.undo)
+                return self._start_step(driver, args, kwargs, idle)
+        except BaseException:
+            if last and driver.undo is not last[0]:  # begun here, and nobody will end it
+                with undone(self._mark_step), undone(partial(self._repair, driver)):
+                    raise
+            raise
 
     def _start_step(self, driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any], idle: bool) -> Any:
         self._refuse_inside("optimizer.step()")
@@ -446,7 +453,7 @@ class Run(Resumable):
     def _begin(self, driver: Driver, active: list[Entry], *, sees_gradients: bool) -> None:
         """The first half of a step; one that moves nothing shows the mechanisms no gradient, and time passes alone."""
         clock = driver.clock
-        with undone_unless_done(partial(self._repair, driver)), torch.no_grad():
+        with without_gradients():
             driver.begin(self._drivers)
             self._fit_due(driver)
             driver.stand_ins.make(active)
@@ -469,6 +476,9 @@ class Run(Resumable):
             return
         try:
             self._end_step(driver)
+        except BaseException:
+            with undone(partial(self._repair, driver)):  # that is, brought to its end
+                raise
         finally:
             self._mark_step()
 
@@ -476,6 +486,7 @@ class Run(Resumable):
         if driver.nested:
             driver.nested -= 1
             return
+        driver.land()
         driver.stand_ins.take_back()
         if driver.skip:
             driver.skip = False
@@ -486,18 +497,13 @@ class Run(Resumable):
             return
         if not driver.pending:
             raise RuntimeError("run.after_step() without run.before_step(): call both around one optimizer step")
-        try:
-            driver.land()
-            driver.refuse_copies()
-            self._land(driver)
-        except BaseException:
-            with undone(partial(self._repair, driver)):  # that is, brought to its end
-                raise
+        driver.refuse_copies()
+        self._land(driver)
 
     def _land(self, driver: Driver) -> None:
         """The last moments of a step. It has happened: broken off, whoever asks next goes on where they ended."""
         clock = driver.clock
-        with torch.no_grad():
+        with without_gradients():
             driver.hold()
             for entry, slot in driver.slots:
                 driver.once(entry.name, [(entry, slot)], lambda e=entry, s=slot: driver.last_moment(e, s, clock))
@@ -542,7 +548,7 @@ class Run(Resumable):
         if driver.landing:
             self._land(driver)
         elif driver.pending:
-            with torch.no_grad():
+            with without_gradients():
                 driver.roll_back()
             self._adopt(driver, passing=True)
             driver.rest()
@@ -684,7 +690,7 @@ class Run(Resumable):
                 if self._closed and not was_over:
                     return self.detach()  # it was over already
                 sharding.reshard(self.model)
-                with torch.no_grad():
+                with without_gradients():
                     for entry, held in before:
                         entry.be_again(held)
                     for buffer, value in buffers:
@@ -692,7 +698,7 @@ class Run(Resumable):
                 sharding.reshard(self.model)
 
             with undone_unless_done(back):
-                with torch.no_grad():
+                with without_gradients():
                     for entry, target, params in life:
                         entry.write(entry.map_whole(target.project, target, params, entry.hidden()))
                     if statistics is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from detent import sharding
-from detent.batchnorm import Statistics, install, reestimate, rounded, statistics_of, undone
+from detent.batchnorm import Statistics, install, reestimate, rounded, statistics_of, undone, without_gradients
 from detent.claimed import Entry, entries_of, fit_target, refuse_nonfinite, refuse_stages
 from detent.collapse import Losses, answers
 from detent.guards import fingerprint
@@ -162,7 +162,7 @@ class Lives(abc.ABC):
             return
         self._inside = False
         sharding.reshard(self.model)
-        with torch.no_grad():
+        with without_gradients():
             for entry, value in aside.weights:
                 entry.write(value)
             for buffer, value in aside.buffers:
@@ -270,7 +270,7 @@ class Lives(abc.ABC):
         )
         with undone(self._come_back):
             self._inside = True
-            with torch.no_grad():
+            with without_gradients():
                 for entry, target, params in life:
                     entry.write(entry.map_whole(target.project, target, params, entry.hidden()))
                     entry.adopt()

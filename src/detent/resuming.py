@@ -6,11 +6,9 @@ import abc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from detent import sharding, states
 from detent.averages import Averages
-from detent.batchnorm import undone_unless_done
+from detent.batchnorm import undone_unless_done, without_gradients
 from detent.claimed import Entry
 from detent.drivers import Driver
 
@@ -124,7 +122,7 @@ class Resumable(Averages):
 
         def back() -> None:
             sharding.reshard(self.model)
-            with torch.no_grad():
+            with without_gradients():
                 for entry, held in before:
                     entry.be_again(held)
             sharding.reshard(self.model)

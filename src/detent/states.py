@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from detent import sharding
+from detent.batchnorm import without_gradients
 from detent.claimed import Entry
 from detent.drivers import Driver
 
@@ -83,7 +84,7 @@ def match_weights(driver: Driver, model: nn.Module) -> None:
             entry.adopt()
         elif entry.name in overwritten and _is_of_state(entry, overwritten[entry.name]):
             sharding.reshard(model)
-            with torch.no_grad():
+            with without_gradients():
                 entry.write(overwritten[entry.name])
             sharding.reshard(model)
             entry.adopt()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from detent import sharding
 
-__all__ = ["Seal", "sealed"]
+__all__ = ["Seal", "holds_on_to", "sealed"]
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _RUNS, _RUN = 256, 16  # of a large tensor: how many runs are looked at in passing, and how many weights each has
@@ -41,6 +42,15 @@ def sealed(w: Tensor, *, whole: bool) -> Seal | None:
         return Seal(is_whole=True, bits=sharding.row_sums(w))
     last = w.dim() == 4 and not w.is_contiguous() and w.is_contiguous(memory_format=torch.channels_last)
     return Seal(is_whole=False, bits=_sample(w), order=torch.channels_last if last else torch.contiguous_format)
+
+
+def holds_on_to(w: Tensor, zeros: Tensor | None, state: Mapping[str, Tensor]) -> bool:
+    """Whether all that a step would put back is in its place: zeros of earlier stages, masked and frozen weights."""
+    if zeros is not None and bool(w[zeros].any()):
+        return False
+    if "mask" in state and bool(w[~state["mask"]].any()):
+        return False
+    return "frozen" not in state or torch.equal(w[state["frozen"]], state["held"][state["frozen"]])
 
 
 def _sample(w: Tensor) -> Tensor:

@@ -7,10 +7,13 @@ function and a method that compute the same thing are the same thing.
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import partial
 from typing import Any
 
 import torch
@@ -270,6 +273,47 @@ class Traced:
         return list(self.module.graph.nodes)
 
 
+def _opened(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[..., Any] | None:
+    """What one of torch's transformer modules does in terms of its parts, where it is called without masks.
+
+    Its own `forward` asks its inputs for sizes and kinds, to choose kernels and to check masks.
+    """
+    kind: Any = type(module)
+    if kind not in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, *_STACKS) or "forward" in vars(module):
+        return None
+    given = inspect.signature(kind.forward).bind(module, *args, **kwargs).arguments
+    if any(value is not None and value is not False for name, value in list(given.items())[1:] if name not in _INPUTS):
+        return None
+    return partial(_STACKS.get(kind, kind.forward), module)
+
+
+_INPUTS = ("src", "tgt", "memory")
+
+
+def _stack(module: Any, x: Any, *memory: Any) -> Any:
+    for layer in module.layers:
+        x = layer(x, *memory)
+    return x if module.norm is None else module.norm(x)
+
+
+_STACKS: dict[Any, Callable[..., Any]] = {
+    nn.TransformerEncoder: lambda module, src, *masks, **without: _stack(module, src),
+    nn.TransformerDecoder: lambda module, tgt, memory, *masks, **without: _stack(module, tgt, memory),
+    nn.Transformer: lambda module, src, tgt, *masks, **without: module.decoder(tgt, module.encoder(src)),
+}
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Without the fused kernel of `TransformerEncoderLayer`, for which it asks its inputs for sizes."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 class _Tracer(fx.Tracer):
     """Gives the model a placeholder for every tensor of a call; all else is the call's own, or keeps its default."""
 
@@ -279,6 +323,12 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return super().is_leaf_module(m, module_qualified_name) or _of_module(m) is not Op.OTHER
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        inside = _opened(m, args, kwargs)
+        return super().call_module(m, forward, args, kwargs) if inside is None else inside(*args, **kwargs)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         names = {id(value): name for name, value in self._call.arguments.items()}
@@ -292,7 +342,8 @@ class _Tracer(fx.Tracer):
             return self.create_proxy("placeholder", given[-1], (), {})
 
         args, kwargs = tree_map(placeholder, (self._call.args, dict(self._call.kwargs)))
-        return (lambda: root_fn(self.root, *args, **kwargs)), []
+        inside = _opened(self.root, args, kwargs) or partial(root_fn, self.root)
+        return (lambda: inside(*args, **kwargs)), []
 
 
 class _Recorder(fx.Interpreter):
@@ -330,7 +381,8 @@ def trace(model: nn.Module, call: Call) -> Traced:
     """
     try:
         tracer = _Tracer(call)
-        graph = tracer.trace(model)
+        with _plain_kernels():
+            graph = tracer.trace(model)
         traced = Traced(module=fx.GraphModule(tracer.root, graph), modules=dict(model.named_modules()))
         with torch.no_grad():
             _Recorder(traced).run(*call.tensors)
