@@ -29,7 +29,7 @@ SRC = ROOT / "src" / "detent"
 _TARGETS = {"schedules", "grouping"}
 _MECHANISMS = _TARGETS | {"targets"}
 _SPECS = _MECHANISMS | {"mechanisms"}
-_RECIPE = _SPECS | {"sharding", "specs", "parameters", "ends", "plan", "contents"}
+_RECIPE = _SPECS | {"undoing", "sharding", "specs", "parameters", "ends", "plan", "contents"}
 _LIVES = _RECIPE | {"recipe"}
 _ENGINE = _LIVES | {"averages", "batchnorm", "claimed", "collapse", "drivers", "fitting", "guards", "lives"}
 _ENGINE |= {"optimizers", "resuming", "standins", "states", "threads"}
@@ -38,6 +38,7 @@ _CORE = _PACK | {"amounts", "budget", "pack", "compression"}
 MAY_IMPORT: dict[str, set[str]] = {
     "schedules": set(),
     "grouping": set(),
+    "undoing": set(),
     "sharding": set(),
     "targets": _TARGETS,
     "mechanisms": _MECHANISMS,
@@ -45,23 +46,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "presets": _SPECS,
     "parameters": {"grouping"},
     "ends": {"parameters"},
-    "collapse": _SPECS | {"ends", "specs"},
+    "collapse": _SPECS | {"undoing", "ends", "specs"},
     "plan": _SPECS | {"parameters", "specs", "ends", "recipe"},  # of recipe only the types: a recipe resolves to a plan
     "recipe": _RECIPE | {"presets"},
     "contents": {"parameters", "sharding"},
-    "batchnorm": {"parameters"},
+    "batchnorm": {"parameters", "undoing"},
     "writes": {"sharding"},
     "claimed": _LIVES | {"writes"},
     "fitting": _LIVES | {"claimed", "drivers"},
     "guards": _LIVES | {"claimed"},
-    "threads": {"batchnorm"},
+    "threads": {"undoing"},
     "lives": _LIVES | {"batchnorm", "claimed", "collapse", "guards", "threads", "writes"},
     "optimizers": {"sharding"},
     "standins": _LIVES | {"claimed", "optimizers"},
     "drivers": _LIVES | {"claimed", "optimizers", "standins"},
     "averages": _LIVES | {"claimed", "lives"},
     "states": _LIVES | {"claimed", "drivers"},
-    "resuming": _LIVES | {"averages", "batchnorm", "claimed", "drivers", "states"},
+    "resuming": _LIVES | {"averages", "claimed", "drivers", "states"},
     "engine": _ENGINE,
     "amounts": {"schedules"},
     "pack": _PACK | {"amounts"},

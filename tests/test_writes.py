@@ -251,7 +251,7 @@ def test_a_write_through_data_to_weights_that_are_held_is_refused_and_one_to_the
 def test_a_write_through_data_to_what_an_earlier_stage_holds_is_refused(fixed: bool) -> None:
     """Weights that a stage has put on levels, and the zeros alone of one that pruned."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     first = dt.Rule(match="0.weight", target=GRID if fixed else dt.TopK(keep=0.5), mechanism=dt.HardProjection())
     second = dt.Rule(match="1.weight", target=GRID, mechanism=dt.PSG())

@@ -11,10 +11,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from detent import sharding
-from detent.batchnorm import without_gradients
 from detent.claimed import Entry, fit_target
 from detent.lives import Lives
 from detent.parameters import refuse_no_model
+from detent.undoing import without_gradients
 
 __all__ = ["Averages"]
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from detent import sharding
-from detent.batchnorm import without_gradients
 from detent.mechanisms import Cadence, Clock, Mechanism
 from detent.mechanisms.base import never_zero
 from detent.parameters import named_parameters
@@ -22,6 +21,7 @@ from detent.schedules import Schedule, check_moment, moments_of, step_at
 from detent.specs import short
 from detent.targets import Params, Target
 from detent.targets.base import compute_dtype
+from detent.undoing import without_gradients
 from detent.writes import Seal, holds_on_to, sealed
 
 __all__ = [

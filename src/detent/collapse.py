@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from detent.batchnorm import without_gradients
 from detent.ends import called_with, mapped, tensors_of
 from detent.specs import short
 from detent.targets import Target
+from detent.undoing import without_gradients
 
 __all__ = ["Losses", "answers"]
 

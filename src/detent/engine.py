@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from detent import claimed, guards, optimizers, sharding, states
-from detent.batchnorm import Statistics, install, statistics_of, undone, undone_unless_done, without_gradients
+from detent.batchnorm import Statistics, install, statistics_of
 from detent.claimed import Entry, by_rule, fit_target
 from detent.collapse import Losses
 from detent.contents import contents_of, refuse_unsavable, refuse_unused
@@ -25,6 +25,7 @@ from detent.recipe import Plan, Recipe, refuse_no_recipe
 from detent.resuming import Resumable
 from detent.standins import refuse_narrow_shards
 from detent.threads import OneThread
+from detent.undoing import undone, undone_unless_done, without_gradients
 
 __all__ = ["Run", "attach"]
 

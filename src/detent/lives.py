@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from detent import sharding
-from detent.batchnorm import Statistics, install, reestimate, rounded, statistics_of, undone, without_gradients
+from detent.batchnorm import Statistics, install, reestimate, rounded, statistics_of
 from detent.claimed import Entry, entries_of, fit_target, refuse_nonfinite, refuse_stages
 from detent.collapse import Losses, answers
 from detent.guards import fingerprint
@@ -23,6 +23,7 @@ from detent.recipe import Recipe, refuse_no_recipe
 from detent.targets import Form, Params, Target
 from detent.targets.kmeans import sorted_rows
 from detent.threads import OneThread
+from detent.undoing import undone, without_gradients
 from detent.writes import Seal
 
 __all__ = ["Encoded", "Lives", "distance_row"]

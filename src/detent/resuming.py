@@ -8,9 +8,9 @@ from typing import Any
 
 from detent import sharding, states
 from detent.averages import Averages
-from detent.batchnorm import undone_unless_done, without_gradients
 from detent.claimed import Entry
 from detent.drivers import Driver
+from detent.undoing import undone_unless_done, without_gradients
 
 __all__ = ["Resumable"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from detent import sharding
-from detent.batchnorm import without_gradients
 from detent.claimed import Entry
 from detent.drivers import Driver
+from detent.undoing import without_gradients
 
 __all__ = ["STATE_VERSION", "check_state", "load_state", "match_weights", "refuse_other_weights", "saved_state"]
 

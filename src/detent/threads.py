@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from detent.batchnorm import undone
+from detent.undoing import undone
 
 __all__ = ["OneThread"]
 

@@ -273,20 +273,7 @@ class Traced:
         return list(self.module.graph.nodes)
 
 
-def _opened(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[..., Any] | None:
-    """What one of torch's transformer modules does in terms of its parts, where it is called without masks.
-
-    Its own `forward` asks its inputs for sizes and kinds, to choose kernels and to check masks.
-    """
-    kind: Any = type(module)
-    if kind not in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, *_STACKS) or "forward" in vars(module):
-        return None
-    given = inspect.signature(kind.forward).bind(module, *args, **kwargs).arguments
-    if any(value is not None and value is not False for name, value in list(given.items())[1:] if name not in _INPUTS):
-        return None
-    return partial(_STACKS.get(kind, kind.forward), module)
-
-
+# torch's transformers in terms of their parts, where they are called without masks.
 _INPUTS = ("src", "tgt", "memory")
 
 
@@ -301,6 +288,20 @@ _STACKS: dict[Any, Callable[..., Any]] = {
     nn.TransformerDecoder: lambda module, tgt, memory, *masks, **without: _stack(module, tgt, memory),
     nn.Transformer: lambda module, src, tgt, *masks, **without: module.decoder(tgt, module.encoder(src)),
 }
+
+
+def _opened(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[..., Any] | None:
+    """What one of torch's transformer modules does in terms of its parts, where it is called without masks.
+
+    Its own `forward` asks its inputs for sizes and kinds, to choose kernels and to check masks.
+    """
+    kind: Any = type(module)
+    if kind not in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, *_STACKS) or "forward" in vars(module):
+        return None
+    given = inspect.signature(kind.forward).bind(module, *args, **kwargs).arguments
+    if any(value is not None and value is not False for name, value in list(given.items())[1:] if name not in _INPUTS):
+        return None
+    return partial(_STACKS.get(kind, kind.forward), module)
 
 
 @contextmanager
