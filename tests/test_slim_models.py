@@ -226,6 +226,32 @@ class Recurrent(nn.Module):
         return self.b(self.lstm(F.relu(self.a(x)))[0])
 
 
+def layer(kind: Any = nn.TransformerEncoderLayer, **more: Any) -> nn.Module:
+    return kind(16, 4, 24, batch_first=True, **more)
+
+
+class Torchs(nn.Module):
+    """torch's own transformer modules, whose code asks its inputs for sizes: alone, stacked, or with a mask."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.head = how, nn.Linear(16, 3)
+        self.inside: nn.Module = {
+            "stacked": lambda: nn.TransformerEncoder(
+                layer(norm_first=True, activation="gelu"), 2, nn.LayerNorm(16), enable_nested_tensor=False
+            ),
+            "alone": layer,
+            "masked": layer,
+            "both": lambda: nn.Transformer(16, 4, 1, 1, 24, batch_first=True),
+            "decoder": lambda: nn.TransformerDecoder(layer(nn.TransformerDecoderLayer), 1),
+        }[how]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "masked":
+            return self.head(self.inside(x, src_mask=torch.ones(6, 6).triu(1) == 1))
+        return self.head(self.inside(x, x + 1) if self.how in ("both", "decoder") else self.inside(src=x))
+
+
 class Generator(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(
@@ -256,6 +282,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "recurrent": (Recurrent, TOKENS),
     "generator": (Generator, IMAGE),
     "encoder": (Encoder, TOKENS[:2]),
+    "torch's stack": (lambda: Torchs("stacked"), TOKENS),
+    "torch's layer": (lambda: Torchs("alone"), TOKENS),
+    "torch's layer itself": (layer, TOKENS),
+    "torch's layer, masked": (lambda: Torchs("masked"), TOKENS),
+    "torch's transformer": (lambda: Torchs("both"), TOKENS),
+    "torch's decoder": (lambda: Torchs("decoder"), TOKENS),
 }
 
 
@@ -382,6 +414,28 @@ REMOVED: list[tuple[str, dict[str, list[int]], dict[str, tuple[int, int]]]] = [
     ("written sizes", {"c": list(range(144, 288)), "d": [3]}, {"c": (576, 9), "d": (9, 3)}),
     ("generator", {"5": [0, 1], "8": [2]}, {"0": (3, 6), "3": (6, 6), "5": (6, 5), "8": (5, 3)}),
     ("encoder", {"down": [0, 7]}, {"up": (16, 30), "down": (30, 16)}),
+    (
+        "torch's stack",
+        {"inside.layers.0.linear2": [0, 7], "inside.layers.1.linear2": [3], "head": [5]},
+        {
+            "inside.layers.0.linear1": (16, 22),
+            "inside.layers.0.linear2": (22, 16),
+            "inside.layers.1.linear1": (16, 23),
+            "inside.layers.1.linear2": (23, 16),
+        },
+    ),
+    ("torch's layer itself", {"linear2": [0, 7]}, {"linear1": (16, 22), "linear2": (22, 16)}),
+    ("torch's layer, masked", {"inside.linear2": [0, 7]}, {}),
+    (
+        "torch's transformer",
+        {"inside.encoder.layers.0.linear2": [0], "inside.decoder.layers.0.linear2": [1, 2]},
+        {
+            "inside.encoder.layers.0.linear1": (16, 23),
+            "inside.encoder.layers.0.linear2": (23, 16),
+            "inside.decoder.layers.0.linear1": (16, 22),
+            "inside.decoder.layers.0.linear2": (22, 16),
+        },
+    ),
 ]
 
 
