@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 import detent as dt
 from detent.export import Activations, to_onnx
 from detent.export.calling import bind
-from detent.export.onnx import _Example
+from detent.export.onnx import _checked, _Example
 
 ort = pytest.importorskip("onnxruntime", minversion="1.31")
 
@@ -201,6 +201,46 @@ def test_weight_norm_along_the_inputs_stays_and_is_named(tmp_path: Path) -> None
     assert any("original1' is rescaled at every run" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("kind", ["matrix_exp", "cayley", "householder"])
+def test_an_orthogonal_parametrization_is_refused_with_what_to_do(kind: str, tmp_path: Path) -> None:
+    net: Any = nn.Sequential(nn.Linear(6, 8), parametrizations.orthogonal(nn.Linear(8, 8), orthogonal_map=kind))
+    with pytest.raises(ValueError, match=r"'1' is parametrized .*\(orthogonal\): call .*remove_parametrizations"):
+        to_onnx(dt.compress(net, dt.Recipe.preset("uniform-w4")), tmp_path / "m.onnx", torch.randn(2, 6))
+    assert not list(tmp_path.iterdir())
+    nn.utils.parametrize.remove_parametrizations(net[1], "weight")
+    report = to_onnx(dt.compress(net, dt.Recipe.preset("uniform-w4")), tmp_path / "m.onnx", torch.randn(2, 6))
+    assert {row.name: row.form for row in report.tensors if row.target} == {"0.weight": "INT4", "1.weight": "INT4"}
+
+
+class Projected(nn.Module):
+    def __init__(self, projection: int, layers: int, both: bool) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(6, 8, layers, batch_first=True, bidirectional=both, proj_size=projection)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0]
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize(("layers", "both", "check"), [(1, False, True), (1, False, False), (2, True, True)])
+def test_an_lstm_with_a_projection_is_refused(layers: int, both: bool, check: bool, tmp_path: Path) -> None:
+    """PyTorch's exporter writes a graph without the projection, which no runtime runs, or none that is valid."""
+    x = torch.randn(2, 5, 6)
+    run = dt.compress(Projected(4, layers, both), dt.Recipe.preset("uniform-w4"))
+    with pytest.raises(ValueError, match="'rnn' is an LSTM with proj_size=4, which ONNX's LSTM has not"):
+        to_onnx(run, tmp_path / "m.onnx", x, check=check)
+    assert not list(tmp_path.iterdir())
+    plain = dt.compress(Projected(0, layers, both), dt.Recipe.preset("uniform-w4"))
+    assert {row.form for row in to_onnx(plain, tmp_path / "m.onnx", x).tensors if row.target} == {"INT4"}
+
+
+def test_a_graph_that_is_no_onnx_is_called_so() -> None:
+    net = nn.Linear(2, 2)
+    example = _Example.of(bind(net, torch.zeros(1, 2)), None, False)
+    with pytest.raises(ValueError, match="the graph is no valid ONNX: .*; nothing was written"):
+        _checked(b"", net, example, 1e-5, False)
+
+
 # ------------------------------------------------------------------------------------------------------- transformers
 
 
@@ -212,6 +252,9 @@ def tiny(name: str) -> Any:
         return tf.LlamaForCausalLM(tf.LlamaConfig(**small, intermediate_size=64, num_key_value_heads=1))
     if name == "gpt2":
         return tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=1, n_head=2))
+    if name == "mixtral":
+        experts = {"num_local_experts": 3, "num_experts_per_tok": 2}
+        return tf.MixtralForCausalLM(tf.MixtralConfig(**small, **experts, intermediate_size=64, num_key_value_heads=1))
     if name == "bert":
         return tf.BertForSequenceClassification(tf.BertConfig(**small, intermediate_size=64, num_labels=3))
     return tf.T5ForConditionalGeneration(
@@ -244,3 +287,30 @@ def test_transformers_at_another_length(name: str, tmp_path: Path) -> None:
         expected = model(**other).logits
     theirs = run_ort(tmp_path / "m.onnx", *other.values())[0]
     torch.testing.assert_close(theirs, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_rounded_activations_of_transposed_layers_and_experts(name: str, tmp_path: Path) -> None:
+    """transformers' Conv1D, (in, out), runs in integers; experts are picked from a stack, and no kernel does that."""
+    model = tiny(name).eval()
+    if name == "mixtral":
+        model.set_experts_implementation("batched_mm")
+    run = dt.compress(model, dt.Recipe.preset("uniform-w8"))
+    ids = {"input_ids": torch.randint(1, 96, (2, 16), generator=torch.Generator().manual_seed(0))}
+    report = to_onnx(run, tmp_path / "m.onnx", ids, activations=Activations(), calibration=[ids])
+    floats = " ".join(note for note in report.notes if "computed in float" in note)
+    named = {claim.name for claim in run.plan.claimed if repr(claim.name) in floats}
+    if name == "gpt2":
+        layers = {
+            f"transformer.h.0.{layer}.weight" for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        }
+        assert report.kernels["QGemm"] == 4 and not named & layers
+    else:
+        experts = {f"model.layers.0.mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")}
+        assert named == experts | {"model.embed_tokens.weight"} and "because they are looked up" in floats
+        assert report.kernels["MatMulIntegerToFloat"] + report.kernels["QGemm"] == 6  # q, k, v, o, router, head
+    with run.compressed(), torch.no_grad():
+        expected = model(**ids).logits
+    theirs = run_ort(tmp_path / "m.onnx", ids["input_ids"])[0]
+    assert float((theirs - expected).norm() / expected.norm()) < 0.05

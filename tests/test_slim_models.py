@@ -226,7 +226,7 @@ class Recurrent(nn.Module):
         return self.b(self.lstm(F.relu(self.a(x)))[0])
 
 
-def layer(kind: Any = nn.TransformerEncoderLayer, **more: Any) -> nn.Module:
+def layer(kind: Any = nn.TransformerEncoderLayer, **more: Any) -> Any:
     return kind(16, 4, 24, batch_first=True, **more)
 
 

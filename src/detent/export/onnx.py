@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
 from detent import sharding
@@ -370,6 +371,12 @@ def traced(model: nn.Module, example: _Example, encoded: Mapping[str, Encoded]) 
         ValueError: a weight that has no form, outputs that are no tensors, or an axis that the graph fixes.
     """
     left_out = _outputs_left_out(model, example)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LSTM) and module.proj_size:
+            raise ValueError(
+                f"{name!r} is an LSTM with proj_size={module.proj_size}, which ONNX's LSTM has not, and PyTorch's "
+                "exporter leaves it out; use an LSTM without it and a Linear layer, or torch.nn.LSTMCell in a loop"
+            )
     forms: dict[str, Form] = {}
     for name, item in encoded.items():
         try:
@@ -478,7 +485,7 @@ def _program(model: nn.Module, example: _Example, opset: int) -> ir.Model:
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            raise ValueError(f"PyTorch cannot trace this model for ONNX: {_cause(error, example)}") from error
+            raise ValueError(f"PyTorch cannot trace this model for ONNX: {_cause(error, example, model)}") from error
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
@@ -487,7 +494,7 @@ def _program(model: nn.Module, example: _Example, opset: int) -> ir.Model:
     return program.model
 
 
-def _cause(error: Exception, example: _Example) -> str:
+def _cause(error: Exception, example: _Example, model: nn.Module) -> str:
     """What torch's exporter met, with advice where there is some."""
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
@@ -496,6 +503,11 @@ def _cause(error: Exception, example: _Example) -> str:
     said = first_line(error.__cause__ or error)
     if "transformers.grouped_mm" in whole:
         said += '; call model.set_experts_implementation("batched_mm") before the export'
+    elif "linalg" in whole and (odd := next((n for n, m in model.named_modules() if is_parametrized(m)), None)):
+        said += (
+            f"; {odd!r} is parametrized by what ONNX has no operator for (orthogonal): call "
+            "torch.nn.utils.parametrize.remove_parametrizations on it, and compress the weight that is left"
+        )
     elif "data-dependent" in whole or "onstraints violated" in whole or "ConstraintViolation" in whole:
         said += "; the model decides by its data, or by a size that was to be free"
         said += ": try dynamic_batch=False" if example.batch else ""
@@ -617,7 +629,10 @@ def _checked(
     """
     import onnx
 
-    onnx.checker.check_model(onnx.load_model_from_string(data), full_check=True)
+    try:
+        onnx.checker.check_model(onnx.load_model_from_string(data), full_check=True)
+    except Exception as error:  # its two kinds have no common base but this
+        raise ValueError(f"the graph is no valid ONNX: {first_line(error)}; nothing was written") from error
     samples = _samples(model, example, rounded)
     sizes = [_size(values) for values in zip(*(outputs for _, _, outputs in samples), strict=True)]
     bounds = [tolerance * size for size in sizes]
