@@ -694,6 +694,7 @@ def test_compress_to_a_budget(tmp_path: Path, weights: Path, choices: str, model
         (["--budget", "2 kB", "-r", "uniform-w4"], "give one of the two"),
         (["--budget", "2 kB", "--life", "both"], "no part of a budget"),
         (["--budget", "2 kB", "--choices", "bits"], "must be step or widths"),
+        (["--budget", "2 kB", "--model", f"{HERE}:Net", "--example", "1,3,8,8"], "knows no first or last layer"),
         (["--budget", "2 K"], "must be a number of bytes"),
     ],
 )

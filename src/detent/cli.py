@@ -367,6 +367,8 @@ def compress(
             raise ValueError(f"--coding {coding}: must be one of {', '.join(CODINGS)}")
         if example and model is None:
             raise ValueError(f"--example {example}: goes with --model, which is run on it")
+        if example and budget:
+            raise ValueError(f"--example {example} beside --budget {budget}: a budget knows no first or last layer")
         with Checkpoint(weights) as opened, _watched() as watch:  # first: another kind of file is at fault before all
             default = None if out else _beside(weights)
             inputs = [*opened.files, None if recipe is None else Path(recipe), code_of(model), code_of(example)]
@@ -379,10 +381,6 @@ def compress(
             net, place = None if model is None else model_of(model), out or _beside(weights)
             if budget is not None:
                 done = watch("finding what fits", 1)
-                if example is not None:
-                    raise ValueError(
-                        f"--example {example} beside --budget {budget}: a budget knows no first or last layer"
-                    )
                 with_budget = budget_of(budget, recipe=recipe, choices=choices, life=life)
                 found = compress_to_budget(
                     opened, place, with_budget, choices=choices, coding=coding, model=net, notes=said
