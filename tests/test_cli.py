@@ -72,7 +72,9 @@ SURFACE = {
     "plan": {"model": "required", "--recipe -r": "psg-w4", "--to": None, "--example": None, "--json": False},
     "compress": {
         "weights": "required",
-        "--recipe -r": "uniform-w4",
+        "--recipe -r": None,
+        "--budget": None,
+        "--choices": "step",
         "--out -o": None,
         "--life": "compressed",
         "--coding": None,
