@@ -244,7 +244,7 @@ def test_memory_is_that_of_a_tensor_or_of_what_is_loaded(tmp_path: Path, coding:
     assert grown("write") < 12, "a few copies of one tensor, of which the fit takes four"
     assert grown("load full") < 1.5 * 24
     assert grown("load compressed") < 1.5 * 24
-    assert grown("unpack") < 6
+    assert grown("unpack") < 8, "a form and its dense weights, one tensor at a time"
 
 
 # --- shorter floats -----------------------------------------------------------------------------------------------
