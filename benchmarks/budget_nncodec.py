@@ -5,6 +5,7 @@
 Its package imports torchvision, OpenCV, torchmetrics and ptflops without using them here; empty modules stand in.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -26,9 +27,9 @@ for name in ("cv2", "torchmetrics", "ptflops"):
     sys.modules[name] = Absent()
 
 import numpy as np  # noqa: E402
-from nncodec import nnc  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
+nnc = importlib.import_module("nncodec.nnc")
 state = load_file(sys.argv[1])
 for qp in map(int, sys.argv[3:]):
     stream = os.path.join(sys.argv[2], f"{qp}.nnc")
