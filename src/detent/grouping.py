@@ -211,6 +211,10 @@ class Granularity(abc.ABC):
     def expand(self, values: Tensor, layout: Layout) -> Tensor:
         """One number a group, shape (count,), as a tensor that broadcasts against the rows held here."""
 
+    @abc.abstractmethod
+    def at(self, columns: Tensor, layout: Layout) -> Tensor:
+        """The group of one weight of each channel, which lies in the given column of `Layout.by_channel`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PerTensor(Granularity):
@@ -242,6 +246,9 @@ class PerTensor(Granularity):
     def expand(self, values: Tensor, layout: Layout) -> Tensor:
         return values.reshape(())
 
+    def at(self, columns: Tensor, layout: Layout) -> Tensor:
+        return torch.zeros_like(columns)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Channel(Granularity):
@@ -272,6 +279,9 @@ class Channel(Granularity):
 
     def expand(self, values: Tensor, layout: Layout) -> Tensor:
         return layout.over_channels(values)
+
+    def at(self, columns: Tensor, layout: Layout) -> Tensor:
+        return torch.arange(len(columns), device=columns.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,6 +342,10 @@ class Group(Granularity):
         matrix = values.reshape(layout.channels, runs).repeat_interleave(size, dim=1)[:, :fan_in]
         whole = layout.whole().from_channels(matrix)
         return whole if layout.rows is None else whole[slice(*layout.rows)]
+
+    def at(self, columns: Tensor, layout: Layout) -> Tensor:
+        _, runs, size = self._runs(layout)
+        return torch.arange(len(columns), device=columns.device) * runs + columns // size
 
 
 GranularityLike: TypeAlias = Literal["tensor", "channel"] | PerTensor | Channel | Group
