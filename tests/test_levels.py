@@ -409,7 +409,7 @@ def test_placing_in_pieces_is_placing_at_once(name: str, monkeypatch: pytest.Mon
     target = TARGETS[name]
     params = target.fit(w)
     q = target.project(w, params)
-    monkeypatch.setattr("detent.targets.levels._PIECE", 33)
+    monkeypatch.setattr("detent.targets.listed._PIECE", 33)
     assert torch.equal(target.project(w, params), q)
     assert torch.equal(target.decode(target.encode(w, params), params, w.dtype), q)
 

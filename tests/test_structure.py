@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SRC = ROOT / "src" / "detent"
 
 # What each part of the package may import, besides itself. "" is the package's own __init__.
-_TARGETS = {"schedules", "grouping"}
+_TARGETS = {"schedules", "grouping", "masks", "pieces"}
 _MECHANISMS = _TARGETS | {"targets"}
 _SPECS = _MECHANISMS | {"mechanisms"}
 _RECIPE = _SPECS | {"sharding", "specs", "parameters", "ends", "plan", "contents"}
@@ -38,6 +38,8 @@ _CORE = _PACK | {"pack", "compression"}
 MAY_IMPORT: dict[str, set[str]] = {
     "schedules": set(),
     "grouping": set(),
+    "masks": set(),
+    "pieces": set(),
     "sharding": set(),
     "targets": _TARGETS,
     "mechanisms": _MECHANISMS,
@@ -51,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "contents": {"parameters", "sharding"},
     "batchnorm": {"parameters"},
     "writes": {"sharding"},
-    "claimed": _LIVES | {"writes"},
+    "claimed": _LIVES | {"masks", "writes"},
     "fitting": _LIVES | {"claimed", "drivers"},
     "guards": _LIVES | {"claimed"},
     "threads": {"batchnorm"},

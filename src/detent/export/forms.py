@@ -13,7 +13,8 @@ from detent.lives import Encoded
 from detent.targets import Codes, Params, PowerOfTwo, SparseLevels, Stream, Target, Zero
 from detent.targets.codebook import _Codebook
 from detent.targets.composite import _CODES
-from detent.targets.levels import _Listed, _Scaled
+from detent.targets.levels import _Scaled
+from detent.targets.listed import _Listed
 from detent.targets.sparse import Sparse
 
 __all__ = ["Codewords", "Form", "Grid", "Half", "Plain", "Table", "form_of", "index_parts"]

@@ -9,10 +9,10 @@ from detent.targets.codebook import KernelCodebook as KernelCodebook
 from detent.targets.codebook import VectorCodebook as VectorCodebook
 from detent.targets.composite import SparseLevels as SparseLevels
 from detent.targets.levels import Binary as Binary
-from detent.targets.levels import LearnedLevels as LearnedLevels
-from detent.targets.levels import PowerOfTwo as PowerOfTwo
 from detent.targets.levels import Ternary as Ternary
 from detent.targets.levels import Uniform as Uniform
+from detent.targets.listed import LearnedLevels as LearnedLevels
+from detent.targets.listed import PowerOfTwo as PowerOfTwo
 from detent.targets.rounding import Round as Round
 from detent.targets.sparse import NM as NM
 from detent.targets.sparse import Sparse as Sparse

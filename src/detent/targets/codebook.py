@@ -16,7 +16,7 @@ from detent.grouping import Layout
 from detent.schedules import is_whole
 from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite, compute_dtype
 from detent.targets.declared import Declared, Pieces
-from detent.targets.levels import _PARAM_DTYPES, Uniform
+from detent.targets.levels import PARAM_DTYPES, Uniform
 
 __all__ = ["KernelCodebook", "VectorCodebook"]
 
@@ -56,8 +56,8 @@ class _Codebook(Target):
             raise ValueError(f"{name}(codebook_bits={self.codebook_bits!r}): must be 2 to 8, or None for floats")
         if self.few not in ("reduce", "refuse"):
             raise ValueError(f'{name}(few={self.few!r}): must be "reduce" or "refuse"')
-        if not isinstance(self.param_dtype, str) or self.param_dtype not in _PARAM_DTYPES:
-            raise ValueError(f"{name}(param_dtype={self.param_dtype!r}): must be one of {sorted(_PARAM_DTYPES)}")
+        if not isinstance(self.param_dtype, str) or self.param_dtype not in PARAM_DTYPES:
+            raise ValueError(f"{name}(param_dtype={self.param_dtype!r}): must be one of {sorted(PARAM_DTYPES)}")
         if not is_whole(self.seed, 0, 2**63 - 1):
             raise ValueError(f"{name}(seed={self.seed!r}): must be a whole number from 0 to 2**63 - 1")
         for field in ("restarts", "iterations", "sample"):
@@ -186,7 +186,7 @@ class _Codebook(Target):
         """The numbers kept of some codewords, rounded to what a file holds; sorted ones lose their duplicates."""
         codewords = _within(codewords, dtype)
         if self.codebook_bits is None:
-            store = _PARAM_DTYPES[self.param_dtype]
+            store = PARAM_DTYPES[self.param_dtype]
             numbers = {"book": _within(codewords, store).to(store).add_(0.0)}
         else:
             grid = self._grid()
@@ -297,7 +297,7 @@ class _Codebook(Target):
         )
         codes = (index,) if codewords > 1 else ()
         if self.codebook_bits is None:
-            return Pieces((Declared(name="book", kind=_PARAM_DTYPES[self.param_dtype], shape=shape),), codes)
+            return Pieces((Declared(name="book", kind=PARAM_DTYPES[self.param_dtype], shape=shape),), codes)
         grid = self._grid().declared(Layout(shape=shape), dtype, {})
         return Pieces(grid.params, (*codes, replace(grid.streams[0], name="book")))
 
@@ -325,7 +325,7 @@ class _Codebook(Target):
 
     def _book_bits(self, codewords: int, length: int) -> int:
         """Bits of a codebook: integers, padded to whole bytes, and their scale; or floats."""
-        width = torch.finfo(_PARAM_DTYPES[self.param_dtype]).bits
+        width = torch.finfo(PARAM_DTYPES[self.param_dtype]).bits
         if self.codebook_bits is None:
             return codewords * length * width
         return 8 * -(-codewords * length * self.codebook_bits // 8) + width

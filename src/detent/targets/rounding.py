@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from detent.grouping import Layout
+from detent.grouping import Layout, PerTensor
 from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite
 from detent.targets.declared import Declared, Pieces
 
@@ -81,6 +81,9 @@ class Round(Target):
 
     def project(self, w: Tensor, params: Params) -> Tensor:
         return self._short(w).to(w.dtype)
+
+    def lined(self, params: Params) -> Params | None:
+        return params.lined(PerTensor())
 
     def encode(self, w: Tensor, params: Params) -> Codes:
         check_finite(w)

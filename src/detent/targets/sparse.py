@@ -11,15 +11,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from detent import masks
 from detent.grouping import Layout
+from detent.pieces import cut, is_large
 from detent.schedules import is_whole
 from detent.targets.base import Codes, Params, Scope, Stream, Target, check_finite, compute_dtype
 from detent.targets.declared import Declared, Pieces
+from detent.targets.largest import COMPUTED, Near, best, largest
 
 __all__ = ["NM", "Sparse", "Structured", "TopK", "square_unit"]
 
 _PIECE = 1 << 19  # weights ranked at a time, so that passing tensors stay small beside the weight
-_COMPARED = 16  # up to this length of a block, comparing all pairs is faster than sorting
 _LONGEST_BLOCK = 1 << 31  # weights; no tensor has rows as long
 _LONGEST_RANK = 1 << 62  # patterns of a block that int64 can count
 
@@ -92,7 +94,7 @@ class Sparse(Target):
         losers = mask.numel() - int(torch.count_nonzero(mask))
         total = torch.zeros((), dtype=torch.float64, device=w.device)
         for part, kept in zip(w.detach().reshape(-1).split(_PIECE), mask.reshape(-1).split(_PIECE), strict=True):
-            total += (part.to(compute_dtype(w.dtype)).abs() * ~kept).sum(dtype=torch.float64)
+            total += masks.kept(part.to(compute_dtype(w.dtype)).abs(), ~kept).sum(dtype=torch.float64)
         mean = (total / max(losers, 1)).clamp_max(torch.finfo(torch.float32).max).float()
         return {
             "width": torch.tensor(torch.finfo(w.dtype).bits),
@@ -103,10 +105,14 @@ class Sparse(Target):
         return replace(params, tensors={**params.tensors, **self._numbers(w, self.mask(weighed, params))})
 
     def project(self, w: Tensor, params: Params) -> Tensor:
+        out = torch.empty_like(w.detach())
+        self.project_into(w, params, out)
+        return out
+
+    def project_into(self, w: Tensor, params: Params, out: Tensor) -> None:
         w = w.detach()
-        # where, not multiplication: 0 * inf would be NaN, and a kept -0.0 must become +0.0.
-        kept = torch.where(self.mask(w, params), w, torch.zeros((), dtype=w.dtype, device=w.device))
-        return kept.add_(0.0)
+        for x, mask, q in cut(w, self.mask(w, params), out):
+            masks.kept(x, mask, q).add_(0.0)  # a kept -0.0 must become +0.0
 
     def encode(self, w: Tensor, params: Params) -> Codes:
         check_finite(w)
@@ -205,7 +211,7 @@ class TopK(Sparse):
         return _count_of("TopK", self.keep, sum(w.numel() for w in weights), "weights")
 
     def _params(self, w: Tensor, layout: Layout, count: int) -> Params:
-        numbers = self._numbers(w, _largest(w.detach().abs(), count))
+        numbers = self._numbers(w, largest(w.detach().abs(), count))
         return Params(tensors={"count": torch.tensor(count), **numbers}, layout=layout)
 
     def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
@@ -225,7 +231,7 @@ class TopK(Sparse):
         flat = torch.empty(sum(sizes), dtype=torch.float64 if double else torch.float32, device=weights[0].device)
         for w, part in zip(weights, flat.split(sizes), strict=True):
             part.copy_(self._score(w.detach().reshape(-1)))
-        kept = _largest(flat, self._count(weights, previous))
+        kept = largest(flat, self._count(weights, previous))
         del flat
         counts = [int(torch.count_nonzero(part)) for part in kept.split(sizes)]
         return [self._params(w, layout, k) for w, layout, k in zip(weights, layouts, counts, strict=True)]
@@ -254,7 +260,20 @@ class TopK(Sparse):
         return score
 
     def choose(self, gain: Tensor, params: Params) -> Tensor:
-        return _largest(gain, int(params["count"]))
+        return largest(gain, int(params["count"]), params.once("near", Near))
+
+    def project_into(self, w: Tensor, params: Params, out: Tensor) -> None:
+        near, found = params.once("near", Near), None
+        if is_large(w) and w.is_contiguous() and out.is_contiguous() and w.dtype in COMPUTED:
+            x, q = w.detach().view(-1), out.view(-1)
+            pieces = list(cut(x, q))
+            gains = (part.abs() for part, _ in pieces)
+            keep = lambda i, above: masks.kept(pieces[i][0], above, pieces[i][1]).add_(0.0)  # noqa: E731
+            found = near.others(gains, keep, len(x), int(params["count"]))
+            if found is not None:
+                q[found] = x[found]
+        if found is None:
+            super().project_into(w, params, out)
 
     def pattern(self, mask: Tensor, params: Params) -> tuple[Stream, ...]:
         return (Stream(name="mask", values=mask.reshape(-1).to(torch.uint8), width=1),)
@@ -354,8 +373,19 @@ class NM(Sparse):
         chosen = []
         for part in parts:
             blocks, rest = self._blocks(part, layout)
-            chosen.append(self._rows(_best(blocks, self.n), _best(rest, self.n), layout))
+            chosen.append(self._rows(best(blocks, self.n), best(rest, self.n), layout))
         return layout.from_channels(torch.cat(chosen))
+
+    def project_into(self, w: Tensor, params: Params, out: Tensor) -> None:
+        layout = params.layout.whole()
+        lines, full, tail = self._shape(layout)
+        side_by_side = layout.is_row_major and lines == layout.channels and not tail and full
+        if not (is_large(w) and side_by_side and w.is_contiguous() and out.is_contiguous()):
+            super().project_into(w, params, out)
+            return
+        # Blocks lie one after another: no mask of the whole is needed.
+        for x, q in cut(w.detach().view(-1, self.m), out.view(-1, self.m), by_rows=True):
+            masks.kept(x, best(x.abs(), self.n), q).add_(0.0)
 
     def extend(self, gain: Tensor, zero: Tensor, params: Params) -> Tensor:
         held = gain[zero]
@@ -517,7 +547,7 @@ class Structured(Sparse):
             for w, layout in zip(weights, layouts, strict=True)
         ]
         total = _count_of("Structured", self.keep, sum(map(len, means)), "groups")
-        kept = _largest(torch.cat(means), total).split([len(part) for part in means])
+        kept = largest(torch.cat(means), total).split([len(part) for part in means])
         return [
             self._params(w, layout, int(part.sum())) for w, layout, part in zip(weights, layouts, kept, strict=True)
         ]
@@ -532,7 +562,7 @@ class Structured(Sparse):
 
     def choose(self, gain: Tensor, params: Params) -> Tensor:
         layout = params.layout.whole()
-        return self._spread(_largest(self._sums(gain, layout), int(params["groups"])), layout)
+        return self._spread(largest(self._sums(gain, layout), int(params["groups"])), layout)
 
     def counted(self, mask: Tensor, params: Params) -> dict[str, Tensor]:
         return {"groups": self._groups(mask, params.layout).any(dim=1).sum().cpu()}
@@ -609,91 +639,9 @@ def _check_kept(what: str, kept: int, most: int) -> None:
 
 def square_unit(*tensors: Tensor) -> float:
     """A power of two by which to multiply weights so that their squares neither overflow nor vanish together."""
-    largest = max(float(x.detach().abs().amax()) for x in tensors)
+    ends = [end for x in tensors for end in torch.aminmax(x.detach())]
+    largest = max(abs(float(end)) for end in ends) if all(map(torch.isfinite, ends)) else math.inf
     return math.ldexp(1.0, -min(max(math.frexp(largest)[1], -1000), 1000)) if math.isfinite(largest) else 1.0
-
-
-def _largest(gain: Tensor, count: int) -> Tensor:
-    """Mask of the `count` largest, without those of -inf; ties go to the earlier position in row-major order."""
-    flat = gain.reshape(-1)
-    if count >= flat.numel():
-        return gain != -torch.inf
-    if count <= 0:
-        return torch.zeros_like(gain, dtype=torch.bool)
-    threshold = _nth(flat, flat.numel() - count)
-    mask, ties = flat > threshold, flat == threshold
-    need = count - int(torch.count_nonzero(mask))
-    if int(torch.count_nonzero(ties)) <= need:
-        mask |= ties
-    else:
-        for part, tied in zip(mask.split(_PIECE), ties.split(_PIECE), strict=True):
-            places = tied.nonzero().reshape(-1)[:need]
-            part[places] = True
-            need -= len(places)
-            if not need:
-                break
-    if bool(threshold == -torch.inf):
-        mask.logical_and_(flat != -torch.inf)
-    return mask.reshape(gain.shape)
-
-
-def _nth(flat: Tensor, n: int) -> Tensor:
-    """The number at place n, from 0, of a vector in ascending order."""
-    if flat.device.type != "cpu":
-        return flat.kthvalue(n + 1).values
-    if flat.dtype == torch.float64 and flat.numel() > _PIECE:
-        # Rounding keeps the order, so that only what rounds to the same number is left to be told apart: in this way
-        # the copy takes half the memory.
-        found = _parted(flat.float(), n)
-        if bool(found.isnan()):
-            return found.double()
-        like = []
-        for part in flat.split(_PIECE):
-            rounded = part.float()
-            n -= int(torch.count_nonzero(rounded < found))
-            like.append(part[rounded == found])
-        return _parted(torch.cat(like), n)
-    return _parted(flat.detach().to(compute_dtype(flat.dtype), copy=True), n).to(flat.dtype)
-
-
-def _parted(flat: Tensor, n: int) -> Tensor:
-    """The number at place n in ascending order; writes over the vector."""
-    low, past = flat.amin(), 0
-    # Selection is twenty times slower where most numbers equal the lowest: pruned zeros. They are set apart.
-    many = sum(int(torch.count_nonzero(part == low)) for part in flat.split(_PIECE))
-    if n < many:
-        return low
-    if many > len(flat) // 16:
-        for part in flat.split(_PIECE):
-            others = part[part != low]
-            flat[past : past + len(others)] = others
-            past += len(others)
-        flat, n = flat[:past], n - many
-    # NumPy works in place; torch would write positions of 8 bytes a number beside a copy.
-    flat.detach().numpy().partition(n)
-    return flat[n].clone()
-
-
-def _best(gain: Tensor, n: int) -> Tensor:
-    """Mask of the n largest of each row; ties go to the earlier place in the row."""
-    rows, length = gain.shape
-    if n >= length:
-        return torch.ones_like(gain, dtype=torch.bool)
-    mask = torch.empty_like(gain, dtype=torch.bool, memory_format=torch.contiguous_format)
-    step = max(_PIECE // length, 1)
-    for first in range(0, rows, step):
-        part = gain[first : first + step]
-        if length > _COMPARED:
-            order = part.sort(dim=1, descending=True, stable=True).indices[:, :n]
-            mask[first : first + step] = torch.zeros_like(part, dtype=torch.bool).scatter_(1, order, True)
-            continue
-        columns = part.t().contiguous()
-        better = torch.zeros(columns.shape, dtype=torch.uint8, device=gain.device)
-        for j in range(length):
-            better[j + 1 :] += columns[j] >= columns[j + 1 :]
-            better[:j] += columns[j] > columns[:j]
-        mask[first : first + step] = (better < n).t()
-    return mask
 
 
 def _rank_widths(m: int, n: int) -> list[int]:

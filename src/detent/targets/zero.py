@@ -60,6 +60,9 @@ class Zero(Target):
     def project(self, w: Tensor, params: Params) -> Tensor:
         return torch.zeros_like(w)
 
+    def lined(self, params: Params) -> Params | None:
+        return params.lined(granularity_of(self.granularity))
+
     def encode(self, w: Tensor, params: Params) -> Codes:
         check_finite(w)
         return Codes()
