@@ -18,7 +18,7 @@ from detent.pack import read_header
 
 def _mlp(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+    model: Any = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
     with torch.no_grad():
         model[2].weight.mul_(5.0)
     return model.to(dtype)

@@ -381,10 +381,8 @@ def compress(
             net, place = None if model is None else model_of(model), out or _beside(weights)
             if budget is not None:
                 done = watch("finding what fits", 1)
-                with_budget = budget_of(budget, recipe=recipe, choices=choices, life=life)
-                found = compress_to_budget(
-                    opened, place, with_budget, choices=choices, coding=coding, model=net, notes=said
-                )
+                wanted = budget_of(budget, recipe=recipe, choices=choices, life=life)
+                found = compress_to_budget(opened, place, budget, choices=wanted, coding=coding, model=net, notes=said)
                 done()
             else:
                 chosen = recipe_of(recipe or "uniform-w4")

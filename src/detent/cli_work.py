@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -144,8 +144,8 @@ def refuse_overwriting(
             raise ValueError(f"{out} is {what}; give another name with --out, or --force to write over it")
 
 
-def budget_of(budget: str, *, recipe: str | None, choices: str, life: str) -> str:
-    """The budget, if nothing else was asked for that contradicts it.
+def budget_of(budget: str, *, recipe: str | None, choices: str, life: str) -> Literal["step", "widths"]:
+    """The choices of a budget, if nothing else was asked for that contradicts it.
 
     Raises:
         ValueError: naming the other option.
@@ -154,9 +154,9 @@ def budget_of(budget: str, *, recipe: str | None, choices: str, life: str) -> st
         raise ValueError(f"--recipe {recipe} beside --budget {budget}: a budget finds the recipe; give one of the two")
     if life != "compressed":
         raise ValueError(f"--life {life} beside --budget {budget}: the full life is no part of a budget")
-    if choices not in ("step", "widths"):
-        raise ValueError(f"--choices {choices}: must be step or widths")
-    return budget
+    if choices == "step" or choices == "widths":
+        return choices
+    raise ValueError(f"--choices {choices}: must be step or widths")
 
 
 def bytes_in(text: str) -> int:
