@@ -92,6 +92,15 @@ def scale_free(w: Array, target: Array, r: float, c: float, strength: float, gai
     return (1 - strength) + strength * gain * (d + eps * c) / r
 
 
+def gain_of_itself(g: Array, factor: Array, heat: float) -> float:
+    """clamp(heat, 1 / F, 4 / F) with F = sum g^2 f / sum g^2, at least 1 / 16, over a whole tensor, entry by entry."""
+    above = below = 0.0
+    for each, f in zip(g.ravel().tolist(), factor.ravel().tolist(), strict=True):
+        above, below = above + each * each * f, below + each * each
+    spread = max(above / below, 1 / 16) if below else 1.0
+    return min(max(heat, 1 / spread), 4 / spread)
+
+
 class SGD:
     """Heavy ball with coupled weight decay: v <- m v + (g + decay w), w <- w - lr v; v starts as the first gradient."""
 
@@ -177,6 +186,42 @@ def psg_update(
     for g in gradients:
         s = scale_free(w, project(w), r, c, strength, gain, eps)
         w = w + s * optimizer.update(g) - optimizer.lr * optimizer.decay * w
+        path.append(w)
+    return path
+
+
+def psg_of_itself(
+    w: Array,
+    gradients: Sequence[Array],
+    *,
+    fit: Callable[[Array], tuple[Callable[[Array], Array], float, float, float]],
+    rate: Callable[[int], float],
+    eps: Callable[[int], float],
+    optimizer: SGD | AdamW,
+) -> list[Array]:
+    """PSG that sets its gain: plain until half of training, fitted then, in full strength four fifths of the rest later.
+
+    Under SGD on the gradient, else on the step (without its decoupled decay); clipped from where it begins.
+    """
+    path, total = [], len(gradients)
+    begin = round(0.5 * total)
+    for t, g in enumerate(gradients):
+        optimizer.lr = rate(t)
+        strength = min(max(t - begin, 0) / (0.8 * (total - begin)), 1.0)
+        if t == begin + 1:
+            project, r, c, limit = fit(w)
+        heat = max(rate(i) for i in range(t + 1)) / rate(t)
+        move = g if isinstance(optimizer, SGD) else optimizer.update(g)
+        s = np.ones_like(w)
+        if strength > 0:
+            factor = scale_free(w, project(w), r, c, 1.0, 1.0, eps(t))
+            s = 1 - strength + strength * gain_of_itself(move, factor, heat) * factor
+        if isinstance(optimizer, SGD):
+            w = optimizer.step(w, s * g)
+        else:
+            w = w + s * move - optimizer.lr * optimizer.decay * w
+        if strength > 0:
+            w = np.clip(w, -limit, limit)
         path.append(w)
     return path
 

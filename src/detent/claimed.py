@@ -87,6 +87,7 @@ class Entry:
     version: int = -1
     seal: Seal | None = None
     fitted_at: int = -1
+    peak: float = 0.0  # highest learning rate so far, for a mechanism that asks for it
     lent: nn.Parameter | None = None  # what the optimizer is given in this step in place of a half-precision weight
     before: Tensor | None = None  # what attach wrote over, until training begins
     loaded: Tensor | None = None  # a number a row of the weights that a loaded state belongs to, until training goes on
@@ -193,7 +194,7 @@ class Entry:
     def forget(self) -> None:
         """Be as before the first fit."""
         self.params = self.pull_params = self.zeros = None
-        self.state, self.settled, self.fitted_at = {}, False, -1
+        self.state, self.settled, self.fitted_at, self.peak = {}, False, -1, 0.0
 
     def adopt(self, *, passing: bool = False) -> None:
         """Take the weight as it is now for our own writing; `passing` by in a step, remember a sample of it alone."""
@@ -403,6 +404,7 @@ class Entry:
             "places": self._places,
             "seen": sharding.rows_as_sharded(sharding.row_sums(sharding.local(self.param)), self.param),
             "fitted_at": self.fitted_at,
+            **({"peak": self.peak} if self.mechanism.watches_rate else {}),
             **(self._saved_stage() if self.staged else {}),
         }
 
@@ -451,6 +453,7 @@ class Entry:
         self.settled = bool(saved.get("settled", False))
         # A fit that is due in the step at hand may have been done: by another optimizer, or before the step raised.
         self.fitted_at = int(saved.get("fitted_at", 0))
+        self.peak = float(saved.get("peak", 0.0))
         seen = saved["seen"]
         seen = sharding.whole(seen) if hasattr(seen, "full_tensor") else seen
         self.loaded = sharding.from_whole(seen, self.param, self.name).to(device)

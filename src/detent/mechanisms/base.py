@@ -39,7 +39,10 @@ class Slot:
         pull_free: mask of weights `pull` leaves free, right also under sharding, or `None`.
         relax: `target.relax(w, beta)`, right also under sharding.
         gather: the whole tensor of a part like the weight; a collective under sharding, so every rank must call it.
+        total: the sum of a number a rank over the parts of the weight; a collective under sharding.
         rate: gives the optimizer's learning rate of this step.
+        heat: gives the highest learning rate so far, or that a scheduler has announced, over the one of this step; for
+            mechanisms that ask for it by `watches_rate`.
         moments: gives the optimizer's own tensors of the weight's shape (momentum), by name; written in place.
         install: takes params that the mechanism has moved itself (a learned codebook) as the fitted ones.
         frozen: the fit is over: params do not change any more.
@@ -68,7 +71,9 @@ class Slot:
     pull_free: Callable[[Tensor], Tensor | None]
     relax: Callable[[Tensor, float], Tensor]
     gather: Callable[[Tensor], Tensor]
+    total: Callable[[Tensor], Tensor]
     rate: Callable[[], float]
+    heat: Callable[[], float]
     moments: Callable[[], dict[str, Tensor]]
     install: Callable[[Params], None]
     frozen: bool
@@ -149,6 +154,11 @@ class Mechanism(abc.ABC):
     def norm_limit(self) -> float | None:
         """Largest total gradient norm after `before_step`, or `None`; the engine clips to it."""
         return None
+
+    @property
+    def watches_rate(self) -> bool:
+        """Whether it asks for `Slot.heat`, so that the learning rate is followed from the first step on."""
+        return False
 
     def check(self, target: Target) -> str | None:
         """Why this mechanism means nothing on this target, in one sentence, or `None` if it does."""

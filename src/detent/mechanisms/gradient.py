@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from detent.mechanisms.base import Cadence, Clock, Mechanism, Slot
+from detent.mechanisms.gain import BEGIN, Descent, kept_gain, ramp
 from detent.mechanisms.projection import clip_to_range, clipping, clipping_begins
 from detent.schedules import Linear, Moment, Number, ends_of, is_finite, is_number, step_at, value_at
 from detent.targets import Params, Target, Uniform, Zero
@@ -35,6 +36,12 @@ def _pieces(slot: Slot, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         return
     flat = [t.as_strided((t.numel(),), (1,)) for t in tensors]
     yield from zip(*(t.split(_PIECE) for t in flat), strict=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _unit(psg: PSG) -> PSG:
+    """The same at gain 1 and full strength."""
+    return replace(psg, gain=1.0, strength=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +99,12 @@ class PSG(Mechanism):
     arXiv 2005.11035. The scale-free form is ours (docs/decisions.md).
     """
 
-    strength: Number = 1.0
-    gain: float = 8.0
+    strength: Number | None = None
+    gain: float | Literal["auto"] = "auto"
     eps: Number = field(default=_EPS)
     clip: bool = True
     clip_start: Moment | None = 0.0
-    start: Moment = 0.0
+    start: Moment | None = None
     form: Literal["auto", "gradient", "update"] = "auto"
     clip_norm: float | None = None
     toward: Target | None = None
@@ -107,12 +114,14 @@ class PSG(Mechanism):
 
     def __post_init__(self) -> None:
         for name in ("strength", "eps"):
-            if not all(is_number(end) for end in ends_of(getattr(self, name))):
+            if getattr(self, name) is not None and not all(is_number(end) for end in ends_of(getattr(self, name))):
                 raise ValueError(f"PSG({name}={getattr(self, name)!r}): must be a number or a schedule")
-        if not all(0.0 <= end <= 1.0 for end in ends_of(self.strength)):
+        if self.strength is not None and not all(0.0 <= end <= 1.0 for end in ends_of(self.strength)):
             raise ValueError(f"PSG(strength={self.strength}): must lie in [0, 1]")
-        if not (is_finite(self.gain) and self.gain > 0):
-            raise ValueError(f"PSG(gain={self.gain!r}): must be a finite number > 0")
+        if not self.sets_gain and not (is_finite(self.gain) and self.gain > 0):
+            raise ValueError(f'PSG(gain={self.gain!r}): must be a finite number > 0, or "auto"')
+        if self.sets_gain and self.units == "weight":
+            raise ValueError('PSG(units="weight"): gain="auto" is told in cells; give the number lambda_s as gain')
         if not all(end >= 0 and is_finite(end) for end in ends_of(self.eps)):
             raise ValueError(f"PSG(eps={self.eps}): must be a finite number >= 0")
         if self.clip_norm is not None and not (is_number(self.clip_norm) and self.clip_norm > 0):
@@ -150,9 +159,29 @@ class PSG(Mechanism):
     def pull(self) -> Target | None:
         return self.toward
 
+    @property
+    def sets_gain(self) -> bool:
+        """Whether the gain is found in every step."""
+        return isinstance(self.gain, str) and self.gain == "auto"
+
+    @property
+    def watches_rate(self) -> bool:
+        return self.sets_gain
+
+    @property
+    def _begin(self) -> Moment:
+        if self.start is not None:
+            return self.start
+        return BEGIN if self.sets_gain else 0.0
+
+    def _strength_at(self, clock: Clock) -> float:
+        if self.strength is not None:
+            return value_at(self.strength, clock.step, clock.total_steps)
+        return ramp(self._begin, clock) if self.sets_gain else 1.0
+
     def cadence(self, target: Target) -> Cadence:
         # A pull that starts late goes to a grid fitted then, and on for a while as one from step 0 does.
-        until: Moment | None = min(1.0, max(0.3, self.start + 0.1)) if isinstance(self.start, float) else 0.3
+        until: Moment | None = min(1.0, max(0.3, self._begin + 0.1)) if isinstance(self._begin, float) else 0.3
         if self.clip and self.clip_start is not None and type(target).limits is not Target.limits:
             until = self.clip_start
         return Cadence(until=until, at=self._needs_fit)
@@ -170,20 +199,27 @@ class PSG(Mechanism):
         return self.active(clock) and not any(map(self.active, before))
 
     def active(self, clock: Clock) -> bool:
-        started = clock.step >= step_at(self.start, clock.total_steps, "PSG.start")
-        return started and value_at(self.strength, clock.step, clock.total_steps) > 0
+        started = clock.step >= step_at(self._begin, clock.total_steps, "PSG.start")
+        return started and self._strength_at(clock) > 0
 
     def before_step(self, slot: Slot, clock: Clock) -> None:
         if slot.grad is None:
             return
         if self._scales_gradient(slot):
-            for w, grad in _pieces(slot, slot.weight, slot.grad):
-                grad.mul_(self._scale_of(w, slot, clock))
+            pairs = list(_pieces(slot, slot.weight, slot.grad))
+            if self.sets_gain:
+                factors = [_unit(self)._scale_of(w, slot, clock) for w, _ in pairs]
+                gain = self._gain_now(slot, clock, zip(pairs, factors, strict=True))
+                for (w, grad), factor in zip(pairs, factors, strict=True):
+                    grad.mul_(self._with_gain(factor, gain, w, slot, clock))
+            else:
+                for w, grad in pairs:
+                    grad.mul_(self._scale_of(w, slot, clock))
             # Finite before, and looked at then: what was scaled beyond the largest half-precision number would end at
             # the range's end, where clipping hides it.
             if slot.grad.dtype == torch.float16 and not bool(torch.isfinite(slot.grad).all()):
                 raise RuntimeError(
-                    f"the gradient of {slot.name!r}, as PSG(gain={self.gain:g}) scales it, is beyond float16; train "
+                    f"the gradient of {slot.name!r}, as PSG(gain={self.gain!r}) scales it, is beyond float16; train "
                     "with float32 weights (autocast), or with a smaller gain"
                 )
         else:
@@ -194,15 +230,37 @@ class PSG(Mechanism):
         before = slot.scratch.get("before")
         if before is not None:
             lost = slot.decay()
-            for i, (w, old) in enumerate(_pieces(slot, slot.weight, before)):
-                slot.write_once(f"piece {i}", w, partial(self._scaled_step, w, old, lost, slot, clock))
+            pairs = list(_pieces(slot, slot.weight, before))
+            if self.sets_gain and "gain" not in slot.scratch:  # before any piece is written over
+                steps = (((old, w.sub(old).add_(old * lost)), _unit(self)._scale_of(old, slot, clock)) for w, old in pairs)
+                slot.scratch["gain"] = self._gain_now(slot, clock, steps)
+            for i, (w, old) in enumerate(pairs):
+                slot.write_once(f"piece {i}", w, functools.partial(self._scaled_step, w, old, lost, slot, clock))
         if self.clip and clipping(self.clip_start, slot, clock):
             clip_to_range(slot.weight, slot.pull, slot.pull_params)
 
     def _scaled_step(self, w: Tensor, old: Tensor, lost: float, slot: Slot, clock: Clock) -> Tensor:
         """old + s (step + decay) - decay: only what the optimizer made of the gradient is scaled."""
         decay = old * lost
-        return w.sub(old).add_(decay).mul_(self._scale_of(old, slot, clock)).add_(old).sub_(decay)
+        if self.sets_gain:
+            scale = self._with_gain(_unit(self)._scale_of(old, slot, clock), slot.scratch["gain"], old, slot, clock)
+        else:
+            scale = self._scale_of(old, slot, clock)
+        return w.sub(old).add_(decay).mul_(scale).add_(old).sub_(decay)
+
+    def _gain_now(self, slot: Slot, clock: Clock, moves: Iterable[tuple[tuple[Tensor, Tensor], Tensor]]) -> Tensor:
+        """The gain of a whole tensor, from its pieces: ((weights, gradient or step), factor at gain 1)."""
+        found = Descent.none(slot.weight)
+        for (w, move), factor in moves:
+            free = slot.pull_free(w)
+            found += Descent.of(move if free is None else move.masked_fill(free, 0.0), factor)
+        return kept_gain(slot.total(found.sums), slot.heat())
+
+    def _with_gain(self, factor: Tensor, gain: Tensor, w: Tensor, slot: Slot, clock: Clock) -> Tensor:
+        """s of weights w from their factor at gain 1, which is written over."""
+        strength, free = self._strength_at(clock), slot.pull_free(w)
+        scale = factor.mul_(gain * strength).add_(1 - strength)
+        return scale if free is None else scale.masked_fill_(free, 1.0)
 
     def undo(self, slot: Slot, clock: Clock) -> None:
         before = slot.scratch.pop("before", None)
@@ -233,10 +291,12 @@ class PSG(Mechanism):
         self, target: Target, params: Params, clock: Clock, dtype: torch.dtype
     ) -> tuple[Tensor | float, float, Tensor | None]:
         """s = slope * min(d, cap) + offset."""
-        strength = value_at(self.strength, clock.step, clock.total_steps)
+        strength = self._strength_at(clock)
         eps = value_at(self.eps, clock.step, clock.total_steps)
         if not (0 <= strength <= 1 and eps >= 0):
             raise ValueError(f"PSG: at step {clock.step} strength={strength} (in [0, 1]) and eps={eps} (>= 0)")
+        if isinstance(self.gain, str):
+            raise ValueError('PSG(gain="auto"): finds the gain from gradients; give the number as gain here')
         if self.units == "weight":
             return strength * self.gain, (1 - strength) + strength * self.gain * eps, None
         typical = target.typical(params).to(dtype)
@@ -246,7 +306,7 @@ class PSG(Mechanism):
         return slope, (1 - strength) + strength * self.gain * 4 * eps, 2 * typical
 
     def scale(self, w: Tensor, target: Target, params: Params, step: int = 0, total_steps: int | None = None) -> Tensor:
-        """s(w), the factor on each gradient entry.
+        """s(w), the factor on each gradient entry, where the gain is a number.
 
         Args:
             w: weights.
