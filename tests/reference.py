@@ -199,15 +199,15 @@ def psg_of_itself(
     eps: Callable[[int], float],
     optimizer: SGD | AdamW,
 ) -> list[Array]:
-    """PSG that sets its gain: plain until half of training, fitted then, in full strength four fifths of the rest later.
+    """PSG that sets its gain: plain until 0.4 of training, fitted then, in full strength at half of the rest.
 
     Under SGD on the gradient, else on the step (without its decoupled decay); clipped from where it begins.
     """
     path, total = [], len(gradients)
-    begin = round(0.5 * total)
+    begin = round(0.4 * total)
     for t, g in enumerate(gradients):
         optimizer.lr = rate(t)
-        strength = min(max(t - begin, 0) / (0.8 * (total - begin)), 1.0)
+        strength = min(max(t - begin, 0) / (0.5 * (total - begin)), 1.0)
         if t == begin + 1:
             project, r, c, limit = fit(w)
         heat = max(rate(i) for i in range(t + 1)) / rate(t)

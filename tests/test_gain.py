@@ -86,7 +86,7 @@ def test_the_law_is_the_reference(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Muon])
-def test_until_half_of_training_the_base_optimizer_runs_untouched_and_then_not(make: Any) -> None:
+def test_at_first_the_base_optimizer_runs_untouched_and_then_not(make: Any) -> None:
     nets = [layer_of(torch.float32), layer_of(torch.float32)]
     optimizers = [make(net.parameters(), lr=0.02, weight_decay=0.1) for net in nets]
     attach(nets[0], optimizers[0])
@@ -95,7 +95,7 @@ def test_until_half_of_training_the_base_optimizer_runs_untouched_and_then_not(m
         for net, optimizer in zip(nets, optimizers, strict=True):
             go(net, optimizer, [gradient], lambda _: 0.02, step)
         same.append(torch.equal(nets[0].weight, nets[1].weight))
-    assert same == [True] * (STEPS // 2 + 1) + [False] * (STEPS // 2 - 1)
+    assert same == [True] * (2 * STEPS // 5 + 1) + [False] * (3 * STEPS // 5 - 1)
 
 
 @pytest.mark.parametrize("heat", [1.0, 2.0, 100.0])
@@ -144,7 +144,7 @@ def test_pieces_of_a_large_tensor_have_one_gain(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("at", [20, 45])
+@pytest.mark.parametrize("at", [15, 45])
 def test_resumed_it_goes_on_bitwise_and_knows_the_highest_rate(at: int, make: Any) -> None:
     """The rate is set by hand and was highest before the break: a process that resumes never sees it."""
     ends = []
@@ -179,7 +179,7 @@ def test_the_highest_rate_is_known_from_the_scheduler_before_it_comes() -> None:
 
 def test_under_a_falling_rate_weights_end_nearer_their_levels_than_at_gain_one() -> None:
     ends = []
-    for psg in (dt.PSG(), dt.PSG(gain=1.0, start=0.5)):
+    for psg in (dt.PSG(), dt.PSG(gain=1.0, start=0.4)):
         torch.manual_seed(0)
         layer = nn.Linear(40, 40, bias=False)
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)

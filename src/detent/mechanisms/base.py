@@ -156,6 +156,11 @@ class Mechanism(abc.ABC):
         return None
 
     @property
+    def said(self) -> str:
+        """What it finds for itself in training, for the reader of a plan; empty if all is given."""
+        return ""
+
+    @property
     def watches_rate(self) -> bool:
         """Whether it asks for `Slot.heat`, so that the learning rate is followed from the first step on."""
         return False

@@ -12,17 +12,17 @@ from detent.schedules import Moment, step_at
 
 __all__ = ["BEGIN", "Descent", "kept_gain", "ramp"]
 
-BEGIN: Moment = 0.5  # of training: until then the base optimizer runs untouched
-_RAMP = 0.8  # of what is left after that: the strength has come to 1
+BEGIN: Moment = 0.4  # of training: until then the base optimizer runs untouched
+_RAMP = 0.5  # of what is left after that: the strength has come to 1
 _MOST = 4.0  # times the gain that keeps the descent
 _LEAST = 1 / 16  # where nearly all has settled, the few weights that are left are not stirred without end
 
 
 def ramp(begin: Moment, clock: Clock) -> float:
-    """The strength at a step: 0 up to `begin`, then a straight line to 1 after four fifths of what is left.
+    """The strength at a step: 0 up to `begin`, then a straight line to 1 at half of what is left.
 
     Example:
-        >>> [ramp(0.5, Clock(step=step, total_steps=100)) for step in (50, 70, 90, 99)]
+        >>> [ramp(0.4, Clock(step=step, total_steps=100)) for step in (40, 55, 70, 99)]
         [0.0, 0.5, 1.0, 1.0]
     """
     total = step_at(1.0, clock.total_steps, "PSG.gain")

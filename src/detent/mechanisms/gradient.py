@@ -60,16 +60,26 @@ class PSG(Mechanism):
     its gradient cannot be told apart afterwards). The forward pass always sees the full-precision weights.
 
     Args:
-        strength: 0 is the base optimizer, bitwise; 1 is pure PSG. Number in [0, 1] or a schedule.
-        gain: mean factor on the learning rate, > 0. Clicking goes with (learning rate * gain)^2, but so does the price
-            in full precision; the published lambda_s = 150 amounts to a factor of about 4 at 4 bits.
+        strength: 0 is the base optimizer, bitwise; 1 is pure PSG. Number in [0, 1] or a schedule. `None` is 1 with a
+            number as gain; with "auto" it grows from 0 at `start` to 1 at half of what is left of training.
+        gain: mean factor on the learning rate, > 0; or "auto", by tensor and step
+
+                clamp(heat, 1 / F, 4 / F),    F = max(1 / 16, sum g^2 f / sum g^2),    f = s at gain 1 and strength 1
+
+            with g the gradient (or the step) and heat the highest learning rate over the one of this step. At 1 / F the
+            loss falls at first order as fast as under the base optimizer, however many weights have settled; where the
+            rate has come down weights are stirred as far as they were at its height, up to four times as much. What a
+            scheduler of torch announces counts as known, a rate set by hand from when it comes. With a number,
+            clicking goes with (learning rate * gain)^2, but so does the price in full precision; the published
+            lambda_s = 150 amounts to a factor of about 4 at 4 bits.
         eps: smallest distance, as a fraction of the cell, >= 0. Number or schedule; ending at 0 lets clusters close.
         clip: keep the weights inside the range of a bounded target, after each step from `clip_start` on while
             strength is above 0.
         clip_start: moment (step or fraction of training) clipping starts, with a fresh fit that is the last one, unless
             the rule says `fit_until`; `None` for when the fit is frozen otherwise, after 30 % of training. A range that
             was fitted to what it has clipped would be smaller every time.
-        start: moment PSG starts, with a fresh fit; before it the base optimizer runs untouched.
+        start: moment PSG starts, with a fresh fit; before it the base optimizer runs untouched. `None` is 0 with a
+            number as gain, and 0.4 (of training) with "auto".
         form: "gradient" scales the gradient (the paper), "update" scales the step the optimizer took, "auto" is
             "gradient" under SGD and "update" under every other optimizer: a normalising optimizer divides a scaled
             gradient's scale out again.
@@ -114,8 +124,9 @@ class PSG(Mechanism):
 
     def __post_init__(self) -> None:
         for name in ("strength", "eps"):
-            if getattr(self, name) is not None and not all(is_number(end) for end in ends_of(getattr(self, name))):
-                raise ValueError(f"PSG({name}={getattr(self, name)!r}): must be a number or a schedule")
+            value = getattr(self, name)
+            if not (name == "strength" and value is None) and not all(is_number(end) for end in ends_of(value)):
+                raise ValueError(f"PSG({name}={value!r}): must be a number or a schedule")
         if self.strength is not None and not all(0.0 <= end <= 1.0 for end in ends_of(self.strength)):
             raise ValueError(f"PSG(strength={self.strength}): must lie in [0, 1]")
         if not self.sets_gain and not (is_finite(self.gain) and self.gain > 0):
@@ -163,6 +174,14 @@ class PSG(Mechanism):
     def sets_gain(self) -> bool:
         """Whether the gain is found in every step."""
         return isinstance(self.gain, str) and self.gain == "auto"
+
+    @property
+    def said(self) -> str:
+        if not self.sets_gain:
+            return ""
+        begin = self._begin
+        until = f"step {begin}" if isinstance(begin, int) else f"{begin:g} of training"
+        return "sets its gain by itself" + (f"; the base optimizer runs untouched until {until}" if begin else "")
 
     @property
     def watches_rate(self) -> bool:
@@ -232,7 +251,9 @@ class PSG(Mechanism):
             lost = slot.decay()
             pairs = list(_pieces(slot, slot.weight, before))
             if self.sets_gain and "gain" not in slot.scratch:  # before any piece is written over
-                steps = (((old, w.sub(old).add_(old * lost)), _unit(self)._scale_of(old, slot, clock)) for w, old in pairs)
+                steps = (
+                    ((old, w.sub(old).add_(old * lost)), _unit(self)._scale_of(old, slot, clock)) for w, old in pairs
+                )
                 slot.scratch["gain"] = self._gain_now(slot, clock, steps)
             for i, (w, old) in enumerate(pairs):
                 slot.write_once(f"piece {i}", w, functools.partial(self._scaled_step, w, old, lost, slot, clock))
@@ -348,7 +369,7 @@ class PSG(Mechanism):
         Example:
             >>> import torch
             >>> w = torch.tensor([-1.0, 0.1, 0.4], dtype=torch.float64)
-            >>> grid, psg = Uniform(bits=3, range="minmax"), PSG(eps=0.05)
+            >>> grid, psg = Uniform(bits=3, range="minmax"), PSG(gain=8.0, eps=0.05)
             >>> params = grid.fit(w)
             >>> torch.allclose(psg.unwarp(psg.warp(w, grid, params), grid, params), w)
             True
@@ -378,7 +399,7 @@ class PSG(Mechanism):
 
         Example:
             >>> import torch
-            >>> zero, psg = Zero(), PSG(eps=0.05)
+            >>> zero, psg = Zero(), PSG(gain=8.0, eps=0.05)
             >>> params = zero.fit(torch.tensor([1.0, -1.0]))
             >>> bool(psg.unwarp(torch.tensor(0.0), zero, params) == 0)
             True
