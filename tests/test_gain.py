@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference
 import torch
 from torch import Tensor, nn
 
 import detent as dt
-import reference
 from detent.mechanisms.gain import Descent, kept_gain
 from detent.optimizers import peak_of
 
