@@ -205,6 +205,7 @@ def psg_of_itself(
     """
     path, total = [], len(gradients)
     begin = round(0.4 * total)
+    project, r, c, limit = fit(w)
     for t, g in enumerate(gradients):
         optimizer.lr = rate(t)
         strength = min(max(t - begin, 0) / (0.5 * (total - begin)), 1.0)

@@ -269,7 +269,7 @@ class PSG(Mechanism):
             scale = self._scale_of(old, slot, clock)
         return w.sub(old).add_(decay).mul_(scale).add_(old).sub_(decay)
 
-    def _gain_now(self, slot: Slot, clock: Clock, moves: Iterable[tuple[tuple[Tensor, Tensor], Tensor]]) -> Tensor:
+    def _gain_now(self, slot: Slot, clock: Clock, moves: Iterable[tuple[tuple[Tensor, ...], Tensor]]) -> Tensor:
         """The gain of a whole tensor, from its pieces: ((weights, gradient or step), factor at gain 1)."""
         found = Descent.none(slot.weight)
         for (w, move), factor in moves:
