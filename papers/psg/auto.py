@@ -56,7 +56,7 @@ class Chars(nn.Module):
         self.embed = nn.Embedding(tokens, width)
         self.place = nn.Embedding(length, width)
         block = {"dim_feedforward": 4 * width, "dropout": 0.0, "batch_first": True, "norm_first": True}
-        self.blocks = nn.ModuleList([nn.TransformerEncoderLayer(width, heads, **block) for _ in range(2)])  # type: ignore[arg-type]
+        self.blocks = nn.ModuleList([nn.TransformerEncoderLayer(width, heads, **block) for _ in range(2)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, tokens, bias=False)
 

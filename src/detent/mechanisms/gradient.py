@@ -129,7 +129,7 @@ class PSG(Mechanism):
                 raise ValueError(f"PSG({name}={value!r}): must be a number or a schedule")
         if self.strength is not None and not all(0.0 <= end <= 1.0 for end in ends_of(self.strength)):
             raise ValueError(f"PSG(strength={self.strength}): must lie in [0, 1]")
-        if not self.sets_gain and not (is_finite(self.gain) and self.gain > 0):
+        if not self.sets_gain and (isinstance(self.gain, str) or not (is_finite(self.gain) and self.gain > 0)):
             raise ValueError(f'PSG(gain={self.gain!r}): must be a finite number > 0, or "auto"')
         if self.sets_gain and self.units == "weight":
             raise ValueError('PSG(units="weight"): gain="auto" is told in cells; give the number lambda_s as gain')
