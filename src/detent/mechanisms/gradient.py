@@ -227,10 +227,8 @@ class PSG(Mechanism):
         if self._scales_gradient(slot):
             pairs = list(_pieces(slot, slot.weight, slot.grad))
             if self.sets_gain:
-                factors = [_unit(self)._scale_of(w, slot, clock) for w, _ in pairs]
-                gain = self._gain_now(slot, clock, zip(pairs, factors, strict=True))
-                for (w, grad), factor in zip(pairs, factors, strict=True):
-                    grad.mul_(self._with_gain(factor, gain, w, slot, clock))
+                for (_, grad), scale in zip(pairs, self._scales(slot, clock, pairs), strict=True):
+                    grad.mul_(scale)
             else:
                 for w, grad in pairs:
                     grad.mul_(self._scale_of(w, slot, clock))
@@ -250,38 +248,36 @@ class PSG(Mechanism):
         if before is not None:
             lost = slot.decay()
             pairs = list(_pieces(slot, slot.weight, before))
-            if self.sets_gain and "gain" not in slot.scratch:  # before any piece is written over
-                steps = (
-                    ((old, w.sub(old).add_(old * lost)), _unit(self)._scale_of(old, slot, clock)) for w, old in pairs
-                )
-                slot.scratch["gain"] = self._gain_now(slot, clock, steps)
+            if self.sets_gain and "found" not in slot.scratch:  # before any piece is written over
+                scales = self._scales(slot, clock, ((old, w.sub(old).add_(old * lost)) for w, old in pairs))
+                slot.scratch |= {"found": scales[0].new_empty(0), **{f"s {i}": s for i, s in enumerate(scales)}}
             for i, (w, old) in enumerate(pairs):
-                slot.write_once(f"piece {i}", w, functools.partial(self._scaled_step, w, old, lost, slot, clock))
+                scale = slot.scratch.get(f"s {i}")
+                make = functools.partial(self._scaled_step, w, old, lost, scale, slot, clock)
+                slot.write_once(f"piece {i}", w, make)
+                slot.scratch.pop(f"s {i}", None)
         if self.clip and clipping(self.clip_start, slot, clock):
             clip_to_range(slot.weight, slot.pull, slot.pull_params)
 
-    def _scaled_step(self, w: Tensor, old: Tensor, lost: float, slot: Slot, clock: Clock) -> Tensor:
+    def _scaled_step(
+        self, w: Tensor, old: Tensor, lost: float, scale: Tensor | None, slot: Slot, clock: Clock
+    ) -> Tensor:
         """old + s (step + decay) - decay: only what the optimizer made of the gradient is scaled."""
         decay = old * lost
-        if self.sets_gain:
-            scale = self._with_gain(_unit(self)._scale_of(old, slot, clock), slot.scratch["gain"], old, slot, clock)
-        else:
-            scale = self._scale_of(old, slot, clock)
+        scale = self._scale_of(old, slot, clock) if scale is None else scale
         return w.sub(old).add_(decay).mul_(scale).add_(old).sub_(decay)
 
-    def _gain_now(self, slot: Slot, clock: Clock, moves: Iterable[tuple[tuple[Tensor, ...], Tensor]]) -> Tensor:
-        """The gain of a whole tensor, from its pieces: ((weights, gradient or step), factor at gain 1)."""
-        found = Descent.none(slot.weight)
-        for (w, move), factor in moves:
-            free = slot.pull_free(w)
+    def _scales(self, slot: Slot, clock: Clock, pairs: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
+        """s of the pieces of a tensor, whose gain is one, given as (weights, gradient or step)."""
+        found, factors = Descent.none(slot.weight), []
+        for w, move in pairs:
+            factor, free = _unit(self)._scale_of(w, slot, clock), slot.pull_free(w)
             found += Descent.of(move if free is None else move.masked_fill(free, 0.0), factor)
-        return kept_gain(slot.total(found.sums), slot.heat())
-
-    def _with_gain(self, factor: Tensor, gain: Tensor, w: Tensor, slot: Slot, clock: Clock) -> Tensor:
-        """s of weights w from their factor at gain 1, which is written over."""
-        strength, free = self._strength_at(clock), slot.pull_free(w)
-        scale = factor.mul_(gain * strength).add_(1 - strength)
-        return scale if free is None else scale.masked_fill_(free, 1.0)
+            factors.append((factor, free))
+        strength = self._strength_at(clock)
+        slope = strength * kept_gain(slot.total(found.sums), slot.heat())
+        scales = [(factor.mul_(slope).add_(1 - strength), free) for factor, free in factors]
+        return [scale if free is None else scale.masked_fill_(free, 1.0) for scale, free in scales]
 
     def undo(self, slot: Slot, clock: Clock) -> None:
         before = slot.scratch.pop("before", None)
