@@ -174,8 +174,9 @@ def factors(before: dict[str, Tensor], mechanism: dt.PSG, bits: int = 3) -> dict
         if name.endswith("weight"):
             cell = w.abs().max() / (2 ** (bits - 1) - 1)
             distance = (w - (w / cell).round() * cell).abs()
-            strength, eps = float(mechanism.strength), float(mechanism.eps)  # type: ignore[arg-type]
-            found[name] = (1 - strength) + strength * mechanism.gain * (distance + eps * cell) / (cell / 4)
+            strength = 1.0 if mechanism.strength is None else float(mechanism.strength)  # type: ignore[arg-type]
+            eps, gain = float(mechanism.eps), float(mechanism.gain)  # type: ignore[arg-type]
+            found[name] = (1 - strength) + strength * gain * (distance + eps * cell) / (cell / 4)
     return found
 
 
