@@ -425,8 +425,8 @@ def _write(name: str, task: Task, rows: Sequence[Mapping[str, Any]], path: Path,
         notes="On examples held out from the train split, after the last step; no test split was opened. The rule of "
         "the gain was chosen on LeNet-5 with CIFAR-10 in grey (28 x 28), before these were run; its start and ramp "
         "also on the digits under SGD at 2 bits, so that those rows are no test of them. seconds are "
-        "CPU seconds of one training, on a machine that did other work too; memory was not measured. An entry has "
-        "the seeds that are finished.",
+        "CPU seconds of one training, on a machine that did other work too. Peak memory was not measured: rows are "
+        "gathered from cached trainings. An entry has the seeds that are finished.",
         cost={"cpu_seconds": sum(row["seconds"] for row in rows)},
     )
 
