@@ -291,27 +291,35 @@ def refusals(rank: int, world: int) -> dict[str, Any]:
 
 
 def resume_job(rank: int, world: int, folder: Path) -> dict[str, Any]:
-    """Go on at three ranks from what two ranks saved after five steps."""
+    """Go on at three ranks from what two ranks saved after five steps, attached before the states are loaded or after.
+
+    Attached first: model and optimizer in one call, then the run. Attached last: model, optimizer, attach, run.
+    """
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    found = {}
-    for case in RESUMED:
+    found: dict[str, Any] = {"last": {}}
+    for case, last in ((case, last) for case in RESUMED for last in (False, True)):
         rules, make = CASES[case]
+        saved = folder.parent / "saved" / case
         model = sharded(world)
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(1.5)
         optimizer = make(model)
-        run = dt.attach(model, optimizer, RULES[rules], total_steps=STEPS)
+        run = None if last else dt.attach(model, optimizer, RULES[rules], total_steps=STEPS)
         weights, held = get_state_dict(model, optimizer)
-        state = {"model": weights, "optimizer": held, "run": run.state_dict()}
-        load(state, checkpoint_id=folder.parent / "saved" / case)
+        state = {"model": weights, "optimizer": held, **({} if run is None else {"run": run.state_dict()})}
+        load(state, checkpoint_id=saved)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        if run is None:
+            run = dt.attach(model, optimizer, RULES[rules], total_steps=STEPS)
+            state = {"run": run.state_dict()}
+            load(state, checkpoint_id=saved)
         run.load_state_dict(state["run"])
         assert run.clock == 5
         train(model, optimizer, range(5, STEPS), rank, world)
-        found[case] = ending(run, model, rank, world)
+        (found["last"] if last else found)[case] = ending(run, model, rank, world)
     found["refusals"] = refusals(rank, world)
     return found
 
@@ -373,6 +381,17 @@ def test_fsdp_is_one_process(two: tuple[Path, list[dict[str, Any]]], case: str) 
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_checkpoint_of_two_ranks_goes_on_at_three(three: list[dict[str, Any]], case: str) -> None:
     assert_ranks_agree_with_one_process(three, case, 1e-6)
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_it_goes_on_where_the_states_are_loaded_before_attach(three: list[dict[str, Any]], case: str) -> None:
+    """As frameworks load: the model, the optimizer, then `attach`, then the run; bitwise as in the other order."""
+    for found in three:
+        early, late = found[case], found["last"][case]
+        assert late["clock"] == STEPS
+        for part in ("weights", "params", "decoded", "shown", "outputs"):
+            assert early[part].keys() == late[part].keys()
+            assert [name for name in late[part] if not torch.equal(early[part][name], late[part][name])] == [], part
 
 
 def test_ranks_refuse_and_skip_together(two: tuple[Path, list[dict[str, Any]]], three: list[dict[str, Any]]) -> None:

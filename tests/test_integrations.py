@@ -154,3 +154,85 @@ def test_lightning_clips_before_we_scale(tmp_path: Path) -> None:
     fit(module, 2, tmp_path, gradient_clip_val=0.1)
     wanted, _ = plain(dt.PSG(), steps=2, clip=0.1, batches=data()[:1])
     assert_same(module.net.state_dict(), wanted)
+
+
+def averaging_module(mechanism: dt.Mechanism) -> tuple[Any, list[dict[str, Tensor]]]:
+    """A module that looks at the compressed life of the average in every validation, and what it saw."""
+    module, seen = lightning_module(mechanism), []
+
+    def validation_step(batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        averaged = module.run.averaged()
+        with averaged.compressed():
+            seen.append({name: value.detach().clone() for name, value in module.net.state_dict().items()})
+
+    module.validation_step = validation_step
+    return module, seen
+
+
+def averaging_fit(module: Any, steps: int, folder: Path, **options: Any) -> Any:
+    """Seven steps with Lightning's own callback, shown the latents as docs/resuming.md says."""
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+
+    class Shown(WeightAveraging):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            with pl_module.run.latents():
+                super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    callback = Shown(use_buffers=True)
+    kept = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=steps,
+        logger=False,
+        callbacks=[callback, kept],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+    )
+    loader: Any = torch.utils.data.DataLoader(data()[:1], batch_size=None)  # type: ignore[arg-type]
+    trainer.fit(module, loader, loader, **options)
+
+
+def averaged_by_hand(mechanism: dt.Mechanism, steps: int) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """The same in a loop of one's own: the compressed life of the average after every step, and the last average."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    run = dt.attach(model, optimizer, recipe(mechanism), total_steps=8)
+    seen, (x, y) = [], data()[0]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        with run.latents():
+            average.update_parameters(model)
+        with run.averaged(average).compressed():
+            seen.append({name: value.detach().clone() for name, value in average.module.state_dict().items()})
+    return seen, {name: value.detach().clone() for name, value in average.module.state_dict().items()}
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE(), dt.PartialFreeze(every=2)], ids=["psg", "ste", "freeze"])
+def test_lightning_averages_and_resumes_bitwise(mechanism: dt.Mechanism, tmp_path: Path) -> None:
+    """Its callback swaps the average in through `.data` in validation, puts the weights back, and ends with it."""
+    pytest.importorskip("lightning")
+    wanted, average = averaged_by_hand(mechanism, 7)
+    module, seen = averaging_module(mechanism)
+    averaging_fit(module, 7, tmp_path)
+    assert module.run.clock == 7 and len(seen) == 7
+    for mine, theirs in zip(seen, wanted, strict=True):
+        assert_same(mine, theirs)
+    assert_same(module.net.state_dict(), average)
+    with pytest.raises(RuntimeError, match="was written by someone else"):
+        module.run.encoded()  # Lightning has left the average in the model, and this run is of the weights
+    with module.run.averaged().compressed():
+        assert_same(module.net.state_dict(), wanted[-1])
+
+    resumed, seen = averaging_module(mechanism)
+    averaging_fit(resumed, 7, tmp_path, ckpt_path=str(tmp_path / "step=4.ckpt"))
+    assert resumed.run.clock == 7
+    assert_same(resumed.net.state_dict(), average)
+    assert_same(seen[-1], wanted[-1])

@@ -74,18 +74,20 @@ def match_weights(driver: Driver, model: nn.Module) -> None:
     """Make sure that the weights are those that the loaded state belongs to; mark those that are not as foreign.
 
     A state knows its weights by a number a row. What attach wrote over them is put back, so that it does not matter
-    whether the model was loaded before attach or after it. A collective under sharding.
+    whether the model was loaded before attach or after it. A collective under sharding, so nothing in it goes by what
+    this process alone holds: attach may have written over the rows of one process and not over another's.
     """
     overwritten = {entry.name: entry.before for entry in driver.all_entries if entry.before is not None}
     for entry in driver.standing:
         if entry.loaded is None:
             continue
+        before = overwritten.get(entry.name, sharding.local(entry.param))
         if _is_of_state(entry, sharding.local(entry.param)):
             entry.adopt()
-        elif entry.name in overwritten and _is_of_state(entry, overwritten[entry.name]):
+        elif _is_of_state(entry, before):
             sharding.reshard(model)
             with without_gradients():
-                entry.write(overwritten[entry.name])
+                entry.write(before)
             sharding.reshard(model)
             entry.adopt()
         else:
@@ -98,7 +100,8 @@ def refuse_other_weights(driver: Driver, model: nn.Module) -> None:
     Raises:
         RuntimeError: naming the parameter.
     """
-    if all(entry.loaded is None or entry.is_ours for entry in driver.standing):
+    waiting = [entry for entry in driver.standing if entry.loaded is not None]
+    if not sharding.anywhere(not all(entry.is_ours for entry in waiting), [entry.param for entry in waiting]):
         return
     match_weights(driver, model)
     for entry in driver.standing:
