@@ -445,7 +445,7 @@ def test_cutting_a_large_weight_into_pieces_changes_no_bit(monkeypatch, form, me
     """PSG works on cache-sized pieces of large weights; the pieces must add up to the whole, bitwise."""
 
     def train(piece: int) -> torch.Tensor:
-        monkeypatch.setattr("detent.mechanisms.gradient._PIECE", piece)
+        monkeypatch.setattr("detent.pieces.CACHED", piece)
         torch.manual_seed(0)
         model = torch.nn.Conv2d(7, 5, 3, bias=False).to(memory_format=memory_format)  # type: ignore[call-overload]
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import detent as dt
 from detent.grouping import GranularityLike, granularity_of
-from detent.targets import Sparse, composite, patterns, sparse
+from detent.targets import Sparse, composite, largest, patterns, sparse
 from detent.testing import check_mechanism, check_pair, check_target
 
 U3 = dt.Uniform(bits=3, range="minmax")
@@ -132,6 +132,7 @@ def test_ranking_by_pieces_is_ranking_at_once(monkeypatch: pytest.MonkeyPatch) -
         target = dt.NM(n=2, m=m)
         whole = target.project(w, target.fit(w))
         monkeypatch.setattr(sparse, "_PIECE", 50)
+        monkeypatch.setattr(largest, "_PIECE", 50)
         assert torch.equal(target.project(w, target.fit(w)), whole)
         monkeypatch.undo()
 
@@ -752,10 +753,11 @@ def test_gains_and_ranks_in_pieces_choose_the_same(monkeypatch: pytest.MonkeyPat
 
     plain = found()
     monkeypatch.setattr(sparse, "_PIECE", 64)
+    monkeypatch.setattr(largest, "_PIECE", 64)
     monkeypatch.setattr(composite, "_PIECE", 37)
     assert all(map(torch.equal, found(), plain))
     for name, gain in gains.items():
         order = np.argsort(-gain.numpy().reshape(-1), kind="stable")
         for count in (1, 300, 999):
             kept = {int(at) for at in order[:count] if gain.reshape(-1)[at] > -math.inf}
-            assert places(sparse._largest(gain, count)) == kept, (name, count)
+            assert places(largest.largest(gain, count)) == kept, (name, count)

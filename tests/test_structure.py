@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SRC = ROOT / "src" / "detent"
 
 # What each part of the package may import, besides itself. "" is the package's own __init__.
-_TARGETS = {"schedules", "grouping"}
+_TARGETS = {"schedules", "grouping", "masks", "pieces"}
 _MECHANISMS = _TARGETS | {"targets"}
 _SPECS = _MECHANISMS | {"mechanisms"}
 _RECIPE = _SPECS | {"undoing", "sharding", "specs", "parameters", "ends", "plan", "contents"}
@@ -38,6 +38,8 @@ _CORE = _PACK | {"amounts", "budget", "pack", "compression"}
 MAY_IMPORT: dict[str, set[str]] = {
     "schedules": set(),
     "grouping": set(),
+    "masks": set(),
+    "pieces": set(),
     "undoing": set(),
     "sharding": set(),
     "targets": _TARGETS,

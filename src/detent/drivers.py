@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -58,8 +59,10 @@ class Driver:
     riding: Mapping[str, Any] | None = None
     given: Mapping[str, Any] | None = None  # the optimizer's own part of a state that is being loaded
     awaiting: str = ""  # what is missing of a checkpoint, in a sentence
+    made: dict[int, tuple[tuple[Any, ...], Slot, int | None]] = field(default_factory=dict)  # slots, by entry
     groups: list[Mapping[str, Any]] = field(default_factory=list)
     group_of: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    climbs: bool = False  # whether some group has maximize=True
 
     @property
     def standing(self) -> list[Entry]:
@@ -102,6 +105,7 @@ class Driver:
 
     def __post_init__(self) -> None:
         self.stand_ins = StandIns(self.optimizer)
+        self.look_up()
 
     # --- the clock ------------------------------------------------------------------------------------------------
 
@@ -141,12 +145,13 @@ class Driver:
     def look_up(self) -> None:
         """Find anew which group each weight sits in: groups are dropped, reordered and loaded anew in a training."""
         self.groups = list(self.optimizer.param_groups)
+        self.climbs = any(group.get("maximize") for group in self.groups)
         self.group_of = {id(param): group for group in self.groups for param in group["params"]}
 
     def options_of(self, entry: Entry) -> Mapping[str, Any]:
         """The group a weight sits in now."""
         now = self.optimizer.param_groups
-        same = len(now) == len(self.groups) and all(a is b for a, b in zip(now, self.groups, strict=True))
+        same = len(now) == len(self.groups) and all(map(operator.is_, now, self.groups))
         if not same or id(entry.param) not in self.group_of:
             self.look_up()
         return self.group_of[id(entry.param)]
@@ -158,19 +163,37 @@ class Driver:
 
     def slot(self, entry: Entry) -> Slot:
         """A weight as its mechanism sees it."""
+        held = (entry.param, entry.params, entry.pull_params, self.stage)
+        known = self.made.get(id(entry))
+        if known is None or not all(map(operator.is_, known[0], held)):
+            known = self.made[id(entry)] = (held, *self._new_slot(entry))
+        _, blank, frozen_from = known
+        seen, grad = sharding.local(entry.param), entry.param.grad
+        return blank.with_now(
+            weight=seen if entry.lent is None else sharding.local(entry.lent),
+            seen=seen,
+            grad=None if grad is None else sharding.local(grad),
+            frozen=frozen_from is not None and self.step - self.bounds[self.stage][0] >= frozen_from,
+            pruned=entry.zeros,
+            grad_scale=getattr(self.optimizer, "grad_scale", None),
+            sign=-1.0 if self.climbs and self.options_of(entry).get("maximize") else 1.0,
+            state=entry.state,
+        )
+
+    def _new_slot(self, entry: Entry) -> tuple[Slot, int | None]:
+        """What stays the same from step to step as long as nothing is fitted, and when the fit is over."""
         assert entry.params is not None and entry.pull_params is not None
         target, params, pull, pull_params = entry.target, entry.params, entry.pull, entry.pull_params
-        grad = entry.param.grad
 
         def fill() -> Tensor:
             entry.param.grad = torch.zeros_like(entry.param)
             return sharding.local(entry.param.grad)
 
-        return Slot(
+        slot = Slot(
             name=entry.name,
-            weight=sharding.local(entry.moved),
-            seen=sharding.local(entry.param),
-            grad=None if grad is None else sharding.local(grad),
+            weight=entry.param,
+            seen=entry.param,
+            grad=None,
             fill=fill,
             target=target,
             params=entry.localised(params),
@@ -184,16 +207,17 @@ class Driver:
             rate=lambda: optimizers.rate_of(self.options_of(entry), entry.name),
             install=entry.install,
             moments=lambda: optimizers.moments(self.optimizer, entry.param),
-            frozen=self.frozen(entry),
-            pruned=entry.zeros,
+            frozen=False,
+            pruned=None,
             plain=isinstance(self.optimizer, torch.optim.SGD),
             decay=lambda: optimizers.decoupled_decay(
                 self.optimizer, self.options_of(entry), entry.name, entry.param.dim(), self.probed
             ),
-            grad_scale=getattr(self.optimizer, "grad_scale", None),
-            sign=-1.0 if self.options_of(entry).get("maximize") else 1.0,
-            state=entry.state,
+            grad_scale=None,
+            sign=1.0,
+            state={},
         )
+        return slot, entry.frozen_from(self.steps_of(self.stage))
 
     # --- both halves of a step ------------------------------------------------------------------------------------
 
@@ -311,7 +335,9 @@ class Driver:
 
     def memory_of(self, entry: Entry, grad: Tensor) -> dict[str, Tensor] | None:
         """What a mechanism made of a gradient in a step that raised; `None` if it has not changed this one."""
-        reference, version, memory = self.spent.get(entry.name, (lambda: None, -1, {}))
+        if entry.name not in self.spent:
+            return None
+        reference, version, memory = self.spent[entry.name]
         return memory if reference() is grad and version == sharding.local(grad)._version else None
 
     def last_moment(self, entry: Entry, slot: Slot, clock: Clock) -> None:

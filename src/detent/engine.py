@@ -435,7 +435,9 @@ class Run(Resumable):
         self._refuse_unresumed()
         guards.refuse_foreign_writes(driver.standing)
         clock = driver.clock
-        active = [entry for entry in driver.entries if entry.mechanism.active(clock)]
+        at_work = {entry.claim.rule: entry.mechanism for entry in driver.entries}
+        at_work = {rule for rule, mechanism in at_work.items() if mechanism.active(clock)}
+        active = [entry for entry in driver.entries if entry.claim.rule in at_work]
         if idle or optimizers.overflowed(driver.optimizer):
             self._begin(driver, active, sees_gradients=False)
             return replay

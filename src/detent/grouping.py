@@ -166,6 +166,10 @@ class Layout:
             per_row = values.reshape(self.conv_groups, self.shape[1])
             spread = per_row.repeat_interleave(self.shape[0] // self.conv_groups, dim=0)
             spread = spread.reshape((*spread.shape, *(1,) * (len(self.shape) - 2)))
+        elif self.is_row_major:
+            spread = values.reshape(
+                (*self.shape[: self.channel_dim + 1], *(1,) * (len(self.shape) - self.channel_dim - 1))
+            )
         else:
             given = [self.shape[axis] if axis not in self.input_axes else 1 for axis in self.order]
             back = sorted(range(len(self.shape)), key=self.order.__getitem__)
@@ -211,6 +215,13 @@ class Granularity(abc.ABC):
     def expand(self, values: Tensor, layout: Layout) -> Tensor:
         """One number a group, shape (count,), as a tensor that broadcasts against the rows held here."""
 
+    def lined(self, layout: Layout) -> Layout | None:
+        """A layout for the same weights seen, as they lie in memory, as a matrix with a row a group.
+
+        With one axis where all weights are one group; `None` where they do not lie so.
+        """
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class PerTensor(Granularity):
@@ -242,6 +253,9 @@ class PerTensor(Granularity):
     def expand(self, values: Tensor, layout: Layout) -> Tensor:
         return values.reshape(())
 
+    def lined(self, layout: Layout) -> Layout | None:
+        return Layout(shape=(layout.numel,))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Channel(Granularity):
@@ -272,6 +286,9 @@ class Channel(Granularity):
 
     def expand(self, values: Tensor, layout: Layout) -> Tensor:
         return layout.over_channels(values)
+
+    def lined(self, layout: Layout) -> Layout | None:
+        return _rows_of(layout, layout.channels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,9 +346,24 @@ class Group(Granularity):
 
     def expand(self, values: Tensor, layout: Layout) -> Tensor:
         fan_in, runs, size = self._runs(layout)
+        if runs == 1:
+            return layout.over_channels(values)
         matrix = values.reshape(layout.channels, runs).repeat_interleave(size, dim=1)[:, :fan_in]
         whole = layout.whole().from_channels(matrix)
         return whole if layout.rows is None else whole[slice(*layout.rows)]
+
+    def lined(self, layout: Layout) -> Layout | None:
+        fan_in, runs, size = self._runs(layout)
+        return None if fan_in % size else _rows_of(layout, layout.channels * runs)
+
+
+def _rows_of(layout: Layout, groups: int) -> Layout | None:
+    """The layout of a matrix with a row a group, if channels lie one after another."""
+    if not layout.shape or not layout.is_row_major:
+        return None
+    each = groups // layout.shape[0]
+    rows = None if layout.rows is None else (layout.rows[0] * each, layout.rows[1] * each)
+    return Layout(shape=(groups, layout.numel // groups), rows=rows)
 
 
 GranularityLike: TypeAlias = Literal["tensor", "channel"] | PerTensor | Channel | Group
@@ -349,11 +381,11 @@ def granularity_of(value: GranularityLike, field: str = "granularity") -> Granul
         >>> granularity_of("channel")
         Channel()
     """
-    if isinstance(value, Granularity):
-        return value
-    if not isinstance(value, str) or value not in _NAMED:
+    if isinstance(value, str) and value in _NAMED:  # first, as to ask for a class with abstract methods takes longer
+        return _NAMED[value]
+    if not isinstance(value, Granularity):
         raise ValueError(f'{field}={value!r}: must be "tensor", "channel" or Group(size=...)')
-    return _NAMED[value]
+    return value
 
 
 def near_dead(w: Tensor, layout: Layout, share: float = NEAR_DEAD) -> int:

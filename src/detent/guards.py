@@ -93,9 +93,9 @@ def _replaced(model: nn.Module, entries: list[Entry]) -> str | None:
         if named.get(entry.name) is not entry.param:
             return entry.name
         # A tie that broke: the other name has a tensor of its own, which nobody claims.
-        untied = [name for name in entry.claim.aliases if named.get(name, entry.param) is not entry.param]
-        if untied:
-            return untied[0]
+        for name in entry.claim.aliases:
+            if named.get(name, entry.param) is not entry.param:
+                return name
     return None
 
 

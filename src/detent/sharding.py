@@ -27,6 +27,8 @@ _PIECE = 1 << 14  # weights whose 64-bit copies are held at a time: few enough f
 
 
 def _is_sharded(x: Tensor) -> bool:
+    if type(x) is Tensor or type(x) is nn.Parameter:  # asked many times a step; a missing attribute takes longer
+        return False
     return hasattr(x, "placements") and hasattr(x, "device_mesh")
 
 

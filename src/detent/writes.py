@@ -57,6 +57,6 @@ def _sample(w: Tensor) -> Tensor:
     """The bits of all weights, or of runs spread over a large tensor that touch different columns."""
     dense = w.is_contiguous() or (w.dim() == 4 and w.is_contiguous(memory_format=torch.channels_last))
     if w.numel() <= _RUNS * _RUN or not dense:
-        return w.contiguous().view(_BITS[w.element_size()]).reshape(-1).clone()
+        return w.contiguous().view(_BITS[w.element_size()]).clone()
     stride = (w.numel() - _RUN) // (_RUNS - 1)
     return w.as_strided((_RUNS, _RUN), (stride, 1), w.storage_offset()).view(_BITS[w.element_size()]).clone()

@@ -13,6 +13,7 @@ from torch import Tensor
 from detent.mechanisms.cadence import Cadence, Clock
 from detent.schedules import check_types
 from detent.targets import Params, Target
+from detent.targets.base import Lines
 
 __all__ = ["Cadence", "Clock", "Mechanism", "Slot", "never_zero"]
 
@@ -81,6 +82,28 @@ class Slot:
     scratch: dict[str, Tensor] = field(default_factory=dict)
     landed: frozenset[str] = frozenset()
     log: Tensor | None = None
+
+    def with_now(self, **now: Any) -> Slot:
+        """The same weight in the step at hand, with these fields; `dataclasses.replace` takes ten times as long."""
+        fresh = object.__new__(type(self))
+        vars(fresh).update(vars(self), scratch={}, **now)
+        return fresh
+
+    def project_into(self, w: Tensor, out: Tensor) -> None:
+        """Write the nearest point of `target` to another tensor."""
+        if self.params.layout.rows is None or self.target.scope in ("element", "row"):
+            self.target.project_into(w, self.params, out)
+        else:
+            out.copy_(self.project(w))
+
+    def relax_into(self, w: Tensor, beta: float, out: Tensor) -> None:
+        """Write `target.relax(w, beta)` to another tensor."""
+        lined = Lines.of(self.target, self.params, w, out)
+        if not lined.apart:
+            out.copy_(self.relax(w, beta))
+            return
+        for params, x, seen in lined.pieces():
+            self.target.relax_into(x, params, beta, seen)
 
     def write_once(self, part: str, place: Tensor, make: Callable[[], Tensor]) -> None:
         """Write over a weight, or part of it, what is not the same made twice: a step that was broken off goes on.

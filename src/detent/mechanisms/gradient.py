@@ -15,26 +15,11 @@ from detent.mechanisms.base import Cadence, Clock, Mechanism, Slot
 from detent.mechanisms.projection import clip_to_range, clipping, clipping_begins
 from detent.schedules import Linear, Moment, Number, ends_of, is_finite, is_number, step_at, value_at
 from detent.targets import Params, Target, Uniform, Zero
-from detent.targets.base import compute_dtype
+from detent.targets.base import Lines, compute_dtype
 
 __all__ = ["PSG"]
 
 _EPS = Linear(first=0.05, last=0.0, begin=0.0, end=0.8)
-_PIECE = 1 << 17  # weights: half a megabyte in float32, so that the passing tensors of a piece stay in a core's cache
-
-
-def _pieces(slot: Slot, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors, or matching flat pieces of large ones where the factor of a weight depends on its value alone."""
-    first = tensors[0]
-    by_value = (
-        slot.pull.scope == "element" and slot.pull.typical(slot.pull_params).dim() == 0 and not slot.pull.leaves_free
-    )
-    dense = first.is_contiguous() or (first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last))
-    if not by_value or not dense or first.numel() <= _PIECE or any(t.stride() != first.stride() for t in tensors):
-        yield tensors
-        return
-    flat = [t.as_strided((t.numel(),), (1,)) for t in tensors]
-    yield from zip(*(t.split(_PIECE) for t in flat), strict=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,8 +162,8 @@ class PSG(Mechanism):
         if slot.grad is None:
             return
         if self._scales_gradient(slot):
-            for w, grad in _pieces(slot, slot.weight, slot.grad):
-                grad.mul_(self._scale_of(w, slot, clock))
+            for scale, _, grad in self._factors(slot, clock, slot.weight, slot.grad):
+                grad.mul_(scale)
             # Finite before, and looked at then: what was scaled beyond the largest half-precision number would end at
             # the range's end, where clipping hides it.
             if slot.grad.dtype == torch.float16 and not bool(torch.isfinite(slot.grad).all()):
@@ -194,15 +179,10 @@ class PSG(Mechanism):
         before = slot.scratch.get("before")
         if before is not None:
             lost = slot.decay()
-            for i, (w, old) in enumerate(_pieces(slot, slot.weight, before)):
-                slot.write_once(f"piece {i}", w, partial(self._scaled_step, w, old, lost, slot, clock))
+            for i, (scale, old, w) in enumerate(self._factors(slot, clock, before, slot.weight)):
+                slot.write_once(f"piece {i}", w, partial(_scaled_step, w, old, lost, scale))
         if self.clip and clipping(self.clip_start, slot, clock):
             clip_to_range(slot.weight, slot.pull, slot.pull_params)
-
-    def _scaled_step(self, w: Tensor, old: Tensor, lost: float, slot: Slot, clock: Clock) -> Tensor:
-        """old + s (step + decay) - decay: only what the optimizer made of the gradient is scaled."""
-        decay = old * lost
-        return w.sub(old).add_(decay).mul_(self._scale_of(old, slot, clock)).add_(old).sub_(decay)
 
     def undo(self, slot: Slot, clock: Clock) -> None:
         before = slot.scratch.pop("before", None)
@@ -212,21 +192,25 @@ class PSG(Mechanism):
     def _scales_gradient(self, slot: Slot) -> bool:
         return self.form == "gradient" or (self.form == "auto" and slot.plain)
 
-    def _scale_of(self, w: Tensor, slot: Slot, clock: Clock) -> Tensor:
-        distance = slot.pull.distance(slot.pull_project(w).sub_(w), slot.pull_params)
-        scale = self._scale(distance, slot.pull, slot.pull_params, clock)
-        free = slot.pull_free(w)
-        return scale if free is None else scale.masked_fill_(free, 1.0)
+    def _factors(self, slot: Slot, clock: Clock, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """(s, pieces of the tensors), piece by piece, of the weights that the first of them holds."""
+        lined = Lines.of(slot.pull, slot.pull_params, *tensors)
+        slope, offset, cap = self._line(slot.pull, lined.params, clock, compute_dtype(slot.weight.dtype))
+        for params, w, *piece, slope_here, cap_here in lined.pieces(slope, cap):
+            q = slot.pull.project(w, params) if lined.apart else slot.pull_project(w)
+            distance = slot.pull.distance(q.sub_(w), params)
+            scale = self._scale(distance, slope_here, offset, cap_here)
+            free = slot.pull_free(w) if slot.pull.leaves_free else None
+            yield scale if free is None else scale.masked_fill_(free, 1.0), w, *piece
 
-    def _scale(self, distance: Tensor, target: Target, params: Params, clock: Clock) -> Tensor:
-        """s as a function of the distance; may write over the distance."""
+    def _scale(self, distance: Tensor, slope: Tensor | float, offset: float, cap: Tensor | None) -> Tensor:
+        """s = slope * min(d, cap) + offset; may write over the distance."""
         # A slope is gain / typical distance: it can leave the range of float16, the product with a distance cannot.
         wide = distance.to(compute_dtype(distance.dtype))
-        slope, offset, cap = self._line(target, params, clock, wide.dtype)
+        # Weights that move together have one distance, which may stand in memory once.
+        wide = wide if wide.is_contiguous() else wide.clone()
         if cap is not None:
-            wide = torch.clamp(wide, max=cap)
-        elif not wide.is_contiguous():
-            wide = wide.clone()  # weights that move together have one distance, which may stand in memory once
+            wide.clamp_max_(cap)
         return wide.mul_(slope).add_(offset).to(distance.dtype)
 
     def _line(
@@ -239,11 +223,16 @@ class PSG(Mechanism):
             raise ValueError(f"PSG: at step {clock.step} strength={strength} (in [0, 1]) and eps={eps} (>= 0)")
         if self.units == "weight":
             return strength * self.gain, (1 - strength) + strength * self.gain * eps, None
-        typical = target.typical(params).to(dtype)
-        # Below 1e-37 the slope would be infinite, and infinity times a distance of 0 is no number.
-        slope = (strength * self.gain / typical).clamp_max(torch.finfo(dtype).max)
+        force = strength * self.gain
+
+        def make() -> tuple[Tensor, Tensor]:
+            typical = target.typical(params).to(dtype)
+            # Below 1e-37 the slope would be infinite, and infinity times a distance of 0 is no number.
+            return (force / typical).clamp_max(torch.finfo(dtype).max), 2 * typical
+
+        slope, cap = params.once(("slope", target), make, at=(force, dtype))
         # c / r is 4 on a grid by definition of r, and where there are no cells by definition of c.
-        return slope, (1 - strength) + strength * self.gain * 4 * eps, 2 * typical
+        return slope, (1 - strength) + force * 4 * eps, cap
 
     def scale(self, w: Tensor, target: Target, params: Params, step: int = 0, total_steps: int | None = None) -> Tensor:
         """s(w), the factor on each gradient entry.
@@ -263,7 +252,8 @@ class PSG(Mechanism):
             tensor([0., 1., 0.])
         """
         distance = target.distance(target.project(w, params).sub_(w), params)
-        scale = self._scale(distance, target, params, Clock(step=step, total_steps=total_steps))
+        clock = Clock(step=step, total_steps=total_steps)
+        scale = self._scale(distance, *self._line(target, params, clock, compute_dtype(distance.dtype)))
         free = target.free(w, params)
         return scale if free is None else scale.masked_fill_(free, 1.0)
 
@@ -363,3 +353,9 @@ class PSG(Mechanism):
 
         span = torch.zeros((), dtype=like.dtype) if cell is None else 2 * inner(cell / 2, False)
         return inner, cell, span
+
+
+def _scaled_step(w: Tensor, old: Tensor, lost: float, scale: Tensor) -> Tensor:
+    """old + s (step + decay) - decay: only what the optimizer made of the gradient is scaled."""
+    decay = old * lost
+    return w.sub(old).add_(decay).mul_(scale).add_(old).sub_(decay)

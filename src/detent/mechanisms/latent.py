@@ -18,10 +18,10 @@ from detent.mechanisms.maps import (
     SoftmaxMap,
     TanhMap,
     checked,
-    in_pieces,
     piecewise_affine,
     piecewise_affine_grid,
 )
+from detent.pieces import in_pieces
 from detent.schedules import (
     Exponential,
     Moment,
@@ -34,8 +34,8 @@ from detent.schedules import (
     step_at,
     value_at,
 )
-from detent.targets import Target
-from detent.targets.base import compute_dtype
+from detent.targets import Params, Target
+from detent.targets.base import Lines, compute_dtype
 
 __all__ = ["PARQ", "PMF", "STE", "BinaryRelax", "GDTanh", "MirrorDescent"]
 
@@ -61,13 +61,13 @@ def level_count(target: Target) -> int | None:
     return None
 
 
-def levels_of(slot: Slot, like: Tensor) -> Tensor:
-    """The levels of a weight in the dtype of `like`.
+def levels_of(slot: Slot, like: Tensor, params: Params) -> Tensor:
+    """The levels of a weight in the dtype of `like`, against what the params hold for.
 
     Raises:
         ValueError: the target lists none.
     """
-    levels = slot.target.levels(slot.params)
+    levels = slot.target.levels(params)
     if levels is None:
         raise ValueError(f"{slot.name!r}: {slot.target!r} lists no levels for these weights")
     return levels.to(like)
@@ -101,8 +101,14 @@ class _Latent(Mechanism):
         super().__post_init__()
 
     @abc.abstractmethod
+    def _see(self, slot: Slot, latent: Tensor, step: int, total_steps: int | None, out: Tensor) -> None:
+        """Write what the forward pass of a step sees of a latent."""
+
     def _seen(self, slot: Slot, latent: Tensor, step: int, total_steps: int | None) -> Tensor:
-        """What the forward pass of a step sees of a latent."""
+        """The same, as a new tensor."""
+        out = torch.empty_like(latent)
+        self._see(slot, latent, step, total_steps, out)
+        return out
 
     def _first_latent(self, slot: Slot, clock: Clock, step: int) -> Tensor:
         """The latent of weights that had none, as the forward pass of a step is to see it first."""
@@ -159,7 +165,7 @@ class _Latent(Mechanism):
         if self.clip_latent is not None:
             latent.clamp_(-self.clip_latent, self.clip_latent)
         # Rounded first: the compressed life is that of the rounded latent, and the forward pass must see the same.
-        slot.seen.copy_(self._seen(slot, latent.to(slot.seen.dtype), step, clock.total_steps))
+        self._see(slot, latent.to(slot.seen.dtype), step, clock.total_steps, slot.seen)
 
     def _never(self, clock: Clock) -> bool:
         """Whether it does not begin in this training."""
@@ -207,8 +213,8 @@ class STE(_Latent):
     Reference: Courbariaux et al., "BinaryConnect", arXiv 1511.00363; Bengio et al., arXiv 1308.3432.
     """
 
-    def _seen(self, slot: Slot, latent: Tensor, step: int, total_steps: int | None) -> Tensor:
-        return slot.project(latent)
+    def _see(self, slot: Slot, latent: Tensor, step: int, total_steps: int | None, out: Tensor) -> None:
+        slot.project_into(latent, out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,17 +254,23 @@ class PARQ(_Latent):
     def mapping(self, target: Target, clock: Clock) -> tuple[int, str] | None:
         return None if self._never(clock) else self._settled("inverse_slope", clock)
 
-    def _seen(self, slot: Slot, latent: Tensor, step: int, total_steps: int | None) -> Tensor:
+    def _see(self, slot: Slot, latent: Tensor, step: int, total_steps: int | None, out: Tensor) -> None:
         inverse_slope = value_at(self.inverse_slope, step, total_steps)
         if inverse_slope <= 0:
-            return slot.project(latent)
-        x = latent.to(compute_dtype(latent.dtype))
-        spacing, count = slot.target.spacing(slot.params), level_count(slot.target)
+            slot.project_into(latent, out)
+            return
+        wide = latent.to(compute_dtype(latent.dtype))
+        lined = Lines.of(slot.target, slot.params, wide, out)
+        x, out = lined.tensors
+        spacing, count = slot.target.spacing(lined.params), level_count(slot.target)
         if spacing is None or count is None:
-            seen = in_pieces(lambda a, q: piecewise_affine(a, q, inverse_slope), x, levels_of(slot, x))
+            levels = levels_of(slot, x, lined.params)
+            in_pieces(lambda a, q: piecewise_affine(a, q, inverse_slope), x, levels, out=out)
         else:
-            seen = in_pieces(lambda a, _, h: piecewise_affine_grid(a, h, count, inverse_slope), x, None, spacing.to(x))
-        return seen.to(latent.dtype)
+            for a, seen, h in lined.cut(spacing.to(x)):
+                found = piecewise_affine_grid(a, h, count, inverse_slope, seen if seen.dtype == a.dtype else None)
+                if found is not seen:
+                    seen.copy_(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,13 +309,16 @@ class _Annealed(_Latent):
             raise ValueError(f"{name}.beta is {beta} at step {step}: must be > 0")
         return beta
 
-    def _seen(self, slot: Slot, latent: Tensor, step: int, total_steps: int | None) -> Tensor:
+    def _see(self, slot: Slot, latent: Tensor, step: int, total_steps: int | None, out: Tensor) -> None:
         beta = self.beta_at(step, total_steps)
-        return slot.project(latent) if math.isinf(beta) else self._softly(slot, latent, beta)
+        if math.isinf(beta):
+            slot.project_into(latent, out)
+        else:
+            self._softly(slot, latent, beta, out)
 
-    def _softly(self, slot: Slot, latent: Tensor, beta: float) -> Tensor:
-        """What is seen at a finite beta."""
-        return slot.relax(latent, beta)
+    def _softly(self, slot: Slot, latent: Tensor, beta: float, out: Tensor) -> None:
+        """Write what is seen at a finite beta."""
+        slot.relax_into(latent, beta, out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,17 +366,23 @@ class _Mapped(_Annealed):
     def check(self, target: Target) -> str | None:
         return _needs_levels(self, target, "use BinaryRelax")
 
-    def _frame(self, slot: Slot, x: Tensor, beta: float) -> _Frame:
-        """What a map works in."""
+    def _lines(self, slot: Slot, *tensors: Tensor) -> Lines:
+        """Latents, and tensors like them, to be worked on in pieces."""
+        if self.scale_aware is None:
+            return Lines.of(slot.target, slot.params, *tensors)
+        return Lines(params=slot.params, tensors=tensors, apart=False)  # other groups than those of the target
+
+    def _frame(self, slot: Slot, params: Params, x: Tensor, beta: float) -> _Frame:
+        """What a map works in; x is what the params hold for."""
         beta = min(max(beta, _GENTLEST), _SHARPEST)
-        spacing, count = slot.target.spacing(slot.params), level_count(slot.target)
+        spacing, count = slot.target.spacing(params), level_count(slot.target)
         levels = scaled = None
         if self.units == "cell" and spacing is not None and count is not None:
             # Whole numbers, the same for all groups: a level is its number times the unit to the last bit.
             back = spacing.to(x) / 2
             scaled = torch.arange(1 - count, count, 2, dtype=x.dtype, device=x.device)
         else:
-            levels = levels_of(slot, x)
+            levels = levels_of(slot, x, params)
             back = torch.ones_like(levels[..., 0])
             if self.units == "cell":
                 back = (levels[..., -1] - levels[..., 0]) / (2 * (levels.shape[-1] - 1))
@@ -383,9 +404,10 @@ class _Mapped(_Annealed):
         size = (groups.sum(whole.square(), layout.whole()) / count).sqrt()
         return groups.expand(torch.where(size > 0, size, 1.0).to(x), layout)
 
-    def _softly(self, slot: Slot, latent: Tensor, beta: float) -> Tensor:
-        x = latent.to(compute_dtype(latent.dtype))
-        frame = self._frame(slot, x, beta)
+    def _softly(self, slot: Slot, latent: Tensor, beta: float, out: Tensor) -> None:
+        lined = self._lines(slot, latent.to(compute_dtype(latent.dtype)), out)
+        x, out = lined.tensors
+        frame = self._frame(slot, lined.params, x, beta)
         apart = frame.levels is not None
 
         def act(a: Tensor, q: Tensor, unit: Tensor, back: Tensor, beta: float | Tensor) -> Tensor:
@@ -399,7 +421,7 @@ class _Mapped(_Annealed):
             return w
 
         levels = frame.scaled if frame.levels is None else frame.levels
-        return in_pieces(act, x, levels, frame.unit, frame.back, frame.beta).to(latent.dtype)
+        in_pieces(act, x, levels, frame.unit, frame.back, frame.beta, out=out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -521,13 +543,16 @@ class MirrorDescent(_Mapped):
             )
         return reason
 
-    def _softly(self, slot: Slot, latent: Tensor, beta: float) -> Tensor:
-        return slot.relax(latent, beta) if self.map == "relax" else super()._softly(slot, latent, beta)
+    def _softly(self, slot: Slot, latent: Tensor, beta: float, out: Tensor) -> None:
+        if self.map == "relax":
+            slot.relax_into(latent, beta, out)
+        else:
+            super()._softly(slot, latent, beta, out)
 
     def _unseen(self, slot: Slot, w: Tensor, beta: float, share: float) -> Tensor:
         """The latent of weights, those outside a share of the range moved inside."""
         x = w.to(compute_dtype(w.dtype))
-        frame = self._frame(slot, x, beta)
+        frame = self._frame(slot, slot.params, x, beta)
         scaled = frame.scaled
         margin = (scaled[..., -1] - scaled[..., 0]) * (1 - share) / 2
         inside = torch.minimum(torch.maximum(x / frame.unit, scaled[..., 0] + margin), scaled[..., -1] - margin)
@@ -574,7 +599,7 @@ class MirrorDescent(_Mapped):
         if "seen" not in slot.scratch:
             return moved
         seen = slot.scratch["seen"]
-        levels = levels_of(slot, seen)
+        levels = levels_of(slot, seen, slot.params)
         # A rounding away from its level a weight has no latent to come back from: whether the tanh at hand rounds
         # up to the level or not, it stays.
         middle, half = (levels[..., -1] + levels[..., 0]) / 2, (levels[..., -1] - levels[..., 0]) / 2
@@ -598,8 +623,9 @@ class _Descent(_Mapped):
         if math.isinf(beta):
             return  # a jump has no derivative: straight through from here on
         latent = slot.state["latent"]
-        x = latent.to(compute_dtype(latent.dtype))
-        frame = self._frame(slot, x, beta)
+        lined = self._lines(slot, latent.to(compute_dtype(latent.dtype)), slot.grad)
+        x, grad = lined.tensors
+        frame = self._frame(slot, lined.params, x, beta)
         # A factor that the gradient's own dtype cannot hold may still give a product that it can.
         most = min(torch.finfo(slot.grad.dtype).max, _STEEPEST)
 
@@ -607,7 +633,7 @@ class _Descent(_Mapped):
             slope = self._slope((a / unit).clamp_(-_FARTHEST, _FARTHEST), q, beta)
             return (g.to(a.dtype) * slope).clamp_(-most, most)
 
-        slot.grad.copy_(in_pieces(act, x, frame.scaled, slot.grad, frame.unit, frame.beta))
+        in_pieces(act, x, frame.scaled, grad, frame.unit, frame.beta, out=grad)
 
     def _slope(self, at: Tensor, levels: Tensor, beta: float | Tensor) -> Tensor:
         """The factor on the gradient, from latent and levels in units."""

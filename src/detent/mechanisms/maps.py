@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["MirrorMap", "SoftmaxMap", "TanhMap", "check_map", "in_pieces", "piecewise_affine", "piecewise_affine_grid"]
+__all__ = ["MirrorMap", "SoftmaxMap", "TanhMap", "check_map", "piecewise_affine", "piecewise_affine_grid"]
 
 Sharpness: TypeAlias = float | Tensor
 
@@ -22,7 +22,6 @@ _SPARE = 20.0  # of e: what a normal number that small may still be multiplied w
 _SHARPEST = 1e36  # beta is cut here: a float32 holds it, and beta times zero stays zero
 _DOUBLINGS = 200  # of the bracket in which an inverse is looked for
 _BISECTIONS = 140
-_PIECE = 1 << 16  # weights that are worked on at once: what passes stays in the cache, and is no fresh memory
 _PANELS = 64  # of 8 Gauss-Legendre points each, for the integral of a map
 
 
@@ -130,46 +129,6 @@ def _cut(beta: Sharpness) -> Sharpness:
     return beta.clamp(-_SHARPEST, _SHARPEST) if isinstance(beta, Tensor) else min(beta, _SHARPEST)
 
 
-def in_pieces(act: Callable[..., Tensor], x: Tensor, levels: Tensor | None, *along: float | Tensor) -> Tensor:
-    """`act(x, levels, *along)` of a function that works weight by weight, a piece of the weights at a time.
-
-    On a CPU a passing tensor of some megabytes costs more than the arithmetic on it. The result is the same, bit for
-    bit.
-
-    Args:
-        act: the function; its result has the shape and the dtype of x.
-        x: the weights.
-        levels: broadcasts against x with one axis more, its last; or `None`, which `act` gets as well.
-        along: numbers, and tensors that broadcast against x.
-
-    Example:
-        >>> in_pieces(lambda x, levels, by: x * by, torch.ones(2), None, 3.0)
-        tensor([3., 3.])
-    """
-    if x.numel() <= _PIECE or x.device.type != "cpu" or not x.is_contiguous():
-        return act(x, levels, *along)
-    out = torch.empty_like(x)
-    of_all = [t for t in along if isinstance(t, Tensor)]
-    if all(t.numel() == 1 for t in of_all) and (levels is None or levels.numel() == levels.shape[-1]):
-        flat = [
-            None if levels is None else levels.reshape(-1),
-            *(t.reshape(()) if isinstance(t, Tensor) else t for t in along),
-        ]
-        for piece, into in zip(x.view(-1).split(_PIECE), out.view(-1).split(_PIECE), strict=True):
-            into.copy_(act(piece, *flat))
-        return out
-    rows = max(1, _PIECE * len(x) // x.numel())
-
-    def cut(value: Any, first: int, axes: int) -> Any:
-        whole = not isinstance(value, Tensor) or value.dim() < axes or len(value) == 1
-        return value if whole else value[first : first + rows]
-
-    for first in range(0, len(x), rows):
-        here = [cut(levels, first, x.dim() + 1), *(cut(t, first, x.dim()) for t in along)]
-        out[first : first + rows].copy_(act(x[first : first + rows], *here))
-    return out
-
-
 def _as_number(compare: Callable[..., Tensor], a: Tensor, b: float | Tensor) -> Tensor:
     """A comparison as 0.0 and 1.0 in the dtype of a: choosing by arithmetic takes a tenth of what `where` takes."""
     if torch.is_grad_enabled() and a.requires_grad:
@@ -177,14 +136,35 @@ def _as_number(compare: Callable[..., Tensor], a: Tensor, b: float | Tensor) -> 
     return compare(a, b, out=a.new_empty(0))
 
 
+def _by_numpy(function: Callable[..., Any], x: Tensor) -> Tensor | None:
+    """Write over x what a function of NumPy makes of it, if it may; on a CPU they take a seventh of the time."""
+    if x.requires_grad or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return None
+    function(x.numpy(), out=x.numpy())
+    return x
+
+
+def _tanh(x: Tensor) -> Tensor:
+    """tanh; may write over x."""
+    found = _by_numpy(np.tanh, x)
+    return torch.tanh(x) if found is None else found
+
+
 def _exp(x: Tensor) -> Tensor:
-    """exp of a number <= 0 that is zero well before it would be subnormal.
+    """exp of a number <= 0 (or taken for 0) that is zero well before it would be subnormal.
 
     Weights next to the level 0 would otherwise stay subnormal for a good part of a training, and convolutions over a
     few percent of those take fifty times as long on a CPU.
     """
     smallest = math.log(torch.finfo(x.dtype if x.dtype == torch.float64 else torch.float32).tiny) + _SPARE
-    return torch.exp(x.clamp_min(smallest)) * _as_number(torch.ge, x, smallest)
+    above, x = _as_number(torch.ge, x, smallest), x.clamp(smallest, 0)
+    found = _by_numpy(np.exp, x)
+    return (torch.exp(x) if found is None else found) * above
+
+
+def _add_up(levels: Tensor) -> bool:
+    """Whether a level and the gap to the next are that one, to the last bit; on a CPU, else it is waited for."""
+    return levels.device.type == "cpu" and torch.equal(levels[..., :-1] + levels.diff(), levels[..., 1:])
 
 
 def _two(a: Tensor, levels: Tensor, slope: Sharpness) -> Tensor:
@@ -193,8 +173,8 @@ def _two(a: Tensor, levels: Tensor, slope: Sharpness) -> Tensor:
     slope = _cut(slope)  # beta times half a wide gap
     # Looked at on a CPU only: elsewhere it would have to be waited for.
     if levels.device.type == "cpu" and bool((low == -high).all()):
-        return torch.tanh(slope * a) * high
-    t = torch.tanh(slope * (a - (low + high) / 2))
+        return _tanh(slope * a) * high
+    t = _tanh(slope * (a - (low + high) / 2))
     w = (low + high) / 2 + (high - low) / 2 * t
     # A level itself where rounding can tell no difference, whatever its sum of middle and half is.
     up, down = _as_number(torch.ge, t, 1.0), _as_number(torch.le, t, -1.0)
@@ -210,9 +190,10 @@ def _two_inverse(w: Tensor, levels: Tensor, slope: Sharpness) -> Tensor:
 def _nearest(a: Tensor, levels: Tensor) -> Tensor:
     """The nearest level; half-way the lower one."""
     found = levels[..., 0].expand(a.shape)
+    exact = _add_up(levels)
     for low, high in itertools.pairwise(levels.unbind(-1)):
         above = _as_number(torch.gt, a, (low + high) / 2)
-        found = found * (1 - above) + high * above
+        found = found + (high - low) * above if exact else found * (1 - above) + high * above
     return found
 
 
@@ -234,7 +215,12 @@ class TanhMap(MirrorMap):
         beta = _cut(beta)
         if levels.shape[-1] == 2:
             return _two(a, levels, beta)
-        # From the nearest level on, so that what is saturated is that level exactly.
+        # What is saturated must be its level exactly: where gaps do not add up to that, from the nearest level on.
+        if _add_up(levels):
+            w = levels[..., 0]
+            for low, high in itertools.pairwise(levels.unbind(-1)):
+                w = w + (high - low) / 2 * (1 + _tanh(beta * (a - (low + high) / 2)))
+            return w
         w = _nearest(a, levels)
         for low, high in itertools.pairwise(levels.unbind(-1)):
             away = a - (low + high) / 2
@@ -248,7 +234,7 @@ class TanhMap(MirrorMap):
         beta = _cut(beta)
         slope = torch.zeros_like(a)
         for low, high in itertools.pairwise(levels.unbind(-1)):
-            slope = slope + (high - low) / 2 * (1 - torch.tanh(beta * (a - (low + high) / 2)).square())
+            slope = slope + (high - low) / 2 * (1 - _tanh(beta * (a - (low + high) / 2)).square())
         return beta * slope
 
     def inverse(self, w: Tensor, levels: Tensor, beta: Sharpness) -> Tensor:
@@ -302,12 +288,13 @@ class SoftmaxMap(MirrorMap):
     def _moments(a: Tensor, levels: Tensor, beta: Sharpness) -> tuple[Tensor, Tensor, Tensor]:
         """The nearest level, and the first two moments of the levels about it; one level at a time to save memory."""
         nearest = _nearest(a, levels)
+        away = a - nearest
         total, first, second = torch.zeros_like(a), torch.zeros_like(a), torch.zeros_like(a)
         before = None
         for q in levels.unbind(-1):
             off = q - nearest
             # The exponent less that of the nearest level: never positive, exactly zero for that level, no cancellation.
-            weight = _exp((_cut(beta * off) * (a - (q + nearest) / 2)).clamp_max(0))
+            weight = _exp(off * (away - off / 2) * beta)
             if before is not None:  # a group with fewer levels than others repeats some: each counts once
                 weight = weight * _as_number(torch.ne, q, before)
             before = q
@@ -341,7 +328,9 @@ def piecewise_affine(a: Tensor, levels: Tensor, inverse_slope: float) -> Tensor:
     return w
 
 
-def piecewise_affine_grid(a: Tensor, spacing: Tensor, count: int, inverse_slope: float) -> Tensor:
+def piecewise_affine_grid(
+    a: Tensor, spacing: Tensor, count: int, inverse_slope: float, out: Tensor | None = None
+) -> Tensor:
     """`piecewise_affine` for levels that are evenly spaced about 0: the cell is found by rounding down.
 
     Args:
@@ -349,16 +338,21 @@ def piecewise_affine_grid(a: Tensor, spacing: Tensor, count: int, inverse_slope:
         spacing: distance of neighbouring levels, >= 0; broadcasts against a.
         count: number of levels, >= 2.
         inverse_slope: in (0, 1].
+        out: where to write the result, of the dtype of a and no part of it; a new tensor by default.
 
     Example:
         >>> piecewise_affine_grid(torch.tensor([-1.2, 0.1, 0.9]), torch.tensor(2.0), 2, 0.5)
         tensor([-1.0000,  0.2000,  1.0000])
     """
-    half = (count - 1) / 2
-    x = a / torch.where(spacing > 0, spacing, 1.0) + half  # in cells from the lowest level; a dead group ends at 0
-    cell = x.floor().clamp_(0, count - 2)
-    share = x.sub_(cell).sub_(0.5).mul_(1 / inverse_slope).add_(0.5).clamp_(0, 1)
-    return share.add_(cell).sub_(half).mul_(spacing).add_(0.0)
+    # In cells: from 0, or from half a cell below where 0 is no level. A dead group ends at 0.
+    shift = 0.0 if count % 2 else 0.5
+    first = shift - (count - 1) / 2
+    share = torch.div(a, torch.where(spacing > 0, spacing, 1.0), out=out)
+    share = share.add_(shift) if shift else share
+    cell = share.floor().clamp_(first, first + count - 2)
+    share.sub_(cell).sub_(0.5).mul_(1 / inverse_slope).add_(0.5).clamp_(0, 1).add_(cell)
+    share = share.sub_(shift) if shift else share
+    return share.mul_(spacing).add_(0.0)
 
 
 # --- the conditions -----------------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from detent import masks
 from detent.mechanisms.base import Cadence, Clock, Mechanism, Slot, never_zero
 from detent.schedules import Moment, Number, Schedule, ends_of, is_finite, is_number, is_whole, step_at, value_at
 from detent.targets import Params, Target
-from detent.targets.base import compute_dtype
+from detent.targets.base import Lines, compute_dtype
 
 __all__ = ["Clip", "HardProjection", "Masked", "PartialFreeze", "Proximal"]
 
@@ -23,13 +24,23 @@ def clip_to_range(w: Tensor, target: Target, params: Params) -> None:
 
     So does a group of weights that were all zero when the range was fitted: it could never leave zero again.
     """
-    limits = target.limits(params)
-    if limits is not None:
-        limits = limits.to(w.dtype)
-        limits = limits.masked_fill(limits == 0, math.inf)
+    if type(target).limits is Target.limits:
+        return
+    lined = Lines.of(target, params, w)
+
+    def make() -> tuple[Tensor, Tensor] | None:
+        limits = target.limits(lined.params)
+        if limits is None:
+            return None
+        most = limits.to(w.dtype)
+        most = most.masked_fill(most == 0, math.inf)
+        return most, -most
+
+    box = lined.params.once(("box", target), make, at=w.dtype)
+    for part, most, least in lined.cut(*box) if box is not None else ():
         # The same as clamp_ with tensors for limits, which takes three times as long on a CPU.
-        torch.minimum(w, limits, out=w)
-        torch.maximum(w, -limits, out=w)
+        torch.minimum(part, most, out=part)
+        torch.maximum(part, least, out=part)
 
 
 def clipping_begins(start: Moment | None, clock: Clock) -> bool:
@@ -142,15 +153,15 @@ def hold_gradient(slot: Slot) -> None:
     if slot.grad is None:
         return
     if "mask" in slot.state:
-        slot.grad.masked_fill_(~slot.state["mask"], 0.0)
+        masks.kept(slot.grad, slot.state["mask"], slot.grad)
     if "frozen" in slot.state:
-        slot.grad.masked_fill_(slot.state["frozen"], 0.0)
+        masks.kept(slot.grad, ~slot.state["frozen"], slot.grad)
 
 
 def hold_weight(slot: Slot) -> None:
     """Put masked and frozen weights back: momentum and weight decay move them although their gradient is zero."""
     if "mask" in slot.state:
-        slot.weight.masked_fill_(~slot.state["mask"], 0.0)
+        masks.kept(slot.weight, slot.state["mask"], slot.weight)
     if "frozen" in slot.state:
         slot.weight.copy_(torch.where(slot.state["frozen"], slot.state["held"], slot.weight))
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from detent.grouping import Layout
+from detent.grouping import Granularity, Layout
+from detent.pieces import cut, is_dense, is_large
 from detent.schedules import check_types
 from detent.targets.forms import Form
 from detent.targets.parts import compute_dtype
 
-__all__ = ["Params", "Scope", "Target", "check_finite", "compute_dtype"]
+__all__ = ["Lines", "Params", "Scope", "Target", "check_finite", "compute_dtype"]
 
 Scope = Literal["element", "row", "tensor", "model"]
+_T = TypeVar("_T")
+_FEW, _SMALL = 256, 4  # numbers, or so many for each that the params have: what is remembered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +39,44 @@ class Params:
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     layout: Layout
+    _known: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
+    def once(self, what: Any, make: Callable[[], _T], at: Any = None) -> _T:
+        """What follows from these numbers, remembered unless it is far larger than they are.
+
+        Args:
+            what: its name, with what it depends on besides.
+            make: finds it: a tensor or several.
+            at: what it depends on and changes often; it is remembered for the last of these alone.
+        """
+        known = self._known.get(what)
+        if known is not None and known[0] == at:
+            return known[1]
+        found = make()
+        parts: Sequence[Any] = found if isinstance(found, tuple) else [found]
+        size = sum(x.numel() for x in parts if isinstance(x, Tensor))
+        if size <= max(_FEW, _SMALL * sum(x.numel() for x in self.tensors.values())):
+            self._known[what] = at, found
+        return found
+
     def local(self, first: int, past: int) -> Params:
         """The same numbers, for a process that holds rows `first` to `past - 1`."""
         return replace(self, layout=self.layout.local(first, past))
+
+    def lined(self, granularity: Granularity) -> Params | None:
+        """The same numbers for the weights held here seen as a matrix with a row a group; `None` if they do not lie so.
+
+        With one axis where all weights are one group.
+        """
+
+        def make() -> Params | None:
+            layout = granularity.lined(self.layout)
+            return self if layout == self.layout else None if layout is None else replace(self, layout=layout)
+
+        return self.once(("lined", granularity), make)
 
     def to(self, device: torch.device) -> Params:
         """The same numbers on another device."""
@@ -163,6 +197,17 @@ class Target(abc.ABC):
         """
         return self.form(w, params).dense() if w.numel() else w.detach().clone()  # a process may hold no row
 
+    def project_into(self, w: Tensor, params: Params, out: Tensor) -> None:
+        """Write the nearest point of the set to another tensor of the same shape and dtype."""
+        out.copy_(self.project(w, params))
+
+    def lined(self, params: Params) -> Params | None:
+        """The params for the weights held here seen as a matrix, a run of whose rows is projected by `params.local`.
+
+        A large tensor is then worked on a piece at a time. `None` where that cannot be.
+        """
+        return None
+
     def relax(self, w: Tensor, params: Params, beta: float) -> Tensor:
         """A smooth stand-in that sharpens with beta: `(w + beta project(w)) / (1 + beta)`.
 
@@ -176,7 +221,15 @@ class Target(abc.ABC):
         if beta < 0:
             raise ValueError(f"beta={beta}: must be >= 0")
         q = self.project(w, params)
-        return q if math.isinf(beta) else torch.lerp(w, q, beta / (1.0 + beta))
+        return q if math.isinf(beta) else torch.lerp(w, q, beta / (1.0 + beta), out=q)
+
+    def relax_into(self, w: Tensor, params: Params, beta: float, out: Tensor) -> None:
+        """Write `relax(w, params, beta)` to another tensor of the same shape and dtype."""
+        if type(self).relax is not Target.relax or math.isinf(beta) or beta < 0:
+            out.copy_(self.relax(w, params, beta))
+        else:
+            self.project_into(w, params, out)
+            torch.lerp(w, out, beta / (1.0 + beta), out=out)
 
     def restored(self, w: Tensor, form: Form) -> Params:
         """All params of a tensor that was read from a file; by default those of a fit.
@@ -265,6 +318,56 @@ class Target(abc.ABC):
             ValueError: the target has no bit-width.
         """
         raise ValueError(f"bits={bits}: {type(self).__name__} has no bit-width to change")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines:
+    """Weights held here, and tensors like them, so that a large one is worked on a piece at a time.
+
+    Attributes:
+        params: the params that hold for `tensors`.
+        tensors: views of them, or they themselves.
+        apart: whether `pieces` cuts them.
+    """
+
+    params: Params
+    tensors: Sequence[Tensor]
+    apart: bool
+
+    @classmethod
+    def of(cls, target: Target, params: Params, *tensors: Tensor) -> Lines:
+        """A weight, and tensors like it, to be cut if that is worth it and the target can."""
+        first = tensors[0]
+        if not is_large(first) or (lined := target.lined(params)) is None:
+            return cls(params=params, tensors=tensors, apart=False)
+        if not all(t.shape == first.shape and t.stride() == first.stride() for t in tensors):
+            return cls(params=params, tensors=tensors, apart=False)
+        shape = lined.layout.shape
+        if len(shape) == 1 and is_dense(first):
+            return cls(params=lined, tensors=[t.as_strided((t.numel(),), (1,)) for t in tensors], apart=True)
+        if len(shape) == 2 and first.is_contiguous():
+            return cls(params=lined, tensors=[t.view(-1, shape[1]) for t in tensors], apart=True)
+        return cls(params=params, tensors=tensors, apart=False)
+
+    def cut(self, *others: Any) -> Iterator[tuple[Any, ...]]:
+        """Matching pieces of the tensors and of others.
+
+        Args:
+            others: tensors that broadcast against `tensors`; anything else is the same for every piece.
+        """
+        return cut(*self.tensors, *others) if self.apart else iter([(*self.tensors, *others)])
+
+    def pieces(self, *others: Any) -> Iterator[tuple[Any, ...]]:
+        """The same, each piece with the params that hold for it before it."""
+        if not self.apart:
+            yield self.params, *self.tensors, *others
+            return
+        layout = self.params.layout
+        at = layout.rows[0] if layout.rows else 0
+        for first, *piece in cut(*self.tensors, *others, by_rows=True):
+            past = at + first.shape[0]
+            yield self.params if len(layout.shape) == 1 else self.params.local(at, past), first, *piece
+            at = past
 
 
 def check_finite(w: Tensor) -> None:

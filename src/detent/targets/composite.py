@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from detent import masks
 from detent.grouping import Granularity, Layout, PerTensor, granularity_of
+from detent.pieces import cut
 from detent.schedules import is_whole
 from detent.targets.base import Params, Scope, Target, check_finite
 from detent.targets.forms import Form
@@ -197,7 +199,7 @@ class SparseLevels(Target):
 
     def project(self, w: Tensor, params: Params) -> Tensor:
         q, mask = self._choose(w.detach(), _pattern_of(params), _levels_of(params))
-        return torch.where(mask, q, torch.zeros_like(q))
+        return masks.kept(q, mask, q)
 
     def form(self, w: Tensor, params: Params) -> SparseForm:
         w, layout, levels = w.detach(), params.layout, _levels_of(params)
@@ -261,18 +263,11 @@ class SparseLevels(Target):
         return replace(self, survivors=survivors), replace(params, tensors={**kept, **found.tensors})
 
 
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of tensors of one shape: in float64, or where dtypes mix, the whole would be copied."""
-    whole = [x if x.dim() else x.reshape(1) for x in tensors]
-    rows = max(1, _PIECE * len(whole[0]) // max(whole[0].numel(), 1))
-    return zip(*(x.split(rows) for x in whole), strict=True)
-
-
 def _gain(w: Tensor, q: Tensor) -> Tensor:
     """w^2 - (w - q)^2 in float64, up to one power of two."""
     unit = square_unit(w, q)
     gain = torch.empty(q.shape, dtype=torch.float64, device=q.device)
-    for out, x, y in _pieces(gain, w, q):
+    for out, x, y in cut(gain, w, q, size=_PIECE):
         x, y = x.double() * unit, y.double() * unit
         out.copy_(x.mul_(2).sub_(y).mul_(y))
     return gain
@@ -280,20 +275,27 @@ def _gain(w: Tensor, q: Tensor) -> Tensor:
 
 def _distance(w: Tensor, q: Tensor, mask: Tensor) -> tuple[Tensor, float]:
     """(mean distance of the weights to what is kept of q, the squared error)."""
-    gap = torch.where(mask, q, torch.zeros_like(q)).double()
-    for part, x in _pieces(gap, w):
+    gap = masks.kept(q, mask).double()
+    for part, x in cut(gap, w, size=_PIECE):
         part.sub_(x).abs_()
     mean = gap.mean().float()
     return mean, float(gap.square_().sum())
 
 
 def _pattern_of(params: Params) -> Params:
-    found = {name.removeprefix(_PATTERN): t for name, t in params.tensors.items() if name.startswith(_PATTERN)}
-    return replace(params, tensors=found)
+    def make() -> Params:
+        found = {name.removeprefix(_PATTERN): t for name, t in params.tensors.items() if name.startswith(_PATTERN)}
+        return replace(params, tensors=found)
+
+    return params.once("pattern", make)
 
 
 def _levels_of(params: Params) -> Params:
-    return replace(params, tensors={name: t for name, t in params.tensors.items() if not name.startswith(_PATTERN)})
+    def make() -> Params:
+        found = {name: t for name, t in params.tensors.items() if not name.startswith(_PATTERN)}
+        return replace(params, tensors=found)
+
+    return params.once("levels", make)
 
 
 def _has_zero(target: Target) -> bool:

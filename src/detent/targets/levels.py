@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from detent import masks
 from detent.grouping import GranularityLike, Layout, granularity_of
+from detent.pieces import is_large
 from detent.schedules import is_whole
-from detent.targets.base import Params, Scope, Target, check_finite, compute_dtype
+from detent.targets.base import Lines, Params, Scope, Target, check_finite, compute_dtype
 from detent.targets.forms import Form, Grid, Levels, grid_cell, in_pieces, looked_up
 from detent.targets.kmeans import kmeans, ternary_scale
 from detent.targets.parts import scale_ends
@@ -23,7 +25,7 @@ __all__ = ["Binary", "LearnedLevels", "PowerOfTwo", "Ternary", "Uniform"]
 _MSE_RATIOS = torch.linspace(1.0, 0.1, 41, dtype=torch.float64).tolist()  # of the largest |w|: the search of the probes
 _INTERVAL_RATIOS = torch.linspace(1.1, 0.9, 201, dtype=torch.float64).tolist()  # ADMM-NN's: steps of a thousandth
 _PARAM_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_PIECE = 1 << 21  # weights placed at a time where a group's levels have to be looked up weight by weight
+_COMPARED = 32  # levels up to which to compare with each takes less time than to search
 
 
 def _check_param_dtype(who: str, name: str) -> None:
@@ -53,6 +55,11 @@ class _Scaled(Target):
     def _has_zero(self) -> bool:
         """Whether 0 is one of the integers."""
 
+    @property
+    def _kind(self) -> tuple[int, bool]:
+        """What the levels depend on besides the scale."""
+        return self._n, self._has_zero
+
     def _rounded(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Round to `param_dtype`, far enough from underflow that projecting twice is projecting once."""
         store = _PARAM_DTYPES[self.param_dtype]
@@ -79,28 +86,55 @@ class _Scaled(Target):
         sizes = groups.sizes(layout).to(x.device)
         return alternating(groups.cut(x, layout, 0.0), sizes, self._n, self._has_zero, rounds, x.dtype)
 
-    def _indices(self, x: Tensor, scale: Tensor, layout: Layout) -> Tensor:
-        # An all-zero group has scale 0; divide it by 1 instead, the multiplication makes it zero again.
-        divisor = torch.where(scale > 0, scale, 1.0).to(x.dtype)
-        index = torch.div(x, granularity_of(self.granularity).expand(divisor, layout))
+    def _grid(self, params: Params, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(what weights are divided by, what integers are multiplied with), against the weights held here."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            scale = params["scale"].to(dtype)
+            # An all-zero group has scale 0; divide it by 1 instead, the multiplication makes it zero again.
+            return torch.where(scale > 0, scale, 1.0), scale
+
+        groups = granularity_of(self.granularity)
+        divisor, step = params.once(("grid", dtype), make)
+        return groups.expand(divisor, params.layout), groups.expand(step, params.layout)
+
+    def _indices(self, x: Tensor, divisor: Tensor, out: Tensor) -> Tensor:
+        index = torch.div(x, divisor, out=out)
         if self._has_zero:
             return index.round_().clamp_(-self._n, self._n)
         # By the sign of the weight, not of the quotient: sign(0) and sign(-0) are both +1.
         size = index.abs_().round_().clamp_(1, self._n)
         return torch.copysign(size, x + 0.0, out=size)  # -0.0 + 0.0 is 0.0
 
-    def _on_grid(self, x: Tensor, scale: Tensor, layout: Layout) -> Tensor:
-        step = granularity_of(self.granularity).expand(scale.to(x.dtype), layout)
+    def _on_grid(self, x: Tensor, divisor: Tensor, step: Tensor, out: Tensor) -> Tensor:
         # Adding 0.0 turns -0.0 into +0.0, which is what decoding an integer gives.
-        return self._indices(x, scale, layout).mul_(step).add_(0.0)
+        return self._indices(x, divisor, out).mul_(step).add_(0.0)
 
     def project(self, w: Tensor, params: Params) -> Tensor:
-        x = w.detach().to(compute_dtype(w.dtype))
-        return self._on_grid(x, params["scale"].to(x.dtype), params.layout).to(w.dtype)
+        w = w.detach()
+        out = torch.empty_like(w)
+        self.project_into(w, params, out)
+        return out
+
+    def project_into(self, w: Tensor, params: Params, out: Tensor) -> None:
+        dtype = compute_dtype(w.dtype)
+        if w.dtype == out.dtype == dtype and not is_large(w):
+            self._on_grid(w, *self._grid(params, dtype), out)
+            return
+        lined = Lines.of(self, params, w.detach(), out)
+        for x, q, divisor, step in lined.cut(*self._grid(lined.params, dtype)):
+            if q.dtype == dtype:
+                self._on_grid(x, divisor, step, q)
+            else:
+                wide = x.to(dtype)
+                q.copy_(self._on_grid(wide, divisor, step, torch.empty_like(wide)))
+
+    def lined(self, params: Params) -> Params | None:
+        return params.lined(granularity_of(self.granularity))
 
     def form(self, w: Tensor, params: Params) -> Grid:
         x = w.detach().to(compute_dtype(w.dtype))
-        codes = self._indices(x, params["scale"], params.layout).add_(self._n)
+        codes = self._indices(x, self._grid(params, x.dtype)[0], torch.empty_like(x)).add_(self._n)
         if not self._has_zero:
             codes.sub_((codes > self._n).to(codes.dtype))
         return Grid(
@@ -125,18 +159,25 @@ class _Scaled(Target):
         return granularity_of(self.granularity).expand(width, params.layout)
 
     def typical(self, params: Params) -> Tensor:
-        return self.cell(params) / 4
+        def make() -> Tensor:
+            return grid_cell(params["scale"].to(torch.float32), self._n, self._has_zero) / 4
+
+        return granularity_of(self.granularity).expand(params.once(("typical", self._kind), make), params.layout)
 
     def spacing(self, params: Params) -> Tensor | None:
         if not self._has_zero and self._n > 1:
             return None  # the gap about 0 is twice as wide
-        scale = params["scale"].to(torch.float32)
-        return granularity_of(self.granularity).expand(scale if self._has_zero else 2 * scale, params.layout)
+
+        def make() -> Tensor:
+            scale = params["scale"].to(torch.float32)
+            return scale if self._has_zero else 2 * scale
+
+        return granularity_of(self.granularity).expand(params.once(("spacing", self._kind), make), params.layout)
 
     def limits(self, params: Params) -> Tensor:
         # In float64 the product is exact, so that rounded to the weight's dtype it is the outermost level itself.
-        scale = params["scale"].to(torch.float64)
-        return granularity_of(self.granularity).expand(scale * self._n, params.layout)
+        limits = params.once(("limits", self._kind), lambda: params["scale"].to(torch.float64) * self._n)
+        return granularity_of(self.granularity).expand(limits, params.layout)
 
     def levels(self, params: Params) -> Tensor:
         """Scale times integers, exactly, in float64; a group of scale 0 repeats the level 0."""
@@ -256,10 +297,11 @@ class Uniform(_Scaled):
         groups = granularity_of(self.granularity)
         x = w.detach().to(compute_dtype(w.dtype))
         best = fresh["scale"]
-        best_error = groups.sum((target._on_grid(x, best, params.layout) - x).square_(), params.layout)
+        best_error = groups.sum(target.project(x, fresh).sub_(x).square_(), params.layout)
         for power in range(-3, 4):
             scale = target._rounded(params["scale"].to(x.dtype) * 2.0**power, w.dtype)
-            error = groups.sum((target._on_grid(x, scale, params.layout) - x).square_(), params.layout)
+            tried = Params(tensors={"scale": scale}, layout=params.layout)
+            error = groups.sum(target.project(x, tried).sub_(x).square_(), params.layout)
             better = error < best_error
             best = torch.where(better, scale, best)
             best_error = torch.where(better, error, best_error)
@@ -402,12 +444,17 @@ class _Listed(Target):
     def _table(self, params: Params) -> Tensor:
         """(groups, levels), ascending, in float64; every level is a number of the weight's dtype."""
 
-    def _places(self, x: Tensor, table: Tensor, layout: Layout) -> Tensor:
-        """Number of the nearest level of each weight's group, int32; half-way the lower one."""
+    @staticmethod
+    def _bounds(table: Tensor, dtype: torch.dtype) -> Tensor:
+        """The largest numbers that belong to each level but the last."""
         middles = (table[:, :-1] + table[:, 1:]) / 2
         # Rounded down: a weight is above the true middle exactly when it is above the largest number not beyond it.
-        bounds = middles.to(x.dtype)
-        bounds = torch.where(bounds.double() > middles, bounds.nextafter(torch.full_like(bounds, -torch.inf)), bounds)
+        bounds = middles.to(dtype)
+        return torch.where(bounds.double() > middles, bounds.nextafter(torch.full_like(bounds, -torch.inf)), bounds)
+
+    def _places(self, x: Tensor, table: Tensor, layout: Layout) -> Tensor:
+        """Number of the nearest level of each weight's group, int32; half-way the lower one."""
+        bounds = self._bounds(table, x.dtype)
         if len(table) == 1:
             return torch.bucketize(x.contiguous(), bounds[0], out_int32=True)
         size = 1 << (table.shape[1] - 1).bit_length()
@@ -424,10 +471,31 @@ class _Listed(Target):
         return torch.cat(places) if len(places) > 1 else places[0]
 
     def project(self, w: Tensor, params: Params) -> Tensor:
-        x = w.detach().to(compute_dtype(w.dtype))
-        table = self._table(params)
-        places = self._places(x, table, params.layout)
-        return looked_up(places, table.to(w.dtype), granularity_of(self.granularity), params.layout)
+        out = torch.empty_like(w.detach())
+        self.project_into(w, params, out)
+        return out
+
+    def project_into(self, w: Tensor, params: Params, out: Tensor) -> None:
+        w, table, dtype = w.detach(), self._table(params), compute_dtype(w.dtype)
+        lined = Lines.of(self, params, w, out)
+        if not lined.apart or table.shape[1] > _COMPARED:
+            places = self._places(w.to(dtype), table, params.layout)
+            out.copy_(looked_up(places, table.to(w.dtype), granularity_of(self.granularity), params.layout))
+            return
+        bounds, falling, k = self._bounds(table, dtype), table.to(w.dtype).flip(1).reshape(-1), table.shape[1]
+        if len(table) == 1:
+            for x, q in lined.cut():
+                q.copy_(falling.index_select(0, _below(x.to(dtype), bounds[0].unbind())))
+            return
+        bounds, first = bounds.unsqueeze(-1), torch.arange(0, len(table) * k, k, dtype=torch.int32)[:, None]
+        if (rows := lined.params.layout.rows) is not None:
+            bounds, first = bounds[slice(*rows)], first[slice(*rows)]
+        for x, q, here, at in lined.cut(bounds, first):
+            place = _below(x.to(dtype), here.unbind(1)).add_(at)
+            q.copy_(falling.index_select(0, place.view(-1)).view(q.shape))
+
+    def lined(self, params: Params) -> Params | None:
+        return params.lined(granularity_of(self.granularity))
 
     def form(self, w: Tensor, params: Params) -> Form:
         x = w.detach().to(compute_dtype(w.dtype))
@@ -453,6 +521,14 @@ class _Listed(Target):
         """The levels in float64, ascending; where a group has fewer, some are repeated."""
         groups = granularity_of(self.granularity)
         return torch.stack([groups.expand(level, params.layout) for level in self._table(params).unbind(1)], dim=-1)
+
+
+def _below(x: Tensor, bounds: Iterable[Tensor]) -> Tensor:
+    """How many bounds each number is not above, int32: a few comparisons take less time than a search."""
+    count = torch.zeros(x.shape, dtype=torch.uint8)
+    for bound in bounds:
+        count += masks.compare(x, "le", bound).view(torch.uint8)
+    return count.to(torch.int32)
 
 
 _SMALLEST_POWER = {torch.float16: -24}  # half precision has few exponents, so its subnormal numbers count too

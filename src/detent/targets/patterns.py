@@ -195,6 +195,11 @@ class Blocks(Pattern):
         length = matrix(layout)[1] // kernel
         return layout.channels * kernel, length // self.m, length % self.m
 
+    def is_flat(self, layout: Layout) -> bool:
+        """Whether blocks are runs of m weights in memory, one after another, and all are full."""
+        lines, _, tail = self._shape(layout)
+        return layout.is_row_major and lines == layout.channels and not tail
+
     def cut(self, rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """(full blocks, short blocks), one a row, of some channels: rows of `Layout.by_channel`."""
         lines, full, _ = self._shape(layout)

@@ -157,11 +157,10 @@ class UniformStep(_Scaled):
         size = (square / groups.sum(torch.ones_like(x), layout)).sqrt().to(x) * safe
         return size * (largest > 0), x / groups.expand(torch.where(size > 0, size, 1.0).to(x), layout)
 
-    def _indices(self, x: Tensor, scale: Tensor, layout: Layout) -> Tensor:
+    def _indices(self, x: Tensor, divisor: Tensor, out: Tensor) -> Tensor:
         if self.rounding == 0.5:
-            return super()._indices(x, scale, layout)
-        divisor = torch.where(scale > 0, scale, 1.0).to(x.dtype)
-        index = torch.div(x, granularity_of(self.granularity).expand(divisor, layout))
+            return super()._indices(x, divisor, out)
+        index = torch.div(x, divisor, out=out)
         size = index.abs_().add_(self.rounding).floor_().clamp_(max=self._n)
         return torch.copysign(size, x, out=size)
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from detent.grouping import Layout
+from detent.grouping import Layout, PerTensor
 from detent.targets.base import Params, Scope, Target, check_finite
 from detent.targets.forms import Floats
 
@@ -79,6 +79,9 @@ class Round(Target):
 
     def project(self, w: Tensor, params: Params) -> Tensor:
         return self._short(w).to(w.dtype)
+
+    def lined(self, params: Params) -> Params | None:
+        return params.lined(PerTensor())
 
     def form(self, w: Tensor, params: Params) -> Floats:
         return Floats(layout=params.layout, dtype=w.dtype, value=self._short(w))

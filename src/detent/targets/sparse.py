@@ -11,17 +11,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from detent import masks
 from detent.grouping import Layout
+from detent.pieces import cut, is_large
 from detent.schedules import is_whole
 from detent.targets.base import Params, Scope, Target, check_finite, compute_dtype
 from detent.targets.forms import Floats, Form
 from detent.targets.forms import Sparse as SparseForm
+from detent.targets.largest import COMPUTED, Near, best, largest
 from detent.targets.patterns import LONGEST_BLOCK, Blocks, Mask, Pattern, Tiles, matrix
 
 __all__ = ["NM", "Sparse", "Structured", "TopK", "square_unit"]
 
 _PIECE = 1 << 19  # weights ranked at a time, so that passing tensors stay small beside the weight
-_COMPARED = 16  # up to this length of a block, comparing all pairs is faster than sorting
 
 
 class Sparse(Target):
@@ -64,7 +66,7 @@ class Sparse(Target):
         losers = mask.numel() - int(torch.count_nonzero(mask))
         total = torch.zeros((), dtype=torch.float64, device=w.device)
         for part, kept in zip(w.detach().reshape(-1).split(_PIECE), mask.reshape(-1).split(_PIECE), strict=True):
-            total += (part.to(compute_dtype(w.dtype)).abs() * ~kept).sum(dtype=torch.float64)
+            total += masks.kept(part.to(compute_dtype(w.dtype)).abs(), ~kept).sum(dtype=torch.float64)
         mean = (total / max(losers, 1)).clamp_max(torch.finfo(torch.float32).max).float()
         return {"mean": torch.where(mean > 0, mean, torch.ones_like(mean))}
 
@@ -72,10 +74,14 @@ class Sparse(Target):
         return replace(params, tensors={**params.tensors, **self._numbers(w, self.mask(weighed, params))})
 
     def project(self, w: Tensor, params: Params) -> Tensor:
+        out = torch.empty_like(w.detach())
+        self.project_into(w, params, out)
+        return out
+
+    def project_into(self, w: Tensor, params: Params, out: Tensor) -> None:
         w = w.detach()
-        # where, not multiplication: 0 * inf would be NaN, and a kept -0.0 must become +0.0.
-        kept = torch.where(self.mask(w, params), w, torch.zeros((), dtype=w.dtype, device=w.device))
-        return kept.add_(0.0)
+        for x, mask, q in cut(w, self.mask(w, params), out):
+            masks.kept(x, mask, q).add_(0.0)  # a kept -0.0 must become +0.0
 
     def form(self, w: Tensor, params: Params) -> Form:
         layout, w = params.layout, w.detach()
@@ -167,7 +173,7 @@ class TopK(Sparse):
         return _count_of("TopK", self.keep, sum(w.numel() for w in weights), "weights")
 
     def _params(self, w: Tensor, layout: Layout, count: int) -> Params:
-        numbers = self._numbers(w, _largest(w.detach().abs(), count))
+        numbers = self._numbers(w, largest(w.detach().abs(), count))
         return Params(tensors={"count": torch.tensor(count), **numbers}, layout=layout)
 
     def fit(self, w: Tensor, layout: Layout | None = None, previous: Params | None = None) -> Params:
@@ -187,7 +193,7 @@ class TopK(Sparse):
         flat = torch.empty(sum(sizes), dtype=torch.float64 if double else torch.float32, device=weights[0].device)
         for w, part in zip(weights, flat.split(sizes), strict=True):
             part.copy_(self._score(w.detach().reshape(-1)))
-        kept = _largest(flat, self._count(weights, previous))
+        kept = largest(flat, self._count(weights, previous))
         del flat
         counts = [int(torch.count_nonzero(part)) for part in kept.split(sizes)]
         return [self._params(w, layout, k) for w, layout, k in zip(weights, layouts, counts, strict=True)]
@@ -216,7 +222,22 @@ class TopK(Sparse):
         return score
 
     def choose(self, gain: Tensor, params: Params) -> Tensor:
-        return _largest(gain, int(params["count"]))
+        return largest(gain, int(params["count"]), params.once("near", Near))
+
+    def project_into(self, w: Tensor, params: Params, out: Tensor) -> None:
+        near, found = params.once("near", Near), None
+        if is_large(w) and w.is_contiguous() and out.is_contiguous() and w.dtype in COMPUTED:
+            x, q = w.detach().view(-1), out.view(-1)
+            pieces = list(cut(x, q))
+
+            def keep(i: int, above: Tensor) -> None:
+                masks.kept(pieces[i][0], above, pieces[i][1]).add_(0.0)
+
+            found = near.others((part.abs() for part, _ in pieces), keep, len(x), int(params["count"]))
+            if found is not None:
+                q[found] = x[found]
+        if found is None:
+            super().project_into(w, params, out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,8 +300,17 @@ class NM(Sparse):
         chosen, pattern = [], self.pattern(layout)
         for part in parts:
             blocks, rest = pattern.cut(part, layout)
-            chosen.append(pattern.joined(_best(blocks, self.n), _best(rest, self.n), layout))
+            chosen.append(pattern.joined(best(blocks, self.n), best(rest, self.n), layout))
         return layout.from_channels(torch.cat(chosen))
+
+    def project_into(self, w: Tensor, params: Params, out: Tensor) -> None:
+        layout = params.layout.whole()
+        flat = is_large(w) and self.pattern(layout).is_flat(layout) and w.is_contiguous() and out.is_contiguous()
+        if not flat:
+            super().project_into(w, params, out)
+            return
+        for x, q in cut(w.detach().view(-1, self.m), out.view(-1, self.m), by_rows=True):
+            masks.kept(x, best(x.abs(), self.n), q).add_(0.0)
 
     def extend(self, gain: Tensor, zero: Tensor, params: Params) -> Tensor:
         held = gain[zero]
@@ -386,7 +416,7 @@ class Structured(Sparse):
             for w, layout in zip(weights, layouts, strict=True)
         ]
         total = _count_of("Structured", self.keep, sum(map(len, means)), "groups")
-        kept = _largest(torch.cat(means), total).split([len(part) for part in means])
+        kept = largest(torch.cat(means), total).split([len(part) for part in means])
         return [
             self._params(w, layout, int(part.sum())) for w, layout, part in zip(weights, layouts, kept, strict=True)
         ]
@@ -402,7 +432,7 @@ class Structured(Sparse):
 
     def choose(self, gain: Tensor, params: Params) -> Tensor:
         layout = params.layout.whole()
-        chosen = _largest(self._sums(gain, layout), int(params["groups"]))
+        chosen = largest(self._sums(gain, layout), int(params["groups"]))
         return self.pattern(layout).spread(chosen, layout)
 
     def counted(self, mask: Tensor, layout: Layout) -> dict[str, Tensor]:
@@ -431,88 +461,6 @@ def _count_of(who: str, keep: float, total: int, what: str) -> int:
 
 def square_unit(*tensors: Tensor) -> float:
     """A power of two by which to multiply weights so that their squares neither overflow nor vanish together."""
-    largest = max(float(x.detach().abs().amax()) for x in tensors)
+    ends = [end for x in tensors for end in torch.aminmax(x.detach())]
+    largest = max(abs(float(end)) for end in ends) if all(map(torch.isfinite, ends)) else math.inf
     return math.ldexp(1.0, -min(max(math.frexp(largest)[1], -1000), 1000)) if math.isfinite(largest) else 1.0
-
-
-def _largest(gain: Tensor, count: int) -> Tensor:
-    """Mask of the `count` largest, without those of -inf; ties go to the earlier position in row-major order."""
-    flat = gain.reshape(-1)
-    if count >= flat.numel():
-        return gain != -torch.inf
-    if count <= 0:
-        return torch.zeros_like(gain, dtype=torch.bool)
-    threshold = _nth(flat, flat.numel() - count)
-    mask, ties = flat > threshold, flat == threshold
-    need = count - int(torch.count_nonzero(mask))
-    if int(torch.count_nonzero(ties)) <= need:
-        mask |= ties
-    else:
-        for part, tied in zip(mask.split(_PIECE), ties.split(_PIECE), strict=True):
-            places = tied.nonzero().reshape(-1)[:need]
-            part[places] = True
-            need -= len(places)
-            if not need:
-                break
-    if bool(threshold == -torch.inf):
-        mask.logical_and_(flat != -torch.inf)
-    return mask.reshape(gain.shape)
-
-
-def _nth(flat: Tensor, n: int) -> Tensor:
-    """The number at place n, from 0, of a vector in ascending order."""
-    if flat.device.type != "cpu":
-        return flat.kthvalue(n + 1).values
-    if flat.dtype == torch.float64 and flat.numel() > _PIECE:
-        # Rounding keeps the order, so that only what rounds to the same number is left to be told apart: in this way
-        # the copy takes half the memory.
-        found = _parted(flat.float(), n)
-        if bool(found.isnan()):
-            return found.double()
-        like = []
-        for part in flat.split(_PIECE):
-            rounded = part.float()
-            n -= int(torch.count_nonzero(rounded < found))
-            like.append(part[rounded == found])
-        return _parted(torch.cat(like), n)
-    return _parted(flat.detach().to(compute_dtype(flat.dtype), copy=True), n).to(flat.dtype)
-
-
-def _parted(flat: Tensor, n: int) -> Tensor:
-    """The number at place n in ascending order; writes over the vector."""
-    low, past = flat.amin(), 0
-    # Selection is twenty times slower where most numbers equal the lowest: pruned zeros. They are set apart.
-    many = sum(int(torch.count_nonzero(part == low)) for part in flat.split(_PIECE))
-    if n < many:
-        return low
-    if many > len(flat) // 16:
-        for part in flat.split(_PIECE):
-            others = part[part != low]
-            flat[past : past + len(others)] = others
-            past += len(others)
-        flat, n = flat[:past], n - many
-    # NumPy works in place; torch would write positions of 8 bytes a number beside a copy.
-    flat.detach().numpy().partition(n)
-    return flat[n].clone()
-
-
-def _best(gain: Tensor, n: int) -> Tensor:
-    """Mask of the n largest of each row; ties go to the earlier place in the row."""
-    rows, length = gain.shape
-    if n >= length:
-        return torch.ones_like(gain, dtype=torch.bool)
-    mask = torch.empty_like(gain, dtype=torch.bool, memory_format=torch.contiguous_format)
-    step = max(_PIECE // length, 1)
-    for first in range(0, rows, step):
-        part = gain[first : first + step]
-        if length > _COMPARED:
-            order = part.sort(dim=1, descending=True, stable=True).indices[:, :n]
-            mask[first : first + step] = torch.zeros_like(part, dtype=torch.bool).scatter_(1, order, True)
-            continue
-        columns = part.t().contiguous()
-        better = torch.zeros(columns.shape, dtype=torch.uint8, device=gain.device)
-        for j in range(length):
-            better[j + 1 :] += columns[j] >= columns[j + 1 :]
-            better[:j] += columns[j] > columns[:j]
-        mask[first : first + step] = (better < n).t()
-    return mask

@@ -58,6 +58,9 @@ class Zero(Target):
     def project(self, w: Tensor, params: Params) -> Tensor:
         return torch.zeros_like(w)
 
+    def lined(self, params: Params) -> Params | None:
+        return params.lined(granularity_of(self.granularity))
+
     def form(self, w: Tensor, params: Params) -> Grid:
         codes = torch.zeros(w.shape, dtype=torch.uint8, device=w.device)
         return Grid(layout=params.layout, dtype=w.dtype, codes=codes, scale=None, n=0)
