@@ -350,7 +350,9 @@ def test_psg_keeps_nothing_between_steps(optimizer: str, arm: str) -> None:
     # Room for the grid's own scale, the clip's limits and a sample of 4,096 weights; nothing that grows with them.
     assert ours - plain < 0.02
     small = (2, 256, 64)
-    assert step_cost.passing_of(arm, optimizer, small, 0) > step_cost.passing_of("plain", optimizer, small, 0)
+    ours, plain = (step_cost.passing_of(name, optimizer, small, 0) for name in (arm, "plain"))
+    # The update form holds what all weights were before the step; the other works in place, on one weight at a time.
+    assert ours - plain >= (4 if "update" in arm else 0)
 
 
 def test_every_mechanism_has_its_cost_measured() -> None:

@@ -343,7 +343,7 @@ class Driver:
     def last_moment(self, entry: Entry, slot: Slot, clock: Clock) -> None:
         """The mechanism's last moment; a full life that the optimizer left alone is not moved by it either."""
         # Elsewhere this moment also shows a latent again, or maps weights when their time has come.
-        if self.moves(entry, slot) or not entry.mechanism.keeps_full_life or entry.cadence.after:
+        if not entry.mechanism.keeps_full_life or entry.cadence.after or self.moves(entry, slot):
             entry.mechanism.after_step(slot, clock)
 
     def clip_norm(self) -> None:

@@ -56,9 +56,9 @@ class _Scaled(Target):
         """Whether 0 is one of the integers."""
 
     @property
-    def _kind(self) -> tuple[int, bool]:
+    def _kind(self) -> tuple[GranularityLike, int, bool]:
         """What the levels depend on besides the scale."""
-        return self._n, self._has_zero
+        return self.granularity, self._n, self._has_zero
 
     def _rounded(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Round to `param_dtype`, far enough from underflow that projecting twice is projecting once."""
@@ -92,11 +92,11 @@ class _Scaled(Target):
         def make() -> tuple[Tensor, Tensor]:
             scale = params["scale"].to(dtype)
             # An all-zero group has scale 0; divide it by 1 instead, the multiplication makes it zero again.
-            return torch.where(scale > 0, scale, 1.0), scale
+            divisor = torch.where(scale > 0, scale, 1.0)
+            return groups.expand(divisor, params.layout), groups.expand(scale, params.layout)
 
         groups = granularity_of(self.granularity)
-        divisor, step = params.once(("grid", dtype), make)
-        return groups.expand(divisor, params.layout), groups.expand(step, params.layout)
+        return params.once(("grid", groups, dtype), make)
 
     def _indices(self, x: Tensor, divisor: Tensor, out: Tensor) -> Tensor:
         index = torch.div(x, divisor, out=out)
@@ -160,9 +160,9 @@ class _Scaled(Target):
 
     def typical(self, params: Params) -> Tensor:
         def make() -> Tensor:
-            return grid_cell(params["scale"].to(torch.float32), self._n, self._has_zero) / 4
+            return self.cell(params) / 4
 
-        return granularity_of(self.granularity).expand(params.once(("typical", self._kind), make), params.layout)
+        return params.once(("typical", self._kind), make)
 
     def spacing(self, params: Params) -> Tensor | None:
         if not self._has_zero and self._n > 1:
@@ -170,13 +170,13 @@ class _Scaled(Target):
 
         def make() -> Tensor:
             scale = params["scale"].to(torch.float32)
-            return scale if self._has_zero else 2 * scale
+            return granularity_of(self.granularity).expand(scale if self._has_zero else 2 * scale, params.layout)
 
-        return granularity_of(self.granularity).expand(params.once(("spacing", self._kind), make), params.layout)
+        return params.once(("spacing", self._kind), make)
 
     def limits(self, params: Params) -> Tensor:
         # In float64 the product is exact, so that rounded to the weight's dtype it is the outermost level itself.
-        limits = params.once(("limits", self._kind), lambda: params["scale"].to(torch.float64) * self._n)
+        limits = params["scale"].to(torch.float64) * self._n
         return granularity_of(self.granularity).expand(limits, params.layout)
 
     def levels(self, params: Params) -> Tensor:
