@@ -105,7 +105,7 @@ def one(model: Any, run: dt.Run, ids: Tensor, folder: Path, **life: Any) -> dict
         "loss": [loss, their_loss],
         "bytes": report.bytes,
         "packed_bytes": report.packed_bytes,
-        "packed_weights": sum(e.params.layout.numel for e in run.encoded(**life).values()),
+        "packed_weights": sum(e.form.layout.numel for e in run.encoded(**life).values()),
         "ignored": list(report.ignored),
         "detent_bytes": dt.save(run, folder / "model.detent", "compressed", **life),
         "seconds_to_write": seconds,

@@ -167,10 +167,7 @@ def try_pair(target: str, mechanism: str, seed: int, epochs: int, sets: tuple[Im
     run.finalize()
     final = {name: p.detach() for name, p in model.named_parameters()}
     read = {name: p.detach() for name, p in twin.named_parameters()}
-    gaps = [
-        float((code.target.project(final[name], code.params).double() - final[name].double()).abs().max())
-        for name, code in codes.items()
-    ]
+    gaps = [float((code.decode().double() - final[name].double()).abs().max()) for name, code in codes.items()]
     found["distance"] = max(gaps)
     found["file_agrees"] = all(same_bits(final[name], read[name]) for name in final)
     found["codes_agree"] = all(same_bits(final[name], code.decode()) for name, code in codes.items())

@@ -1091,6 +1091,7 @@ def test_finalize_is_exact_and_over(mechanism: dt.Mechanism, target: dt.Target) 
     for name, value in codes.items():
         assert torch.equal(model.get_parameter(name), value)
     for entry in run._entries:
+        assert entry.params is not None
         assert torch.equal(entry.target.project(codes[entry.name], entry.params), codes[entry.name])
     if isinstance(target, dt.TopK):
         kept = sum(int((value != 0).sum()) for value in codes.values())
