@@ -679,3 +679,69 @@ def with_codebook(
         book = step(book, g)
         path.append(book)
     return path
+
+
+# --- error feedback ----------------------------------------------------------------------------------------------
+
+
+def damped(h: Array, share: float) -> Array:
+    """H + share mean(diag H) I, the mean over inputs that are not always zero; those get that mean themselves."""
+    size = np.diag(h)
+    mean = size[size > 0].mean() if (size > 0).any() else 1.0
+    return h + np.diag(np.where(size > 0, share * mean, mean))
+
+
+def without(h_inv: Array, p: int) -> Array:
+    """H^-1 with row and column p removed from H: one step of Gaussian elimination (OBC, lemma 1)."""
+    left = h_inv - np.outer(h_inv[:, p], h_inv[p, :]) / h_inv[p, p]
+    left[p, :] = left[:, p] = 0.0
+    return left
+
+
+def obq(w: Array, h: Array, quant: Callable[[float, int, int], float], order: Sequence[int]) -> Array:
+    """Optimal Brain Quantizer in a given order: one weight at a time, H^-1 explicit and updated after each.
+
+    delta = -(w_p - quant(w_p)) / [H_F^-1]_pp (H_F^-1)_:,p
+    """
+    found = w.copy()
+    for i, row in enumerate(found):
+        h_inv = np.linalg.inv(h)
+        for p in order:
+            q = quant(row[p], i, p)
+            row -= (row[p] - q) / h_inv[p, p] * h_inv[:, p]
+            row[p] = q
+            h_inv = without(h_inv, p)
+    return found
+
+
+def pruned_obs(
+    w: Array,
+    h: Array,
+    order: Sequence[int],
+    block: int,
+    choose: Callable[[Array], NDArray[np.bool_]],
+    quant: Callable[[float, int, int], float] = lambda x, i, p: x,
+) -> Array:
+    """SparseGPT, weight by weight: a mask before each block from w_p^2 / [H_F^-1]_pp, F what is left at p's own turn.
+
+    Kept weights go to `quant`, whose own error is no gain. What earlier blocks kept and dropped stays so.
+    """
+    found, h_inv, d = w.copy(), np.linalg.inv(h), np.zeros(len(order))
+    for p in order:
+        d[p] = h_inv[p, p]
+        h_inv = without(h_inv, p)
+    h_inv = np.linalg.inv(h)
+    mask = np.zeros(w.shape, dtype=bool)
+    for n, p in enumerate(order):
+        if n % block == 0:
+            q = np.array([[quant(x, i, j) for j, x in enumerate(row)] for i, row in enumerate(found)])
+            gain = (found**2 - (found - q) ** 2) / d
+            for done in order[:n]:
+                gain[:, done] = np.where(mask[:, done], np.inf, -np.inf)
+            mask = choose(gain)
+        for i, row in enumerate(found):
+            q = quant(row[p], i, p) if mask[i, p] else 0.0
+            row -= (row[p] - q) / h_inv[p, p] * h_inv[:, p]
+            row[p] = q
+        h_inv = without(h_inv, p)
+    return found

@@ -31,8 +31,8 @@ _MECHANISMS = _TARGETS | {"targets"}
 _SPECS = _MECHANISMS | {"mechanisms"}
 _RECIPE = _SPECS | {"undoing", "sharding", "specs", "parameters", "ends", "plan", "contents"}
 _LIVES = _RECIPE | {"recipe"}
-_ENGINE = _LIVES | {"averages", "batchnorm", "claimed", "collapse", "drivers", "fitting", "guards", "lives"}
-_ENGINE |= {"optimizers", "resuming", "standins", "states", "threads"}
+_ENGINE = _LIVES | {"averages", "batchnorm", "calibration", "claimed", "collapse", "drivers", "fitting", "guards"}
+_ENGINE |= {"lives", "optimizers", "resuming", "standins", "states", "threads"}
 _PACK = _ENGINE | {"engine"}
 _CORE = _PACK | {"amounts", "budget", "pack", "compression"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -58,7 +58,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fitting": _LIVES | {"claimed", "drivers"},
     "guards": _LIVES | {"claimed"},
     "threads": {"undoing"},
-    "lives": _LIVES | {"batchnorm", "claimed", "collapse", "guards", "threads", "writes"},
+    "feedback": _TARGETS | {"targets"},
+    "inputs": {"grouping"},
+    "calibration": _LIVES | {"batchnorm", "claimed", "feedback", "inputs"},
+    "lives": _LIVES | {"batchnorm", "calibration", "claimed", "collapse", "guards", "threads", "writes"},
     "optimizers": {"sharding"},
     "standins": _LIVES | {"claimed", "optimizers"},
     "drivers": _LIVES | {"claimed", "optimizers", "standins"},

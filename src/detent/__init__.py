@@ -4,6 +4,8 @@ from detent.amounts import Budget as Budget
 from detent.budget import allocate as allocate
 from detent.budget import compress_to_budget as compress_to_budget
 from detent.budget import fisher as fisher
+from detent.calibration import Calibration as Calibration
+from detent.compression import calibrate as calibrate
 from detent.compression import compress as compress
 from detent.compression import compress_state_dict as compress_state_dict
 from detent.engine import Run as Run

@@ -14,7 +14,9 @@ from detent.undoing import undone
 
 __all__ = [
     "Statistics",
+    "feed",
     "install",
+    "matched",
     "reestimate",
     "rounded",
     "statistics_of",
@@ -101,7 +103,7 @@ def reestimate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any]
             module.train()
         with torch.no_grad():
             for batch in batches:
-                _call(model, batch, forward)
+                feed(model, batch, forward, "recalibrate")
                 count += 1
         found = {name: value.clone() for name, value in statistics_of(model).items()}
     if not count:
@@ -109,7 +111,12 @@ def reestimate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any]
     return Statistics(found)
 
 
-def _call(model: nn.Module, batch: Any, forward: Callable[[Any], Any] | None) -> None:
+def feed(model: nn.Module, batch: Any, forward: Callable[[Any], Any] | None, who: str) -> None:
+    """Run a model on a batch: inputs, a tuple that starts with them, or a mapping of keyword arguments.
+
+    Raises:
+        ValueError: anything else, without `forward`.
+    """
     if forward is not None:
         forward(batch)
     elif isinstance(batch, Tensor):
@@ -119,7 +126,31 @@ def _call(model: nn.Module, batch: Any, forward: Callable[[Any], Any] | None) ->
     elif isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
         model(batch[0])
     else:
-        raise ValueError(f"recalibrate: cannot feed a {type(batch).__name__} to the model; pass forward=")
+        raise ValueError(f"{who}: cannot feed a {type(batch).__name__} to the model; pass forward=")
+
+
+def matched(model: nn.Module, name: str, full: Tensor, now: Tensor, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Running statistics with which a normalisation's outputs keep their mean and spread although its inputs change.
+
+        var' + eps = (var + eps) r^2,  r^2 = (v' + eps) / (v + eps);    mean' = m' + (mean - m) r
+
+    Args:
+        model: the model.
+        name: canonical name of the running mean.
+        full: mean m and variance v of each of its inputs, (2, channels).
+        now: the same of what they change to.
+        known: the statistics as they are, by name.
+
+    Returns:
+        The new mean and variance, by name.
+    """
+    module, spread = _normalisations(model)[name.rpartition(".")[0]], name.removesuffix("mean") + "var"
+    eps, mean, var = float(module.eps), known[name].double(), known[spread].double()  # type: ignore[arg-type]
+    (m, v), (m_, v_) = full.to(mean), now.to(mean)
+    old = var + eps
+    new = (old * (v_ + eps) / (v + eps)).clamp_min(eps)
+    moved = m_ + (mean - m) * (new / old).sqrt()
+    return {name: moved.to(known[name].dtype), spread: (new - eps).to(known[spread].dtype)}
 
 
 _SHORT = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")

@@ -89,6 +89,7 @@ class Entry:
     fitted_at: int = -1
     lent: nn.Parameter | None = None  # what the optimizer is given in this step in place of a half-precision weight
     before: Tensor | None = None  # what attach wrote over, until training begins
+    chosen: Tensor | None = None  # places that a calibration chose for the weights as they are now, and these params
     loaded: Tensor | None = None  # a number a row of the weights that a loaded state belongs to, until training goes on
 
     @property
@@ -357,6 +358,18 @@ class Entry:
     def hidden(self) -> Tensor:
         """What is held here of the weights that are fitted and projected, in the dtype of the weight."""
         return self.state.get("latent", sharding.local(self.param)).to(self.param.dtype)
+
+    def source(self, target: Target, params: Params) -> Tensor:
+        """What is held here of what a compressed life is projected from: the chosen places, where it is their life."""
+        if self.chosen is not None and target is self.target and params is self.params:
+            return self.chosen
+        return self.hidden()
+
+    def source_whole(self, target: Target, params: Params) -> Tensor:
+        """The same as a whole tensor (a collective under sharding, where no places are chosen)."""
+        if self.chosen is not None and target is self.target and params is self.params:
+            return self.chosen
+        return self.hidden_whole()
 
     def write(self, value: Tensor) -> None:
         """Write what is held here of the weight."""

@@ -1,17 +1,18 @@
-"""Compression without training: of a model, and of a state dict on disk."""
+"""Compression without training: of a model, with or without a few inputs, and of a state dict on disk."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from detent import claimed
+from detent.calibration import Calibration, How
 from detent.claimed import fit_target, refuse_stages
 from detent.contents import DTYPES, contents_of, refuse_unsavable
 from detent.engine import Run
@@ -28,12 +29,19 @@ from detent.specs import short
 from detent.targets import Params
 from detent.threads import OneThread
 
-__all__ = ["Compressed", "compress", "compress_state_dict", "filled", "skeleton"]
+__all__ = ["Compressed", "calibrate", "compress", "compress_state_dict", "filled", "skeleton"]
 
 Watch = Callable[[str, int], Callable[[], object]]
 
 
-def compress(model: nn.Module, recipe: Recipe, *, leave_out: str | Sequence[str] = (), example: Any = None) -> Run:
+def compress(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    calibration: Iterable[Any] | None = None,
+    leave_out: str | Sequence[str] = (),
+    example: Any = None,
+) -> Run:
     """Apply the targets of a recipe to a trained model, with no optimizer and no data: post-training compression.
 
     The model keeps its weights; `run.compressed()` shows the compressed life, `run.finalize()` makes it permanent.
@@ -41,6 +49,8 @@ def compress(model: nn.Module, recipe: Recipe, *, leave_out: str | Sequence[str]
     Args:
         model: a trained model.
         recipe: rules whose mechanisms, if any, are ignored.
+        calibration: a few batches of inputs without labels; then places are chosen as `calibrate(run, calibration)`
+            chooses them.
         leave_out: as for `attach`.
         example: as for `Recipe.resolve`.
 
@@ -72,9 +82,87 @@ def compress(model: nn.Module, recipe: Recipe, *, leave_out: str | Sequence[str]
         run._adopt()
         run.plan.warn_left("compress")
         run._example = example
+        if calibration is not None:
+            run._calibrate(calibration, None, How())
         run._look_for_losses(run._life(None, None))
         run._say_losses("compress")
         return run
+
+
+def calibrate(
+    run: Run,
+    batches: Iterable[Any],
+    *,
+    order: Literal["sequential", "parallel"] = "sequential",
+    drift: float = 0.5,
+    correct: bool = True,
+    damping: float = 0.01,
+    by_diagonal: bool = True,
+    block: int = 128,
+    forward: Callable[[Any], Any] | None = None,
+) -> Calibration:
+    """Choose the places of the compressed life with a few inputs, such that the outputs of each layer change least.
+
+        minimise |(W - Q) X|^2 instead of |W - Q|^2, one input of a layer at a time: the error made in one weight is
+        repaired by those of its output channel that are still free
+
+    For all targets whose weights choose by themselves (grids, ternary, learned levels, 16-bit floats), and for masks
+    (`TopK`, `NM`, `Structured`, `SparseLevels`), whose survivors then move. Fitted scales, levels and counts stay as
+    they are. Linear layers, all convolutions, transformers' `Conv1D` and experts are seen at the product itself,
+    whatever module makes it; what cannot be seen (a lookup, a recurrent kernel), and codebooks, keep plain rounding,
+    and a warning names them. No layer's error on these inputs is larger than plain rounding's.
+
+    The full-precision weights stay. `run.compressed()`, `run.finalize()`, `save` and exports have the chosen places
+    until the next training step: then they would belong to other weights. Lives of other widths and recipes are
+    rounded plainly. Call `run.recalibrate` afterwards, not before.
+
+    Args:
+        run: from `compress`, or from `attach`, at any moment between two steps.
+        batches: inputs without labels, as for `run.recalibrate`: some hundred images, or sequences. They are kept in
+            memory, since each layer takes a pass of its own, and one layer's moments (8 bytes times its inputs squared,
+            for each group of a convolution or expert) at a time. The model is in eval mode. Under DDP give every
+            process the same.
+        order: "sequential": each layer sees the inputs that the compressed layers before it make. "parallel": those of
+            the full-precision model, in fewer passes.
+        drift: with order "sequential", how much of what the compressed layers before changed in a layer's inputs its
+            weights are to make up for, in [0, 1]. 0 is GPTQ; 1 aims at the outputs of the full-precision model, with
+            less to spare for inputs that were not seen. Needs the inputs of one layer in memory, and a pass more.
+        correct: let the outputs of a layer keep their mean: in the statistics of the BatchNorm that takes them, which
+            also keeps their spread, else in a bias that the recipe claims (as on `Round`, in 16 bits).
+        damping: share of the mean of the inputs' energies that is added to each, > 0.
+        by_diagonal: weights of the inputs with most energy choose first, instead of in their order.
+        block: weights of a channel after which the effect on all others is worked out, and masks look again; >= 1.
+        forward: how to feed one batch, if `model(inputs)` is not it.
+
+    Returns:
+        Errors of each layer, and what keeps plain rounding and why; also as `run.calibration`. Print it.
+
+    Raises:
+        ValueError: no batches, inputs that are NaN or infinite, a sharded model, or an argument out of its range.
+        RuntimeError: inside `run.compressed()`, or while another thread works on the same model.
+
+    Example:
+        >>> import torch, detent as dt
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+        >>> x = torch.randn(256, 4) @ torch.randn(4, 16)
+        >>> run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=3))]))
+        >>> @torch.no_grad()
+        ... def error():
+        ...     full = model(x)
+        ...     with run.compressed():
+        ...         return float((model(x) - full).square().sum())
+        >>> plain = error()
+        >>> _ = dt.calibrate(run, [x])
+        >>> error() < plain / 3
+        True
+
+    Reference: Frantar et al., "GPTQ", arXiv 2210.17323; Frantar, Alistarh, "SparseGPT", arXiv 2301.00774. Drift: Li et
+    al., "GPTAQ", arXiv 2504.02692, solved here as a least-squares problem. Correction of biases: Nagel et al.,
+    "Data-Free Quantization", arXiv 1906.04721, section 4.2, here with measured means.
+    """
+    how = How(order=order, drift=drift, correct=correct, damping=damping, by_diagonal=by_diagonal, block=block)
+    return run._calibrate(batches, forward, how)
 
 
 # --- a state dict without training --------------------------------------------------------------------------------

@@ -132,6 +132,7 @@ class Run(Resumable):
     Attributes:
         model: the model.
         plan: the resolved recipe; `print(run.plan)`.
+        calibration: what `detent.calibrate` did for the weights as they are, or `None`.
         standing: the plan as far as it has come: what the compressed life of this moment consists of.
         leave_out: regular expressions of what files of this run leave out.
 
@@ -519,7 +520,7 @@ class Run(Resumable):
             for entry, slot in driver.fitted:
                 driver.once((entry.name,), [(entry, slot)], lambda e=entry, s=slot: e.mechanism.after_fit(s, clock))
             driver.hold()
-        self._statistics.clear()
+        self._forget_lives()
         self._adopt(driver, passing=True)
         for entry in driver.all_entries:
             entry.go_on()
@@ -574,8 +575,9 @@ class Run(Resumable):
             if claimed.still_fits(self._entries):
                 self._adopt()
             # The same numbers may be fitted to other weights (and none to signs), but statistics are of these alone.
-            if self._statistics and guards.fingerprint(self._entries) != self._found_for:
-                self._statistics.clear()
+            found = self._statistics or self.calibration
+            if found and guards.fingerprint(self._entries) != self._found_for:
+                self._forget_lives()
         over = "detached" if self._closed else ("" if self._drivers else "made")
         guards.refuse_foreign_writes(self._entries, contents=True, over=over)
 
@@ -637,7 +639,7 @@ class Run(Resumable):
 
     def _start_afresh(self) -> None:
         """Forget what was known of the weights as they were."""
-        self._statistics.clear()
+        self._forget_lives()
         for driver in self._drivers:
             driver.end()
             driver.awaiting = ""
@@ -703,7 +705,7 @@ class Run(Resumable):
             with undone_unless_done(back):
                 with without_gradients():
                     for entry, target, params in life:
-                        entry.write(entry.map_whole(target.project, target, params, entry.hidden()))
+                        entry.write(entry.map_whole(target.project, target, params, entry.source(target, params)))
                     if statistics is not None:
                         install(self.model, statistics)
                 for entry, _, _ in life:
@@ -711,6 +713,8 @@ class Run(Resumable):
                 sharding.reshard(self.model)
                 self._adopt()
                 self.detach()
+                for entry, _, _ in life:
+                    entry.chosen = None  # the weights are these places now
 
     def _warn_early(self, who: str) -> None:
         """Say so if the recipe has not come to its end: what it does in the end is what makes this life a good one."""

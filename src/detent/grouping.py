@@ -222,6 +222,10 @@ class Granularity(abc.ABC):
         """
         return None
 
+    @abc.abstractmethod
+    def at(self, columns: Tensor, layout: Layout) -> Tensor:
+        """The group of one weight of each channel, which lies in the given column of `Layout.by_channel`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PerTensor(Granularity):
@@ -256,6 +260,9 @@ class PerTensor(Granularity):
     def lined(self, layout: Layout) -> Layout | None:
         return Layout(shape=(layout.numel,))
 
+    def at(self, columns: Tensor, layout: Layout) -> Tensor:
+        return torch.zeros_like(columns)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Channel(Granularity):
@@ -289,6 +296,9 @@ class Channel(Granularity):
 
     def lined(self, layout: Layout) -> Layout | None:
         return _rows_of(layout, layout.channels)
+
+    def at(self, columns: Tensor, layout: Layout) -> Tensor:
+        return torch.arange(len(columns), device=columns.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,6 +365,10 @@ class Group(Granularity):
     def lined(self, layout: Layout) -> Layout | None:
         fan_in, runs, size = self._runs(layout)
         return None if fan_in % size else _rows_of(layout, layout.channels * runs)
+
+    def at(self, columns: Tensor, layout: Layout) -> Tensor:
+        _, runs, size = self._runs(layout)
+        return torch.arange(len(columns), device=columns.device) * runs + columns // size
 
 
 def _rows_of(layout: Layout, groups: int) -> Layout | None:

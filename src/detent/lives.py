@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from detent import sharding
 from detent.batchnorm import Statistics, install, reestimate, rounded, statistics_of
+from detent.calibration import Calibration, How, calibrated
 from detent.claimed import Entry, entries_of, fit_target, refuse_nonfinite, refuse_stages
 from detent.collapse import Losses, answers
 from detent.guards import fingerprint
@@ -64,9 +65,9 @@ class _Aside:
     seals: list[tuple[Entry, Seal | None]]
 
 
-def distance_row(name: str, w: Tensor, target: Target, params: Params) -> dict[str, Any]:
-    """How far one tensor's two lives are from each other."""
-    form = target.form(w, params)
+def distance_row(name: str, w: Tensor, target: Target, params: Params, places: Tensor | None = None) -> dict[str, Any]:
+    """How far one tensor's two lives are from each other; `places` were chosen, else the nearest ones are meant."""
+    form = target.form(w if places is None else places, params)
     q = form.dense()
     w64, q64 = w.double(), q.double()
     gap = (w64 - q64).abs()
@@ -86,8 +87,14 @@ def distance_row(name: str, w: Tensor, target: Target, params: Params) -> dict[s
 
 
 class Lives(abc.ABC):
-    """The two lives of a model whose claimed weights are known: everything a run can show without an optimizer."""
+    """The two lives of a model whose claimed weights are known: everything a run can show without an optimizer.
 
+    Attributes:
+        calibration: what `detent.calibrate` did for the compressed life of the weights as they are; `None` before, and
+            after the next training step.
+    """
+
+    calibration: Calibration | None = None
     model: nn.Module
     plan: Plan
     _entries: list[Entry]
@@ -131,8 +138,8 @@ class Lives(abc.ABC):
         """Note what a compressed life leaves nothing of. A collective under sharding."""
         for entry, target, params in life:
             if not entry.param.is_meta:
-                whole = entry.hidden_whole()
-                self._losses.note(entry.name, whole, target.project(whole, params), target)
+                whole, source = entry.hidden_whole(), entry.source_whole(target, params)
+                self._losses.note(entry.name, whole, target.project(source, params), target)
 
     def _say_losses(self, who: str, bits: int | None = None, recipe: Recipe | None = None) -> None:
         """Warn of tensors that the compressed life has nothing of, and of outputs that do not depend on the input."""
@@ -174,6 +181,8 @@ class Lives(abc.ABC):
         self._aside = None  # last: until here an interrupt leaves all of it for the next one who asks
 
     def _is_unfixed(self, entry: Entry) -> bool:
+        if entry.chosen is not None:
+            return False  # the places lie on the numbers of then
         return entry.params is None or (entry.has_own_fit and not self._is_settled(entry))
 
     @property
@@ -203,7 +212,8 @@ class Lives(abc.ABC):
             assert entry.params is not None
             target, params = entry.target, entry.params
             if bits is not None and target.has_bits and not entry.rule.pinned:
-                target, params = target.at_bits(entry.hidden_whole(), params, bits)
+                if bits != getattr(target, "bits", None):
+                    target, params = target.at_bits(entry.hidden_whole(), params, bits)
                 changed += 1
             life.append((entry, target, params))
         if bits is not None and not changed:
@@ -262,18 +272,11 @@ class Lives(abc.ABC):
     def _shown(self, bits: int | None, recipe: Recipe | None, batchnorm: bool) -> Iterator[None]:
         life = self._life(bits, recipe)
         statistics = self.statistics(bits=bits, recipe=recipe) if batchnorm else None
-        sharding.reshard(self.model)
         written: list[str] = []
-        self._aside = _Aside(
-            weights=[(entry, sharding.local(entry.param).clone()) for entry, _, _ in life],
-            buffers=[(buffer, buffer.clone()) for buffer in statistics_of(self.model).values()],
-            seals=[(entry, entry.seal) for entry in self._entries],
-        )
-        with undone(self._come_back):
-            self._inside = True
+        with self._set_aside(life):
             with without_gradients():
                 for entry, target, params in life:
-                    entry.write(entry.map_whole(target.project, target, params, entry.hidden()))
+                    entry.write(entry.map_whole(target.project, target, params, entry.source(target, params)))
                     entry.adopt()
             if statistics is not None:
                 install(self.model, statistics)
@@ -285,6 +288,51 @@ class Lives(abc.ABC):
                 "written to the weights that the recipe claims is gone, the full-precision weights are back, and "
                 "others keep it; load, change or merge weights outside"
             )
+
+    @contextmanager
+    def _set_aside(self, life: list[tuple[Entry, Target, Params]]) -> Iterator[dict[str, Tensor]]:
+        """Let weights and running statistics be written inside; gives the weights as they are, by name."""
+        sharding.reshard(self.model)
+        aside = _Aside(
+            weights=[(entry, sharding.local(entry.param).clone()) for entry, _, _ in life],
+            buffers=[(buffer, buffer.clone()) for buffer in statistics_of(self.model).values()],
+            seals=[(entry, entry.seal) for entry in self._entries],
+        )
+        self._aside = aside
+        with undone(self._come_back):
+            self._inside = True
+            yield {entry.name: value for entry, value in aside.weights}
+
+    def _calibrate(self, batches: Iterable[Any], forward: Callable[[Any], Any] | None, how: How) -> Calibration:
+        """Choose the places of the compressed life in the metric of each layer's inputs; see `detent.calibrate`."""
+        with self._one_thread("calibrate"):
+            self._refuse_inside("calibrate")
+            self._forget_places()
+            life = self._life(None, None)
+            with self._set_aside(life) as kept:
+                hidden = {e.name: e.hidden_whole() if "latent" in e.state else kept[e.name] for e, _, _ in life}
+                found = calibrated(self.model, life, hidden, batches, forward, how)
+            self._statistics.pop(self._life_key(None, None), None)  # they were of other places
+            self._found_for = fingerprint(self._entries)
+            if found.statistics is not None:
+                self._keep_statistics(found.statistics)
+            for entry, _, _ in life:
+                entry.chosen = found.places.get(entry.name)
+            self.calibration = found.report
+        if said := found.report.warning():
+            warnings.warn(f"calibrate: {said}", stacklevel=3)
+        return found.report
+
+    def _forget_places(self) -> None:
+        """Let compressed lives be nearest places again."""
+        for entry in self._entries if self.calibration is not None else ():
+            entry.chosen = None
+        self.calibration = None
+
+    def _forget_lives(self) -> None:
+        """The weights are others now: what was found for a compressed life of theirs is no more."""
+        self._statistics.clear()
+        self._forget_places()
 
     def recalibrate(
         self,
@@ -385,7 +433,8 @@ class Lives(abc.ABC):
         rows = []
         with self._one_thread("run.measure()"):
             for entry, target, params in self._life(bits, recipe):
-                rows.append(distance_row(entry.name, entry.hidden_whole(), target, params))
+                places = entry.source_whole(target, params)
+                rows.append(distance_row(entry.name, entry.hidden_whole(), target, params, places))
         return rows
 
     def encoded(self, *, bits: int | None = None, recipe: Recipe | None = None) -> dict[str, Encoded]:
@@ -397,9 +446,9 @@ class Lives(abc.ABC):
         """What `encoded` gives, one call a tensor, so that one is held at a time; collectives under sharding."""
 
         def encode(entry: Entry, target: Target, params: Params) -> Encoded:
-            whole = entry.hidden_whole()
+            whole, source = entry.hidden_whole(), entry.source_whole(target, params)
             refuse_nonfinite(entry.name, whole, target)
-            form = target.form(whole, params)
+            form = target.form(source, params)
             self._losses.note(entry.name, whole, form.dense(), target)
             return Encoded(target=target, form=form)
 

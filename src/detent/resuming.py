@@ -132,7 +132,7 @@ class Resumable(Averages):
 
         with undone_unless_done(back):
             states.load_state(driver, state, self.model)
-            self._statistics.clear()
+            self._forget_lives()
             self._refresh()
 
     def _refuse_unresumed(self) -> None:

@@ -251,6 +251,8 @@ def _check_sample(target: Target, sample: Sample, levels: Callable[[Params], Ten
         _no_member_is_nearer(target, sample, params, q, levels)
     if target.scope in ("element", "row") and w.dim():
         _shards_agree(target, sample, params, q)
+    if target.scope == "element" and w.dim():
+        _columns_agree(target, sample, params, q)
     if not _same_bits(w, kept):
         _broken(target, "relax, form and free leave their input alone", case, _unequal(w, kept))
 
@@ -407,6 +409,19 @@ def _shards_agree(target: Target, sample: Sample, params: Params, q: Tensor) -> 
             here = getattr(target, name)(local).broadcast_to(whole.shape)
             if not _same_bits(here, whole):
                 _broken(target, f"{name} of rows is that of the whole", case, f"rows {first} to {past} differ")
+
+
+def _columns_agree(target: Target, sample: Sample, params: Params, q: Tensor) -> None:
+    """One weight of each channel alone goes where it goes among all others."""
+    matrix, places = sample.layout.by_channel(sample.weight.detach()), sample.layout.by_channel(q)
+    alone, params_of = target.by_column(params)
+    shift = torch.arange(len(matrix), device=matrix.device)
+    for first in range(matrix.shape[1]):
+        at = (shift + first) % matrix.shape[1]  # a column of its own for each channel
+        found = alone.project(matrix.gather(1, at[:, None]), params_of(at))
+        if not _same_bits(found, places.gather(1, at[:, None])):
+            detail = _unequal(found, places.gather(1, at[:, None]))
+            _broken(target, "by_column places a weight as project does", sample.case, detail)
 
 
 def _refuses_nonfinite(target: Target, sample: Sample) -> None:

@@ -75,8 +75,8 @@ class Writer:
         path: the file; its folder must exist. A path that ends in ".safetensors" gives the safetensors form.
         life: "both", or "compressed" alone.
         coding: "entropy", "bitpacked" or "none": how codes become bytes. The safetensors form packs bits.
-        batchnorm: where the running statistics of the compressed life come from: "none", "own", "re-estimated", the
-            latter two also with ", rounded to" and float16, bfloat16, float8_e4m3fn or float8_e5m2.
+        batchnorm: where the running statistics of the compressed life come from: "none", "own", "re-estimated",
+            "corrected", the latter three also with ", rounded to" and float16, bfloat16, float8_e4m3fn or float8_e5m2.
         notes: plain JSON data to keep with the file.
         most: bytes that the file may have; of a larger one nothing is left. `None` for any number.
 

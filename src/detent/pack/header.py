@@ -53,7 +53,9 @@ CODE_OF = {dtype: code for code, dtype in DTYPES.items()}
 
 _CODES = tuple(DTYPES)  # a dtype is written as its place in this list
 _LIVES: tuple[Life, ...] = ("compressed", "both")
-_STATISTICS = re.compile(r"none|(own|re-estimated)(, rounded to (float16|bfloat16|float8_e4m3fn|float8_e5m2))?")
+_STATISTICS = re.compile(
+    r"none|(own|re-estimated|corrected)(, rounded to (float16|bfloat16|float8_e4m3fn|float8_e5m2))?"
+)
 _LEAST_UNPACKED, _MOST_PACKING = 1 << 20, 32  # a header may unpack to so many bytes, and so many times its length more
 _LEAST_DECLARED, _MOST_DECLARED = 1 << 30, 1 << 16  # all tensors of a file together, likewise
 _LEAST_MEMORY, _MOST_MEMORY = 1 << 27, 64  # and take so many bytes of memory, and so many times the file's length

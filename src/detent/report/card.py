@@ -36,7 +36,7 @@ class Card(pydantic.BaseModel, frozen=True, extra="forbid"):
         first: name of the first weight of two or more axes, and what it became.
         last: the last one.
         full_precision: names of parameters left as they were, by reason.
-        batchnorm: "none", "own" (one set of statistics for both lives) or "re-estimated" (a second set).
+        batchnorm: "none", "own" (one set of statistics for both lives), "re-estimated" or "corrected" (a second set).
         lives: what a file holds, "both" or "compressed"; "run" if it is the card of a run, which is no file yet.
         writer: version of Detent.
         notes: what the author said.
@@ -112,6 +112,7 @@ class Card(pydantic.BaseModel, frozen=True, extra="forbid"):
 _BATCHNORM = {
     "none": "none with running statistics",
     "own": "statistics are those of training, alike in both lives; not re-estimated",
+    "corrected": "statistics moved with the inputs that calibration saw changing; a second set of buffers",
     "re-estimated": "statistics re-estimated for the compressed life, on data after training; a second set of buffers",
 }
 

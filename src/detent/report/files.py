@@ -220,7 +220,7 @@ def run_of_file(path: str | os.PathLike[str] | Reader, model: nn.Module, life: L
     weights = {name: sharding.whole(w) for name, w in named_parameters(model).items() if name in encoded}
     placed = {name: _placed(item, weights[name]) for name, item in encoded.items()}
     alike: list[tuple[Target, list[str]]] = []  # what shares a target was fitted together: a codebook, a threshold
-    for name, (target, _) in placed.items():
+    for name, (target, _, _) in placed.items():
         mine = next((names for other, names in alike if other == target), None)
         if mine is None:
             alike.append((target, [name]))
@@ -236,7 +236,9 @@ def run_of_file(path: str | os.PathLike[str] | Reader, model: nn.Module, life: L
     )
     run = Run(model, replace(plan, claims=claims), [], None, "raise")
     for entry in run._entries:
-        entry.params = entry.pull_params = placed[entry.name][1].to(entry.param.device)
+        _, params, chosen = placed[entry.name]
+        entry.params = entry.pull_params = params.to(entry.param.device)
+        entry.chosen = None if chosen is None else chosen.to(entry.param.device)
     run._adopt()
     if second:
         found = Statistics(second)
@@ -245,13 +247,15 @@ def run_of_file(path: str | os.PathLike[str] | Reader, model: nn.Module, life: L
     return run
 
 
-def _placed(item: Encoded, w: Tensor) -> tuple[Target, Params]:
-    """A target, and the params with which it projects a weight to what a file holds."""
+def _placed(item: Encoded, w: Tensor) -> tuple[Target, Params, Tensor | None]:
+    """A target, the params with which it projects a weight to what a file holds, and the places if others were chosen."""
     try:
-        params = item.target.restored(w, item.form)
-        if torch.equal(item.target.project(w, params), item.form.dense().to(w.device)):
-            return item.target, params
+        params, places = item.target.restored(w, item.form), item.form.dense().to(w.device)
+        if torch.equal(item.target.project(w, params), places):
+            return item.target, params, None
+        if torch.equal(item.target.project(places, params), places):  # a calibration chose others than the nearest
+            return item.target, params, places
     except Exception:  # whatever a target makes of a form that it did not write
         pass
     held = Held(spec=json.dumps(to_spec(item.target)))
-    return held, held.restored(w, item.form)
+    return held, held.restored(w, item.form), None

@@ -1,5 +1,6 @@
 """Targets: where a weight tensor may end."""
 
+from detent.targets.base import Choice as Choice
 from detent.targets.base import Params as Params
 from detent.targets.base import Scope as Scope
 from detent.targets.base import Target as Target

@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from detent.grouping import Granularity, Layout
+from detent.grouping import Granularity, Layout, PerTensor, granularity_of
 from detent.pieces import cut, is_dense, is_large
 from detent.schedules import check_types
 from detent.targets.forms import Form
 from detent.targets.parts import compute_dtype
 
-__all__ = ["Lines", "Params", "Scope", "Target", "check_finite", "compute_dtype"]
+__all__ = ["Choice", "Lines", "Params", "Scope", "Target", "check_finite", "compute_dtype"]
 
 Scope = Literal["element", "row", "tensor", "model"]
 _T = TypeVar("_T")
@@ -81,6 +81,27 @@ class Params:
     def to(self, device: torch.device) -> Params:
         """The same numbers on another device."""
         return replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How weights choose their places one by one, so that they may be chosen in another metric than |w - q|^2.
+
+    Args:
+        pattern: from the gain of keeping each weight, and a mask of those that must stay zero, to the mask of those
+            that are kept; gains of inf are kept, of -inf dropped. `None`: all are kept. May write over the gains.
+        levels: where a weight that is kept goes: a target of scope "element", and its params. `None`: it may lie
+            anywhere.
+
+    Example:
+        >>> from detent import Uniform
+        >>> grid = Uniform(bits=2)
+        >>> grid.choice(grid.fit(torch.ones(2, 3))).levels[0] is grid
+        True
+    """
+
+    pattern: Callable[[Tensor, Tensor], Tensor] | None = None
+    levels: tuple[Target, Params] | None = None
 
 
 class Target(abc.ABC):
@@ -207,6 +228,31 @@ class Target(abc.ABC):
         A large tensor is then worked on a piece at a time. `None` where that cannot be.
         """
         return None
+
+    def choice(self, params: Params) -> Choice | None:
+        """How weights choose their places one by one, or `None` where several of them choose together (a codeword)."""
+        return Choice(levels=(self, params)) if self.scope == "element" else None
+
+    def by_column(self, params: Params) -> tuple[Target, Callable[[Tensor], Params]]:
+        """For a target of scope "element": how to place one weight of each channel alone, as a matrix (channels, 1).
+
+        Returns:
+            The target for that, and what gives its params from the column of `Layout.by_channel` that the weight of
+            each channel lies in, shape (channels,). By default the params are taken to have a row a group of the field
+            `granularity`, if there is one.
+        """
+        groups, layout = granularity_of(getattr(self, "granularity", "tensor")), params.layout
+        alone = replace(params, layout=Layout(shape=(layout.channels, 1)))
+        if isinstance(groups, PerTensor):
+            return self, lambda columns: alone
+        count, by_channel = groups.count(layout), self
+
+        def picked(columns: Tensor) -> Params:
+            mine = groups.at(columns, layout)
+            tensors = {name: t[mine] if t.dim() and len(t) == count else t for name, t in params.tensors.items()}
+            return replace(alone, tensors=tensors)
+
+        return replace(by_channel, granularity="channel"), picked  # type: ignore[call-arg, type-var]
 
     def relax(self, w: Tensor, params: Params, beta: float) -> Tensor:
         """A smooth stand-in that sharpens with beta: `(w + beta project(w)) / (1 + beta)`.

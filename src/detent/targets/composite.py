@@ -13,7 +13,7 @@ from detent import masks
 from detent.grouping import Granularity, Layout, PerTensor, granularity_of
 from detent.pieces import cut
 from detent.schedules import is_whole
-from detent.targets.base import Params, Scope, Target, check_finite
+from detent.targets.base import Choice, Params, Scope, Target, check_finite
 from detent.targets.forms import Form
 from detent.targets.forms import Sparse as SparseForm
 from detent.targets.sparse import Sparse, square_unit
@@ -191,6 +191,10 @@ class SparseLevels(Target):
         """(the nearest level of each weight, mask of those to keep)."""
         q = self.survivors.project(w, levels)
         return q, self.sparse.extend(_gain(w, q), w == 0, pattern)
+
+    def choice(self, params: Params) -> Choice:
+        pattern = self.sparse.choice(_pattern_of(params)).pattern
+        return Choice(pattern=pattern, levels=(self.survivors, _levels_of(params)))
 
     def carried(self, params: Params) -> Params | None:
         return self.sparse.carried(_pattern_of(params)) and replace(

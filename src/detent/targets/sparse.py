@@ -6,6 +6,7 @@ import abc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -15,7 +16,7 @@ from detent import masks
 from detent.grouping import Layout
 from detent.pieces import cut, is_large
 from detent.schedules import is_whole
-from detent.targets.base import Params, Scope, Target, check_finite, compute_dtype
+from detent.targets.base import Choice, Params, Scope, Target, check_finite, compute_dtype
 from detent.targets.forms import Floats, Form
 from detent.targets.forms import Sparse as SparseForm
 from detent.targets.largest import COMPUTED, Near, best, largest
@@ -52,6 +53,9 @@ class Sparse(Target):
         May write over gain.
         """
         return self.choose(gain.masked_fill_(zero, -torch.inf), params)
+
+    def choice(self, params: Params) -> Choice:
+        return Choice(pattern=partial(self.extend, params=params))
 
     def size(self, w: Tensor) -> Tensor:
         """What is lost by dropping each weight, for `choose`."""
