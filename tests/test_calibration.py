@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import detent as dt
 from detent.feedback import choose_places
 from detent.inputs import Seen, Watch, Weight, calm
+from detent.pack import read_header
 from detent.parameters import census
 from detent.report.files import run_of_file
 
@@ -103,29 +104,27 @@ class Functional(nn.Module):
         super().__init__()
         self.way = way
         shape = {"stack": (3, 5, 4), "turned stack": (3, 4, 5)}.get(way, (5, 4))
-        self.weight = nn.Parameter(torch.randn(shape))
-        if "stack" in way:
-            self.experts, self.weight = self.weight, None  # three axes called weight would be a convolution
+        self.w = nn.Parameter(torch.randn(shape))  # three axes called weight would be a convolution
 
     def forward(self, x: Tensor) -> Tensor:
         if self.way == "stack":
-            return torch.bmm(x.expand(3, -1, -1), self.experts.transpose(1, 2))
+            return torch.bmm(x.expand(3, -1, -1), self.w.transpose(1, 2))
         if self.way == "turned stack":
-            return torch.stack([x @ self.experts[i] for i in range(3)])
+            return torch.stack([x @ self.w[i] for i in range(3)])
         if self.way == "weight first":
-            return (self.weight @ x.t()).t()
+            return (self.w @ x.t()).t()
         if self.way == "in parts":
-            return torch.cat([nn.functional.linear(x, part) for part in self.weight.split(1)], dim=1)
+            return torch.cat([nn.functional.linear(x, part) for part in self.w.split(1)], dim=1)
         if self.way == "unequal parts":
-            return torch.cat([nn.functional.linear(x, part) for part in self.weight.split([2, 3])], dim=1)
+            return torch.cat([nn.functional.linear(x, part) for part in self.w.split([2, 3])], dim=1)
         if self.way == "some inputs":
-            return nn.functional.linear(x[:, :2], self.weight[:, :2])
+            return nn.functional.linear(x[:, :2], self.w[:, :2])
         if self.way == "turned":
-            return x[:, :4] @ self.weight[:4].clone().t() + x @ self.weight[:4]
+            return x[:, :4] @ self.w[:4].clone().t() + x @ self.w[:4]
         if self.way == "also itself":
-            return nn.functional.linear(x, self.weight) + self.weight.sum()
+            return nn.functional.linear(x, self.w) + self.w.sum()
         if self.way == "a copy":
-            return nn.functional.linear(x, self.weight.half().float())
+            return nn.functional.linear(x, self.w.half().float())
         raise AssertionError(self.way)
 
 
@@ -133,7 +132,7 @@ class Functional(nn.Module):
 def test_products_are_seen_whoever_makes_them(way: str, parts: int) -> None:
     x = inputs(20, 4)
     model = Functional(way)
-    plan = dt.Recipe([dt.Rule(match="@weights", target=GRID, **({"axis": 2} if way == "turned stack" else {}))])
+    plan = dt.Recipe([dt.Rule(match="@weights", target=GRID, axis=2 if way == "turned stack" else None)])
     (claim,) = plan.resolve(model).claimed
     weight = next(model.parameters())
     with calm(model), Watch([Weight(name="w", tensor=weight, layout=claim.layout)], wanted=["w"]) as watch:
@@ -161,13 +160,12 @@ def test_what_cannot_be_seen_keeps_plain_rounding_and_is_named(way: str, why: st
     model = nn.Sequential(nn.Linear(4, 4), Functional(way), nn.LazyLinear(2))
     model(x)
     run = dt.compress(model, W)
-    with pytest.warns(UserWarning, match=rf"1 of 3 tensors keep plain rounding: '1.weight' \({why}\)"):
+    with pytest.warns(UserWarning, match=rf"1 of 3 tensors keep plain rounding: '1.w' \({why}\)"):
         report = dt.calibrate(run, [x])
-    assert dict(report.left) == {"1.weight": why} and "1.weight: plain rounding" in str(report)
+    assert dict(report.left) == {"1.w": why} and "1.w: plain rounding" in str(report)
     assert [row.name for row in report.tensors] == ["0.weight", "2.weight"]
-    assert torch.equal(
-        run.encoded()["1.weight"].decode(), GRID.project(model[1].weight.detach(), fits(run)["1.weight"])
-    )
+    own = model.get_parameter("1.w").detach()
+    assert torch.equal(run.encoded()["1.w"].decode(), GRID.project(own, fits(run)["1.w"]))
 
 
 class Words(nn.Module):
@@ -348,7 +346,8 @@ def test_other_widths_and_recipes_are_rounded_plainly(net: Net) -> None:
     x = inputs(32, 3, 6, 6)
     run, twin = dt.compress(net, W, calibration=[x]), dt.compress(copy.deepcopy(net), W)
     other = dt.Recipe([dt.Rule(match="@weights", target=dt.Ternary())])
-    for options in ({"bits": 4}, {"bits": 2}, {"recipe": other}):
+    widths: list[dict[str, Any]] = [{"bits": 4}, {"bits": 2}, {"recipe": other}]
+    for options in widths:
         for name, item in twin.encoded(**options).items():
             assert torch.equal(run.encoded(**options)[name].decode(), item.decode())
     for name, item in run.encoded(bits=3).items():  # the width it has is the life it has
@@ -382,9 +381,10 @@ def test_masks(net: Net, target: dt.Target) -> None:
 def test_each_layer_sees_what_the_compressed_ones_before_it_make(net: Net) -> None:
     """By hand, layer by layer; with `order="parallel"` what the full-precision model makes."""
     x = inputs(32, 3, 6, 6)
-    for order in ("sequential", "parallel"):
+    orders: list[Literal["sequential", "parallel"]] = ["sequential", "parallel"]
+    for order in orders:
         run = dt.compress(copy.deepcopy(net), W)
-        dt.calibrate(run, [x[:20], x[20:]], order=order, drift=0.0, correct=False)  # type: ignore[arg-type]
+        dt.calibrate(run, [x[:20], x[20:]], order=order, drift=0.0, correct=False)
         found, params = places(run), fits(run)
         seen = Net()
         seen.load_state_dict(net.state_dict())
@@ -493,12 +493,12 @@ def test_passes_end_where_nothing_more_is_wanted() -> None:
 
 
 def test_layers_that_take_one_tensor_are_calibrated_together() -> None:
-    attention = nn.ModuleDict({name: nn.Linear(4, 4) for name in "qkv"})
+    attention = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abc"})
     calls = []
 
     def forward(x: Tensor) -> Tensor:
         calls.append(1)
-        return sum(attention[name](x) for name in "qkv")  # type: ignore[return-value]
+        return sum(attention[name](x) for name in "abc")  # type: ignore[return-value]
 
     run = dt.compress(attention, W)
     dt.calibrate(run, [inputs(20, 4)], forward=forward)
@@ -510,21 +510,12 @@ def test_layers_that_take_one_tensor_are_calibrated_together() -> None:
 
 def outputs(net: Net, name: str, x: Tensor) -> Tensor:
     """A module's outputs, (channels, positions)."""
-    kept = []
-    with torch.no_grad(), hooked(net.get_submodule(name), kept.append):
+    kept: list[Tensor] = []
+    handle = net.get_submodule(name).register_forward_hook(lambda *found: kept.append(found[-1]))
+    with torch.no_grad():
         net(x)
+    handle.remove()
     return kept[0].transpose(0, 1).reshape(kept[0].shape[1], -1).double()
-
-
-class hooked:
-    def __init__(self, module: nn.Module, keep: Callable[[Tensor], None]) -> None:
-        self.handle = module.register_forward_hook(lambda m, args, out: keep(out))
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
 
 
 @pytest.mark.parametrize("order", ["sequential", "parallel"])
@@ -570,7 +561,7 @@ def test_corrected_statistics_are_in_the_file_and_recalibrating_replaces_them(ne
     x = inputs(32, 3, 6, 6)
     run = dt.compress(net, W, calibration=[x])
     dt.save(run, tmp_path / "net.detent")
-    header = dt.pack.read_header(tmp_path / "net.detent")
+    header = read_header(tmp_path / "net.detent")
     assert header.card["batchnorm"] == "corrected"
     again = run_of_file(tmp_path / "net.detent", Net())
     found, known = again.statistics(), run.statistics()
@@ -578,7 +569,7 @@ def test_corrected_statistics_are_in_the_file_and_recalibrating_replaces_them(ne
     assert all(torch.equal(found[name], value) for name, value in known.items())
     run.round_statistics("float16")
     dt.save(run, tmp_path / "short.detent")
-    assert dt.pack.read_header(tmp_path / "short.detent").card["batchnorm"] == "corrected, rounded to float16"
+    assert read_header(tmp_path / "short.detent").card["batchnorm"] == "corrected, rounded to float16"
     chosen = places(run)
     run.recalibrate([x])
     assert run.statistics().source == "re-estimated"  # type: ignore[union-attr]
@@ -662,10 +653,6 @@ def test_weights_that_are_written_drop_the_places() -> None:
 
 
 # --- what may go wrong --------------------------------------------------------------------------------------------
-
-
-def break_off() -> Iterator[Tensor]:
-    yield inputs(20, 4)
 
 
 class Fragile(nn.Module):

@@ -248,7 +248,7 @@ def run_of_file(path: str | os.PathLike[str] | Reader, model: nn.Module, life: L
 
 
 def _placed(item: Encoded, w: Tensor) -> tuple[Target, Params, Tensor | None]:
-    """A target, the params with which it projects a weight to what a file holds, and the places if others were chosen."""
+    """A target, the params with which it gives what a file holds, and the places if not the nearest were chosen."""
     try:
         params, places = item.target.restored(w, item.form), item.form.dense().to(w.device)
         if torch.equal(item.target.project(w, params), places):
