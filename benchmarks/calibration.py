@@ -35,12 +35,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "GPTQ": {"drift": 0.0, "correct": False},
     "GPTQ, parallel": {"order": "parallel", "correct": False},
     "half the drift": {"correct": False},
-    "all of the drift": {"drift": 1.0, "correct": False},
-    "corrected, parallel": {"order": "parallel"},
     "corrected, no drift": {"drift": 0.0},
     "corrected, half the drift": {},
     "corrected, all of the drift": {"drift": 1.0},
-    "corrected, half the drift, damping 0.1": {"damping": 0.1},
 }
 CHOSEN: dict[str, dict[str, Any]] = {"calibrated": {"correct": False}, "corrected": {}}
 
