@@ -1007,6 +1007,37 @@ def integer(record: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
+@simple("calibration")
+def calibration(record: dict[str, Any]) -> str:
+    """What calibration gives back."""
+    results, config = record["results"], record["config"]
+    text = f"Test accuracy (%) of ResNet-20, CIFAR-10, all weights; at full precision {results['full']:.2f}.\n\n"
+    found = {(row["places"], row["images"], row["bits"]): row for row in results["rows"]}
+    rows = []
+    for places, images in dict.fromkeys((row["places"], row["images"]) for row in results["rows"]):
+        cells = [found[places, images, bits] for bits in config["widths"]]
+        for end, key in (("", "own"), (", BatchNorm re-estimated", "re-estimated")):
+            rows.append([places + end, f"{images:,}" if images else "none", *(spread(row[key], 2) for row in cells)])
+    text += markdown(["places", "images", *(f"W{bits}" for bits in config["widths"])], rows)
+    seconds = [row["seconds"]["mean"] for row in results["rows"] if row["images"] == config["calibration_images"][0]]
+    text += f"\nCalibrating on {config['calibration_images'][0]} images: {min(seconds):.0f} to {max(seconds):.0f} "
+    text += "seconds of one thread. With one step for all weights, and files of at most so many bytes:\n\n"
+    budgets = list(dict.fromkeys(row["budget"] for row in results["budgets"]))
+    sized = {(row["budget"], row["images"]): f"{row['accuracy']:.2f}" for row in results["budgets"]}
+    counts = dict.fromkeys(row["images"] for row in results["budgets"])
+    rows = [[f"{n:,}" if n else "none", *(sized[budget, n] for budget in budgets)] for n in counts]
+    text += markdown(["images", *budgets], rows)
+    text += "\nHow the settings compare on training images that were held out (%):\n\n"
+    tried = {
+        (row["setting"], row["bits"]): [f"{row[key]:.1f}" for key in ("own", "re-estimated")]
+        for row in results["compared"]
+    }
+    widths = list(dict.fromkeys(row["bits"] for row in results["compared"]))
+    head = [f"W{bits}{end}" for bits in widths for end in ("", ", BatchNorm re-estimated")]
+    rows = [[name, *(cell for bits in widths for cell in tried[name, bits])] for name in config["settings"]]
+    return text + markdown(["setting", *head], rows)
+
+
 REACHED = 50  # % of ten digits
 
 
