@@ -705,7 +705,7 @@ def obq(w: Array, h: Array, quant: Callable[[float, int, int], float], order: Se
     """
     found = w.copy()
     for i, row in enumerate(found):
-        h_inv = np.linalg.inv(h)
+        h_inv = np.linalg.inv(h).astype(np.float64)
         for p in order:
             q = quant(row[p], i, p)
             row -= (row[p] - q) / h_inv[p, p] * h_inv[:, p]
@@ -726,11 +726,11 @@ def pruned_obs(
 
     Kept weights go to `quant`, whose own error is no gain. What earlier blocks kept and dropped stays so.
     """
-    found, h_inv, d = w.copy(), np.linalg.inv(h), np.zeros(len(order))
+    found, h_inv, d = w.copy(), np.linalg.inv(h).astype(np.float64), np.zeros(len(order))
     for p in order:
         d[p] = h_inv[p, p]
         h_inv = without(h_inv, p)
-    h_inv = np.linalg.inv(h)
+    h_inv = np.linalg.inv(h).astype(np.float64)
     mask = np.zeros(w.shape, dtype=bool)
     for n, p in enumerate(order):
         if n % block == 0:
