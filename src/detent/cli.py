@@ -31,6 +31,7 @@ from detent.cli_work import (
     code_of,
     example_of,
     export_file,
+    import_own,
     model_of,
     recipe_of,
     refuse_overwriting,
@@ -125,8 +126,15 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
     ] = False,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option("--import", metavar="MODULE", help="Import a module first: yours, with targets and mechanisms."),
+    ] = None,
 ) -> None:
     """Train PyTorch networks whose weights click into cheap places: one checkpoint, two lives."""
+    with _answer(as_json=False):
+        for module in imports or ():
+            import_own(module)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ __all__ = [
     "code_of",
     "example_of",
     "export_file",
+    "import_own",
     "model_of",
     "recipe_of",
     "refuse_overwriting",
@@ -58,6 +59,26 @@ def recipe_of(source: str) -> Recipe:
 
 
 # --- models -------------------------------------------------------------------------------------------------------
+
+
+def _look_here() -> None:
+    """Let modules of the current folder be found."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)  # last: a file in the folder must not stand in for a package
+
+
+def import_own(module: str) -> None:
+    """Import a user's module, so that its targets and mechanisms can be named; looked for in the current folder too.
+
+    Raises:
+        ValueError: no such module, or one that fails.
+    """
+    _look_here()
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever a user's own code may raise
+        raise ValueError(f"--import {module}: {type(error).__name__}: {error}") from error
 
 
 def model_of(source: str) -> nn.Module:
@@ -88,9 +109,7 @@ def _made(source: str, said: str) -> Any:
     module_name, colon, function = source.partition(":")
     if not (module_name and colon and function):
         raise ValueError(f'{said}: give a factory as "package.module:function"')
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)  # last: a file in the folder must not stand in for a package
+    _look_here()
     try:
         factory: Any = importlib.import_module(module_name)
         for part in function.split("."):

@@ -17,23 +17,45 @@ from detent.mechanisms import Mechanism, MirrorMap
 from detent.schedules import Schedule
 from detent.targets import Held, Target
 
-__all__ = ["build", "check_size", "from_spec", "nearest", "short", "short_spec", "target_of", "to_spec"]
+__all__ = ["build", "check_size", "from_spec", "kind_of", "nearest", "short", "short_spec", "target_of", "to_spec"]
 
 _BASES: tuple[type, ...] = (Target, Mechanism, Schedule, Granularity, MirrorMap)
 _DEEPEST = 32  # what stands within what: a recipe is six deep
 _MOST_VALUES = 1 << 16  # of a recipe; what stands there twice by reference counts twice
 
 
+def kind_of(cls: type) -> str:
+    """The name of a class in a recipe or a file: that of ours alone, else `module:Class`.
+
+    Example:
+        >>> from detent import Uniform
+        >>> kind_of(Uniform), kind_of(int)
+        ('Uniform', 'builtins:int')
+    """
+    is_ours = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+    return cls.__qualname__ if is_ours else f"{cls.__module__}:{cls.__qualname__}"
+
+
 def _kinds() -> dict[str, type]:
-    """Every final class a spec may name; third-party subclasses register by being defined."""
+    """Every final class a spec may name, by its kind: they register by being defined, the latest of a name counts."""
     found: dict[str, type] = {}
     todo = list(_BASES)
     while todo:
         cls = todo.pop()
-        todo.extend(cls.__subclasses__())
+        todo.extend(cls.__subclasses__())  # the youngest last: a notebook's cell that runs again replaces its class
         if dataclasses.is_dataclass(cls) and not getattr(cls, "__abstractmethods__", None):
-            found[cls.__name__] = cls
+            found.setdefault(kind_of(cls), cls)
     return found
+
+
+def _named(kinds: Mapping[str, type], kind: Any, where: str) -> type | None:
+    """The class of a kind; one from elsewhere may leave its module out where nothing else is called so."""
+    if not isinstance(kind, str) or kind in kinds:
+        return kinds.get(kind)
+    mine = [name for name in kinds if name.rpartition(":")[2].rpartition(".")[2] == kind]
+    if len(mine) > 1:
+        raise ValueError(f"{where}: several classes are called {kind}: say {' or '.join(sorted(mine))}")
+    return kinds[mine[0]] if mine else None
 
 
 def short(obj: object) -> str:
@@ -56,7 +78,7 @@ def short_spec(spec: Any) -> str:
     """
     if isinstance(spec, dict):
         fields = ", ".join(f"{name}={short_spec(value)}" for name, value in spec.items() if name != "kind")
-        return f"{str(spec.get('kind', '?')).rpartition(':')[2]}({fields})"
+        return f"{str(spec.get('kind', '?')).rpartition(':')[2].rpartition('.')[2]}({fields})"
     if isinstance(spec, list):
         return repr(spec) if not spec else f"({', '.join(map(short_spec, spec))}{',' * (len(spec) == 1)})"
     return repr(spec)
@@ -81,7 +103,7 @@ def to_spec(obj: Any) -> Any:
         return [to_spec(value) for value in obj]
     if not dataclasses.is_dataclass(obj) or isinstance(obj, type):
         return obj
-    spec: dict[str, Any] = {"kind": type(obj).__name__}
+    spec: dict[str, Any] = {"kind": kind_of(type(obj))}
     for f in dataclasses.fields(obj):
         value = getattr(obj, f.name)
         if _is_told(value, f.default):
@@ -156,13 +178,15 @@ def _from_spec(spec: Any, where: str, bases: tuple[type, ...]) -> Any:
     if not isinstance(spec, dict):
         return spec
     kinds, kind = _kinds(), spec.get("kind")
-    named = kinds.get(kind) if isinstance(kind, str) else None
+    named = _named(kinds, kind, where)
     if named is None or not issubclass(named, bases):
         fit = sorted(name for name, cls in kinds.items() if issubclass(cls, bases) and not name.startswith("_"))
         if named is not None:
             wrong = f"must be a {' or '.join(base.__name__ for base in bases)}, not {kind}"
         else:
             wrong = "no kind is given" if kind is None else f"unknown kind {kind!r}{nearest(str(kind), fit)}"
+            module, is_elsewhere, _ = str(kind).partition(":")
+            wrong += f"; import {module} first (detent --import {module})" if is_elsewhere else ""
         raise ValueError(f"{where}: {wrong}; known: {', '.join(fit)}")
     return build(named, {k: v for k, v in spec.items() if k != "kind"}, where)
 
