@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import detent as dt
-from detent.feedback import choose_places
+from detent.feedback import Prior, choose_places
 from detent.inputs import Seen, Watch, Weight, calm
 from detent.pack import read_header
 from detent.parameters import census
@@ -692,6 +693,9 @@ ERRORS: dict[str, tuple[Callable[[dt.Run, Tensor], Any], str]] = {
     "order": (lambda run, x: dt.calibrate(run, [x], order="random"), "calibrate(order='random')"),  # type: ignore[arg-type]
     "drift": (lambda run, x: dt.calibrate(run, [x], drift=1.5), "calibrate(drift=1.5): must be a number from 0 to 1"),
     "damping": (lambda run, x: dt.calibrate(run, [x], damping=0.0), "calibrate(damping=0.0): must be a finite number"),
+    "a name": (lambda run, x: dt.calibrate(run, "data"), "calibrate('data'): must be batches of inputs, or \"prior\""),
+    "prior and forward": (lambda run, x: dt.calibrate(run, "prior", forward=print), '"prior" without forward='),
+    "prior and order": (lambda run, x: dt.calibrate(run, "prior", drift=1.0), "takes no switch but block="),
     "block": (lambda run, x: dt.calibrate(run, [x], block=0), "calibrate(block=0): must be a whole number >= 1"),
 }
 
@@ -720,3 +724,41 @@ def test_batches_are_read_once_and_fed_as_they_come(net: Net) -> None:
     found = places(dt.compress(net, W, calibration=loader))
     plain = places(dt.compress(net, W, calibration=[x[:16], x[16:]]))
     assert all(torch.equal(value, plain[name]) for name, value in found.items())
+
+
+# --- without inputs -----------------------------------------------------------------------------------------------
+
+
+def test_a_prior_in_place_of_inputs(net: Net, tmp_path: Path) -> None:
+    run = dt.compress(net, W)
+    nearest = places(run)
+    report = dt.calibrate(run, "prior")
+    assert run.calibration is report and run.statistics() is None and not report.left
+    assert {row.name: row.inputs for row in report.tensors} == dict.fromkeys(run.encoded(), 0)
+    chosen, named, grids = places(run), dict(net.named_parameters()), fits(run)
+    kernels = {"stem.weight": 9, "deep.weight": 9, "up.weight": 4, "head.weight": 1}
+    for claim in run.plan.claimed:
+        prior = Prior(kernel=kernels[claim.name])
+        expected = choose_places(named[claim.name].detach(), GRID, grids[claim.name], prior).places
+        assert torch.equal(chosen[claim.name], expected)
+    for layer in ("stem", "up"):  # what it is for: errors that are the same everywhere
+        kernel = named[f"{layer}.weight"].detach()
+        gap = [(w[f"{layer}.weight"] - kernel).sum(dim=(2, 3)).square().sum() for w in (chosen, nearest)]
+        assert gap[0] < gap[1] / 2
+    assert "prior" in str(report).splitlines()[1]
+    again = dt.compress(net, W, calibration="prior")
+    assert all(torch.equal(value, chosen[name]) for name, value in places(again).items())
+    dt.save(run, tmp_path / "small.detent", life="compressed")
+    twin = Net()
+    dt.load(tmp_path / "small.detent", twin, life="compressed")
+    assert all(torch.equal(value, chosen[name]) for name, value in twin.named_parameters())
+
+
+def test_what_a_prior_leaves_is_in_the_report_and_no_warning() -> None:
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6), nn.LSTM(6, 6), nn.Linear(6, 9))
+    model[3].weight = model[0].weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = dt.calibrate(dt.compress(model, W), "prior")
+    assert report.left == {"0.weight": "a table that is looked up"}
+    assert [row.name for row in report.tensors] == ["1.weight", "2.weight_ih_l0", "2.weight_hh_l0"]

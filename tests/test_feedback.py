@@ -12,7 +12,7 @@ from cases import TARGETS
 from torch import Tensor
 
 import detent as dt
-from detent.feedback import choose_places
+from detent.feedback import Prior, choose_places
 
 CODEWORDS = {"kernels": (8, 4, 2, 2), "vectors": (8, 16), "vectors-global": (8, 16)}  # weights that choose together
 
@@ -252,3 +252,33 @@ def test_a_metric_without_an_inverse_is_refused() -> None:
 def test_codewords_choose_together(name: str) -> None:
     w = torch.randn(CODEWORDS[name])
     assert TARGETS[name].choice(fitted(TARGETS[name], w)) is None
+
+
+# --- without inputs -----------------------------------------------------------------------------------------------
+
+
+def prior_moment(prior: Prior, inputs: int) -> Tensor:
+    near = torch.block_diag(*[torch.ones(prior.kernel, prior.kernel, dtype=torch.float64)] * (inputs // prior.kernel))
+    return (torch.eye(inputs, dtype=torch.float64) + prior.near * near + prior.far)[None]
+
+
+@pytest.mark.parametrize("block", [5, 128])
+@pytest.mark.parametrize("kernel", [1, 3, 9, 27])
+@pytest.mark.parametrize("target", [dt.UniformStep(step=0.7), dt.NM(n=1, m=3), dt.TopK(keep=0.5)], ids=repr)
+def test_a_prior_is_its_moment_written_out(target: dt.Target, kernel: int, block: int) -> None:
+    w, prior = weights(inputs=54), Prior(kernel=kernel, near=1.5, far=0.2)
+    params = target.fit(w)
+    found = choose_places(w, target, params, prior, block=block)
+    blocks = -(-block // kernel) * kernel  # a prior looks again between kernels
+    expected = choose_places(w, target, params, prior_moment(prior, 54), damping=1e-13, block=blocks)
+    torch.testing.assert_close(found.places, expected.places, rtol=1e-9, atol=1e-9)
+    assert (found.plain, found.error, found.energy) == pytest.approx(
+        (expected.plain, expected.error, expected.energy), rel=1e-9
+    )
+    assert found.error < found.plain * (1.0 if kernel == 1 else 0.8)
+
+
+def test_a_prior_of_nothing_rounds_plainly() -> None:
+    w, target = weights(), dt.Uniform(bits=3)
+    params = target.fit(w)
+    assert torch.equal(choose_places(w, target, params, Prior(near=0.0, far=0.0)).places, target.project(w, params))

@@ -12,19 +12,20 @@ from torch import Tensor, nn
 from detent import sharding
 from detent.batchnorm import Statistics, feed, matched, statistics_of
 from detent.claimed import Entry
-from detent.feedback import choose_places
+from detent.feedback import Chosen, Prior, choose_places
 from detent.inputs import Aim, Enough, Seen, Watch, Weight, calm
-from detent.parameters import named_parameters
+from detent.parameters import canonical_name, named_parameters
 from detent.schedules import is_finite, is_whole
 from detent.specs import short
 from detent.targets import Params, Target
 
-__all__ = ["Calibrated", "Calibration", "Found", "How", "calibrated"]
+__all__ = ["Batches", "Calibrated", "Calibration", "Found", "How", "by_prior", "calibrated"]
 
 _MOMENTS = 1 << 30  # bytes of moments held at a time, and those of one layer at least
 _NAMED = 5  # tensors that a sentence names
 
 Life = Sequence[tuple[Entry, Target, Params]]
+Batches = Iterable[Any] | Literal["prior"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Calibrated:
 
     Attributes:
         name: the tensor.
-        inputs: how many inputs it was seen with (positions of a convolution, tokens).
+        inputs: how many inputs it was seen with (positions of a convolution, tokens); 0 with a prior.
         plain: squared error of its outputs on those, had each weight gone to its nearest place, as a share of their
             squares.
         error: the same of the chosen places; never more.
@@ -73,7 +74,9 @@ class Calibration:
 
     def __str__(self) -> str:
         lines = [("tensor", "inputs", "plain rounding", "calibrated")]
-        lines += [(t.name, f"{t.inputs:,}", f"{t.plain:.3g}", f"{t.error:.3g}") for t in self.tensors]
+        lines += [
+            (t.name, f"{t.inputs:,}" if t.inputs else "prior", f"{t.plain:.3g}", f"{t.error:.3g}") for t in self.tensors
+        ]
         widths = [max(len(line[i]) for line in lines) for i in range(4)]
         said = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
@@ -149,14 +152,83 @@ def calibrated(
     Raises:
         ValueError: no batches, inputs that are NaN or infinite, a sharded model.
     """
-    for entry, _, _ in life:
-        if sharding.rows_of(entry.param, entry.name) is not None:
-            raise ValueError(f"calibrate: {entry.name!r} is sharded; calibrate in one process, before FSDP2 cuts it")
+    _refuse_sharded(life)
     given = list(batches)
     if not given:
         raise ValueError("calibrate: the loader gave no batches")
     with calm(model):
         return _Work(model, life, full, given, forward, how).found()
+
+
+def by_prior(model: nn.Module, life: Life, full: Mapping[str, Tensor], how: How) -> Found:
+    """Choose the places of a life in the metric that inputs are taken to have, with nothing fed to the model.
+
+    Args:
+        model: the model.
+        life: the claimed tensors, what they lie on, and their fitted numbers.
+        full: their full-precision weights, by name.
+        how: only its block has a part in it.
+
+    Raises:
+        ValueError: a sharded model, or a switch that needs inputs.
+    """
+    if how != How(block=how.block):
+        raise ValueError('calibrate(..., "prior"): feeds nothing, so it takes no switch but block=')
+    _refuse_sharded(life)
+    tables = {
+        canonical_name(f"{name}.weight")
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    }
+    places: dict[str, Tensor] = {}
+    rows: list[Calibrated] = []
+    left: dict[str, str] = {}
+    for entry, target, params in life:
+        if not entry.claim.is_weight:
+            continue
+        if target.choice(params) is None:
+            left[entry.name] = f"{short(target)} moves weights together"
+        elif tables & {entry.name, *entry.claim.aliases}:
+            left[entry.name] = "a table that is looked up"
+        else:
+            chosen = _chosen(entry, target, params, full[entry.name], Prior(kernel=entry.claim.layout.kernel), how)
+            places[entry.name] = chosen.places.to(full[entry.name].device)
+            rows.append(_row(entry.name, 0, chosen))
+    return Found(report=Calibration(tensors=tuple(rows), left=left), places=places, statistics=None)
+
+
+def _refuse_sharded(life: Life) -> None:
+    for entry, _, _ in life:
+        if sharding.rows_of(entry.param, entry.name) is not None:
+            raise ValueError(f"calibrate: {entry.name!r} is sharded; calibrate in one process, before FSDP2 cuts it")
+
+
+def _chosen(
+    entry: Entry, target: Target, params: Params, w: Tensor, metric: Tensor | Prior, how: How, **aim: Any
+) -> Chosen:
+    """`choose_places` of one tensor, where float64 is."""
+    device = (
+        metric.device if isinstance(metric, Tensor) else torch.device("cpu") if w.device.type == "mps" else w.device
+    )
+    try:
+        return choose_places(
+            w.to(device),
+            target,
+            params.to(device),
+            metric,
+            held=None if entry.zeros is None else entry.zeros.to(device),
+            damping=how.damping,
+            by_diagonal=how.by_diagonal,
+            block=how.block,
+            **aim,
+        )
+    except ValueError as error:
+        raise ValueError(f"calibrate: {entry.name!r}: {error}") from None
+
+
+def _row(name: str, inputs: int, chosen: Chosen) -> Calibrated:
+    scale = chosen.energy or 1.0
+    return Calibrated(name=name, inputs=inputs, plain=chosen.plain / scale, error=chosen.error / scale)
 
 
 class _Work:
@@ -307,29 +379,9 @@ class _Work:
         cross = torch.cat([seen.crosses[row] for row in sorted(seen.crosses)]) if seen.crosses else None
         if not bool(torch.isfinite(moment).all()):
             raise ValueError(f"calibrate: the inputs of {name!r} are NaN or infinite, or their squares are")
-        try:
-            chosen = choose_places(
-                w.to(moment.device),
-                target,
-                params.to(moment.device),
-                moment,
-                cross=cross,
-                energy=seen.energy,
-                held=None if entry.zeros is None else entry.zeros.to(moment.device),
-                damping=self._how.damping,
-                by_diagonal=self._how.by_diagonal,
-                block=self._how.block,
-            )
-        except ValueError as error:
-            raise ValueError(f"calibrate: {name!r}: {error}") from None
+        chosen = _chosen(entry, target, params, w, moment, self._how, cross=cross, energy=seen.energy)
         places = chosen.places.to(w.device)
-        scale = chosen.energy or 1.0
-        self._rows[name] = Calibrated(
-            name=name,
-            inputs=sum(seen.counts.values()),
-            plain=chosen.plain / scale,
-            error=chosen.error / scale,
-        )
+        self._rows[name] = _row(name, sum(seen.counts.values()), chosen)
         self._place(name, places, write=write)
         if self._how.correct:
             full = torch.zeros(2, layout.channels, dtype=torch.float64, device=moment.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import abc
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +13,35 @@ from detent.grouping import Layout
 from detent.targets import Choice, Params, Target
 from detent.targets.base import compute_dtype
 
-__all__ = ["Chosen", "choose_places"]
+__all__ = ["Chosen", "Prior", "choose_places"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prior:
+    """What inputs are like that nobody has seen, in units of the energy that each has of its own.
+
+        H = I + near * (ones between the kernel positions of one input channel) + far * (ones between all inputs)
+
+    What comes out of a ReLU is never negative, so any two inputs have positive products on average (`far`), and
+    neighbouring positions of an image are nearly alike (`near`). Errors then hurt that add up in a kernel, and in a
+    channel, most of all: an output that is off by the same everywhere. Where inputs have no mean and know nothing of
+    each other, the price is a slightly larger squared error.
+
+    Args:
+        near: >= 0.
+        far: >= 0.
+        kernel: how many inputs in a row are the kernel positions of one input channel.
+
+    Example:
+        >>> from detent import UniformStep
+        >>> w, grid = torch.full((1, 8), 0.3), UniformStep(step=1.0)
+        >>> choose_places(w, grid, grid.fit(w), Prior(kernel=4)).places    # two of eight: 2.4 in all
+        tensor([[0., 0., 1., 0., 0., 0., 1., 0.]])
+    """
+
+    near: float = 2.0
+    far: float = 0.1
+    kernel: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +65,7 @@ def choose_places(
     w: Tensor,
     target: Target,
     params: Params,
-    moment: Tensor,
+    moment: Tensor | Prior,
     *,
     cross: Tensor | None = None,
     energy: float = 0.0,
@@ -59,7 +89,8 @@ def choose_places(
         target: a target whose weights choose one by one (`Target.choice`).
         params: its fitted params; they are not fitted again.
         moment: H of each part, (parts, inputs, inputs) in float64: rows of `Layout.by_channel` fall into so many equal
-            runs, each with inputs of its own (groups of a convolution, experts). All zero where nothing came.
+            runs, each with inputs of its own (groups of a convolution, experts). All zero where nothing came. Or what
+            inputs are taken to be like, for which nothing is inverted: damping has no part in it.
         cross: T X' in rows of `Layout.by_channel`, if the outputs are to be T instead of W X: then the walk starts from
             the weights that give T best, W + (T X' - W H) H^-1.
         energy: |T|^2, with `cross`.
@@ -89,9 +120,9 @@ def choose_places(
     plain = target.project(w, params)
     zero = (w == 0) & (plain == 0)
     zero = zero if held is None else zero | held
-    parts, inputs = moment.shape[:2]
-    full = layout.by_channel(w.detach()).double().reshape(parts, -1, inputs)
-    straight = full @ moment
+    metric = _Known(moment, layout, w.device) if isinstance(moment, Prior) else _Seen(moment, damping, by_diagonal)
+    full = layout.by_channel(w.detach()).double().reshape(metric.parts, -1, metric.inputs)
+    straight = metric.applied(full)
     slope = torch.zeros_like(full) if cross is None else cross.reshape(full.shape) - straight
     energy = energy if cross is not None else float((straight * full).sum())
     # |T - Q X|^2 is that of W and what leaving W adds; where T = W X, the former is zero.
@@ -99,13 +130,12 @@ def choose_places(
 
     def added(q: Tensor) -> Tensor:
         gap = layout.by_channel(q).double().reshape(full.shape) - full
-        return ((gap @ moment - 2 * slope) * gap).sum(dim=2)
+        return ((metric.applied(gap) - 2 * slope) * gap).sum(dim=2)
 
     before = added(plain)
-    metric = _Metric(moment, damping, by_diagonal)
     start = metric.ordered(full)
     if cross is not None:
-        start += metric.ordered(slope) @ metric.upper.mT @ metric.upper
+        start += metric.solved(metric.ordered(slope))
     found = target.project(_Walk(w, choice, layout, zero, metric, block).places(start), params)
     after = added(found)
     if choice.pattern is None:
@@ -119,11 +149,55 @@ def choose_places(
     return Chosen(places=found, plain=errors[0], error=errors[1], energy=energy)
 
 
-class _Metric:
-    """The order of the inputs of each part, and the upper factor U of the inverse of their damped moment in it."""
+class _Metric(abc.ABC):
+    """H of each part, and U of the inverse of what is added to it, with the inputs in the order of the walk.
+
+    Attributes:
+        parts: how many metrics.
+        inputs: of each.
+        diagonal: that of U, (parts, inputs), in order.
+        order: (parts, inputs), which input comes when.
+    """
+
+    parts: int
+    inputs: int
+    diagonal: Tensor
+    order: Tensor
+
+    @abc.abstractmethod
+    def applied(self, x: Tensor) -> Tensor:
+        """`x H` of (parts, rows, inputs), out of order."""
+
+    @abc.abstractmethod
+    def solved(self, x: Tensor) -> Tensor:
+        """`x H^-1`, in order."""
+
+    @abc.abstractmethod
+    def within(self, first: int, past: int) -> Tensor:
+        """Rows and columns of U of some inputs, (parts, past - first, past - first)."""
+
+    @abc.abstractmethod
+    def beyond(self, errors: Tensor, first: int, past: int) -> Tensor:
+        """`errors U` of some inputs for all later ones, as it broadcasts against (parts, rows, later inputs)."""
+
+    def blocks(self, size: int) -> int:
+        """How many inputs to take at a time, if so many are wanted."""
+        return size
+
+    def ordered(self, x: Tensor) -> Tensor:
+        """(parts, rows, inputs) with the inputs in the order of the metric."""
+        return x.gather(2, self.order[:, None].expand(x.shape))
+
+    def unordered(self, x: Tensor) -> Tensor:
+        return x.gather(2, self.order.argsort(dim=1)[:, None].expand(x.shape))
+
+
+class _Seen(_Metric):
+    """Moments of inputs."""
 
     def __init__(self, moment: Tensor, damping: float, by_diagonal: bool) -> None:
-        parts, inputs = moment.shape[:2]
+        self._moment = moment
+        self.parts, self.inputs = parts, inputs = moment.shape[:2]
         size = moment.diagonal(dim1=1, dim2=2)
         if by_diagonal:
             self.order = size.sort(dim=1, descending=True, stable=True).indices
@@ -141,15 +215,61 @@ class _Metric:
         if bool(failed.any()):
             raise ValueError(f"damping={damping:g}: the inputs depend on one another so far that more is needed")
         unit = torch.eye(inputs, dtype=moment.dtype, device=moment.device).expand(parts, inputs, inputs)
-        self.upper = torch.linalg.solve_triangular(lower.flip(1, 2), unit, upper=True)
-        self.back = self.order.argsort(dim=1)
+        self._upper = torch.linalg.solve_triangular(lower.flip(1, 2), unit, upper=True)
+        self.diagonal = self._upper.diagonal(dim1=1, dim2=2)
 
-    def ordered(self, x: Tensor) -> Tensor:
-        """(parts, rows, inputs) with the inputs in the order of the metric."""
-        return x.gather(2, self.order[:, None].expand(x.shape))
+    def applied(self, x: Tensor) -> Tensor:
+        return x @ self._moment
 
-    def unordered(self, x: Tensor) -> Tensor:
-        return x.gather(2, self.back[:, None].expand(x.shape))
+    def solved(self, x: Tensor) -> Tensor:
+        return x @ self._upper.mT @ self._upper
+
+    def within(self, first: int, past: int) -> Tensor:
+        return self._upper[:, first:past, first:past]
+
+    def beyond(self, errors: Tensor, first: int, past: int) -> Tensor:
+        return errors @ self._upper[:, first:past, past:]
+
+
+class _Known(_Metric):
+    """A prior: of each row of U, all that belongs to the same kernel is one number, and all that comes later another.
+
+    U_jj U_jk = (H_jj..)^-1_jk over the inputs from j on: what is left of a kernel, and whole ones. By Sherman and
+    Morrison its inverse is that of the kernels, each (I - near / (1 + near m) ones), less a product of two vectors.
+    """
+
+    def __init__(self, prior: Prior, layout: Layout, device: torch.device) -> None:
+        self.parts, self.inputs = 1, layout.numel // layout.channels
+        self._prior = prior
+        at = torch.arange(self.inputs, dtype=torch.float64, device=device)
+        self.order = at.long()[None]
+        near, far, kernel = prior.near, prior.far, prior.kernel
+        left = kernel - at % kernel  # of the kernel, this one included
+        later = self.inputs - at - left
+        mine, others = 1 / (1 + near * left), 1 / (1 + near * kernel)
+        gone = far / (1 + far * (left * mine + later * others))
+        self.diagonal = (1 - near * mine - gone * mine.square()).sqrt()[None]
+        self._same = (-near * mine - gone * mine.square()) / self.diagonal[0]
+        self._later = -gone * mine * others / self.diagonal[0]
+
+    def applied(self, x: Tensor) -> Tensor:
+        kernels = x.unflatten(2, (-1, self._prior.kernel)).sum(dim=3, keepdim=True)
+        found = self._prior.near * kernels + self._prior.far * kernels.sum(dim=2, keepdim=True)
+        return x + found.expand(*found.shape[:3], self._prior.kernel).flatten(2)
+
+    def solved(self, x: Tensor) -> Tensor:
+        raise NotImplementedError  # nobody aims at other outputs without inputs
+
+    def within(self, first: int, past: int) -> Tensor:
+        at = torch.arange(first, past, device=self.order.device) // self._prior.kernel
+        upper = torch.where(at[:, None] == at, self._same[first:past, None], self._later[first:past, None]).triu_(1)
+        return (upper + self.diagonal[0, first:past].diag())[None]
+
+    def beyond(self, errors: Tensor, first: int, past: int) -> Tensor:
+        return (errors @ self._later[first:past])[:, :, None]
+
+    def blocks(self, size: int) -> int:
+        return math.ceil(size / self._prior.kernel) * self._prior.kernel
 
 
 class _Walk:
@@ -158,27 +278,26 @@ class _Walk:
     def __init__(self, w: Tensor, choice: Choice, layout: Layout, zero: Tensor, metric: _Metric, block: int) -> None:
         self._dtype, self._compute = w.dtype, compute_dtype(w.dtype)
         self._choice, self._layout, self._zero = choice, layout, zero
-        self._metric, self._block = metric, block
-        self._diagonal = metric.upper.diagonal(dim1=1, dim2=2)
+        self._metric, self._block = metric, metric.blocks(block)
         self._levels = None if choice.levels is None else choice.levels[0].by_column(choice.levels[1])
         self._kept = self._lost = torch.zeros(0)
 
     def places(self, w: Tensor) -> Tensor:
         """The places chosen, in the shape of the tensor; writes over the weights, (parts, rows, inputs) in order."""
-        q, upper, inputs = torch.empty_like(w), self._metric.upper, w.shape[2]
+        q, inputs = torch.empty_like(w), w.shape[2]
         self._kept, self._lost = torch.zeros_like(w, dtype=torch.bool), self._matrix(self._zero)
         for first in range(0, inputs, self._block):
             past = min(first + self._block, inputs)
             if self._choice.pattern is not None:
                 self._look_again(w, first, past)
-            errors = torch.empty_like(w[:, :, first:past])
+            errors, upper = torch.empty_like(w[:, :, first:past]), self._metric.within(first, past)
             for j in range(first, past):
                 column = w[:, :, j]
                 q[:, :, j] = self._place(column, j).masked_fill(self._lost[:, :, j], 0.0)
-                error = (column - q[:, :, j]) / self._diagonal[:, j, None]
+                error = (column - q[:, :, j]) / self._metric.diagonal[:, j, None]
                 errors[:, :, j - first] = error
-                w[:, :, j:past] -= error[:, :, None] * upper[:, None, j, j:past]
-            w[:, :, past:] -= errors @ upper[:, first:past, past:]
+                w[:, :, j:past] -= error[:, :, None] * upper[:, None, j - first, j - first :]
+            w[:, :, past:] -= self._metric.beyond(errors, first, past)
         return self._tensor(q).to(self._dtype)
 
     def _matrix(self, x: Tensor) -> Tensor:
@@ -206,7 +325,7 @@ class _Walk:
         if self._choice.levels is not None:
             target, params = self._choice.levels
             gain -= (target.project(whole.to(self._compute), params).double() - whole).square_()
-        gain /= self._tensor(self._diagonal[:, None].expand(w.shape)).square_()
+        gain /= self._tensor(self._metric.diagonal[:, None].expand(w.shape)).square_()
         decided = self._lost.clone()
         decided[:, :, first:] = False
         gain.masked_fill_(self._tensor(decided), -torch.inf).masked_fill_(self._tensor(self._kept), torch.inf)

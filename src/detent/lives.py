@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from detent import sharding
 from detent.batchnorm import Statistics, install, reestimate, rounded, statistics_of
-from detent.calibration import Calibration, How, calibrated
+from detent.calibration import Batches, Calibration, How, by_prior, calibrated
 from detent.claimed import Entry, entries_of, fit_target, refuse_nonfinite, refuse_stages
 from detent.collapse import Losses, answers
 from detent.guards import fingerprint
@@ -303,15 +303,20 @@ class Lives(abc.ABC):
             self._inside = True
             yield {entry.name: value for entry, value in aside.weights}
 
-    def _calibrate(self, batches: Iterable[Any], forward: Callable[[Any], Any] | None, how: How) -> Calibration:
+    def _calibrate(self, batches: Batches, forward: Callable[[Any], Any] | None, how: How) -> Calibration:
         """Choose the places of the compressed life in the metric of each layer's inputs; see `detent.calibrate`."""
+        if isinstance(batches, str) and (batches != "prior" or forward is not None):
+            raise ValueError(f'calibrate({batches!r}): must be batches of inputs, or "prior" without forward=')
         with self._one_thread("calibrate"):
             self._refuse_inside("calibrate")
             self._forget_places()
             life = self._life(None, None)
             with self._set_aside(life) as kept:
                 hidden = {e.name: e.hidden_whole() if "latent" in e.state else kept[e.name] for e, _, _ in life}
-                found = calibrated(self.model, life, hidden, batches, forward, how)
+                if isinstance(batches, str):
+                    found = by_prior(self.model, life, hidden, how)
+                else:
+                    found = calibrated(self.model, life, hidden, batches, forward, how)
             self._statistics.pop(self._life_key(None, None), None)  # they were of other places
             self._found_for = fingerprint(self._entries)
             if found.statistics is not None:
@@ -319,7 +324,8 @@ class Lives(abc.ABC):
             for entry, _, _ in life:
                 entry.chosen = found.places.get(entry.name)
             self.calibration = found.report
-        if said := found.report.warning():
+        said = found.report.warning()
+        if said and not isinstance(batches, str):  # nobody who gives no inputs expects a table to be seen
             warnings.warn(f"calibrate: {said}", stacklevel=3)
         return found.report
 
