@@ -98,9 +98,12 @@ class Bench:
         return [value.detach().clone() for value in self.model.state_dict().values()]
 
     def everything(self) -> Any:
-        """The model, and what the run and the optimizer would save."""
+        """The model, what the run and the optimizer would save, and what calibration chose."""
         saved = None if self.run is None else copy.deepcopy(self.optimizer.state_dict())
-        return [*self.weights(), saved]
+        chosen = None if self.run is None else [entry.chosen for entry in self.run._entries]
+        found = None if self.run is None else [self.run.calibration, dict(self.run._statistics)]
+        modes = [module.training for module in self.model.modules()]
+        return [*self.weights(), saved, chosen, found, modes]
 
 
 def bench(mechanism: dt.Mechanism | None, target: dt.Target, make: Callable[..., torch.optim.Optimizer]) -> Bench:
@@ -129,11 +132,15 @@ Make = Callable[[], Bench]
 
 @dataclass(frozen=True, kw_only=True)
 class Act:
-    """Something that may be broken off: what comes before, itself, and what of it happens again afterwards."""
+    """Something that may be broken off: what comes before, itself, and what of it happens again afterwards.
+
+    One of very many lines, most of them of the same loops, is broken off at each `sparse`-th of the others' places.
+    """
 
     before: Callable[[Bench], None]
     act: Callable[[Bench], None]
     again: Callable[[Bench], None]
+    sparse: int = 1
 
 
 def _trained(steps: int) -> Callable[[Bench], None]:
@@ -167,6 +174,17 @@ def _finalize(it: Bench) -> None:
     it.run.finalize()
 
 
+def _calibrate(it: Bench) -> None:
+    assert it.run is not None
+    dt.calibrate(it.run, [torch.randn(16, 6, generator=torch.Generator().manual_seed(9))])
+
+
+def _calibrated(it: Bench) -> None:
+    _trained(2)(it)
+    assert it.run is not None
+    dt.calibrate(it.run, [torch.randn(16, 6, generator=torch.Generator().manual_seed(8))])
+
+
 def _nothing(it: Bench) -> None:
     pass
 
@@ -186,6 +204,8 @@ ACTS: dict[str, Act] = {
     "compressed": Act(before=_trained(2), act=_look, again=_look),
     "save": Act(before=_trained(2), act=_save, again=_save),
     "load": Act(before=_trained(2), act=_resume, again=_resume),
+    "calibrate": Act(before=_trained(2), act=_calibrate, again=_calibrate, sparse=40),
+    "calibrate again": Act(before=_calibrated, act=_calibrate, again=_calibrate, sparse=40),
     "finalize": Act(before=_trained(STEPS), act=_finalize, again=_finalize),
 }
 
@@ -275,7 +295,7 @@ def everywhere(names: Iterable[str] = MECHANISMS, acts: Iterable[str] = ACTS, st
                 counts[act][found[0].split()[0]] += 1
                 if "WRONG" in found[0]:
                     wrong.append(f"{name}, {act}, line {place}: {found[0]}, {found[1]}")
-                place += stride
+                place += stride * ACTS[act].sparse
     return {act: dict(counted) for act, counted in counts.items()}, wrong
 
 

@@ -38,6 +38,7 @@ def language_model(kind: str, **more: Any) -> nn.Module:
             "num_experts": 3,
             "num_experts_per_tok": 2,
         },
+        "Llama4": {"intermediate_size": 48, "num_local_experts": 3, "head_dim": 16, "interleave_moe_layer_step": 1},
         "GptOss": {
             "intermediate_size": 40,
             "num_local_experts": 3,
@@ -46,7 +47,8 @@ def language_model(kind: str, **more: Any) -> nn.Module:
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         },
     }[kind]
-    config = getattr(transformers, f"{kind}Config")(**common, **sizes, **more)
+    name = {"Llama4": "Llama4TextConfig"}.get(kind, f"{kind}Config")
+    config = getattr(transformers, name)(**common, **sizes, **more)
     return getattr(transformers, f"{kind}ForCausalLM")(config)
 
 
@@ -92,6 +94,20 @@ def whisper() -> nn.Module:
         **heads,
     )
     return transformers.WhisperForConditionalGeneration(config)
+
+
+def xlnet() -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.XLNetLMHeadModel(
+        transformers.XLNetConfig(vocab_size=96, d_model=32, n_layer=1, n_head=4, d_inner=48)
+    )
+
+
+def gemma3_projector() -> nn.Module:
+    module = transformers.models.gemma3.modeling_gemma3.Gemma3MultiModalProjector
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    return module(transformers.Gemma3Config(text_config=text, vision_config=vision))
 
 
 MODELS = {
@@ -219,12 +235,25 @@ class Stack(nn.Module):
         (MODELS["qwen2-moe"], "model.layers.0.mlp.experts.down_proj", 1, (0,)),
         (MODELS["gpt-oss"], "model.layers.0.mlp.experts.gate_up_proj", 2, (0,)),
         (MODELS["gpt-oss"], "model.layers.0.mlp.experts.down_proj", 2, (0,)),
+        (lambda: language_model("Llama4"), "model.layers.0.feed_forward.experts.down_proj", 2, (0,)),
+        (xlnet, "transformer.layer.0.rel_attn.q", 2, (1,)),
+        (xlnet, "transformer.layer.0.rel_attn.o", 0, ()),
+        (gemma3_projector, "mm_input_projection_weight", 1, ()),
         (Stack, "mats", 1, (0,)),
     ],
 )
 def test_axes_are_those_of_the_module(make: Any, name: str, axis: int, batch: tuple[int, ...]) -> None:
     layout = layouts(make())[name]
     assert (layout.channel_dim, layout.batch_axes) == (axis, batch)
+
+
+@pytest.mark.filterwarnings("ignore:calibrate")
+@pytest.mark.parametrize("make", [lambda: language_model("Llama4"), MODELS["gpt-oss"], MODELS["mixtral"], gpt2])
+def test_axes_are_those_that_the_model_multiplies_along(make: Any) -> None:
+    run = dt.compress(make(), dt.Recipe([dt.Rule(match="@weights", target=ROWS)]))
+    batch = {"input_ids": torch.arange(16).reshape(2, 8)}
+    found = dt.calibrate(run, [batch], order="parallel", correct=False)
+    assert set(found.left.values()) == {"used by embedding"} and len(found.tensors) > 3
 
 
 _TARGETS = [

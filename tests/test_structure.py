@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "guards": _LIVES | {"claimed"},
     "threads": {"undoing"},
     "feedback": _TARGETS | {"targets"},
-    "inputs": {"grouping"},
+    "inputs": {"grouping", "undoing"},
     "calibration": _LIVES | {"batchnorm", "claimed", "feedback", "inputs"},
     "lives": _LIVES | {"batchnorm", "calibration", "claimed", "collapse", "guards", "threads", "writes"},
     "optimizers": {"sharding"},

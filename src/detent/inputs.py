@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from detent.grouping import Layout
+from detent.undoing import undone, without_gradients
 
 __all__ = ["Aim", "Enough", "Seen", "Watch", "Weight", "calm"]
 
@@ -251,15 +252,17 @@ def calm(model: nn.Module) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     # Nothing is compiled that has not loaded the compiler, which takes seconds.
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    try:
-        model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), eager:
-            yield
-    finally:
+
+    def back() -> None:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in modes.items():
             module.training = mode
+
+    with undone(back):
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
+        with without_gradients(), eager:
+            yield
 
 
 def _memory(t: Tensor) -> int:

@@ -24,7 +24,7 @@ from detent.recipe import Recipe, refuse_no_recipe
 from detent.targets import Form, Params, Target
 from detent.targets.kmeans import sorted_rows
 from detent.threads import OneThread
-from detent.undoing import undone, without_gradients
+from detent.undoing import undone, undone_unless_done, without_gradients
 from detent.writes import Seal
 
 __all__ = ["Encoded", "Lives", "distance_row"]
@@ -309,25 +309,41 @@ class Lives(abc.ABC):
             raise ValueError(f'calibrate({batches!r}): must be batches of inputs, or "prior" without forward=')
         with self._one_thread("calibrate"):
             self._refuse_inside("calibrate")
-            self._forget_places()
-            life = self._life(None, None)
-            with self._set_aside(life) as kept:
-                hidden = {e.name: e.hidden_whole() if "latent" in e.state else kept[e.name] for e, _, _ in life}
-                if isinstance(batches, str):
-                    found = by_prior(self.model, life, hidden, how)
-                else:
-                    found = calibrated(self.model, life, hidden, batches, forward, how)
-            self._statistics.pop(self._life_key(None, None), None)  # they were of other places
-            self._found_for = fingerprint(self._entries)
-            if found.statistics is not None:
-                self._keep_statistics(found.statistics)
-            for entry, _, _ in life:
-                entry.chosen = found.places.get(entry.name)
-            self.calibration = found.report
+            self._settle()  # what was found for other weights is no more
+            with undone_unless_done(self._as_now()):
+                self._forget_places()
+                life = self._life(None, None)
+                with self._set_aside(life) as kept:
+                    hidden = {e.name: e.hidden_whole() if "latent" in e.state else kept[e.name] for e, _, _ in life}
+                    if isinstance(batches, str):
+                        found = by_prior(self.model, life, hidden, how)
+                    else:
+                        found = calibrated(self.model, life, hidden, batches, forward, how)
+                self._statistics.pop(self._life_key(None, None), None)  # they were of other places
+                self._found_for = fingerprint(self._entries)
+                if found.statistics is not None:
+                    self._keep_statistics(found.statistics)
+                for entry, _, _ in life:
+                    entry.chosen = found.places.get(entry.name)
+                self.calibration = found.report
         said = found.report.warning()
         if said and not isinstance(batches, str):  # nobody who gives no inputs expects a table to be seen
             warnings.warn(f"calibrate: {said}", stacklevel=3)
         return found.report
+
+    def _as_now(self) -> Callable[[], None]:
+        """What makes the compressed lives of these weights again what they are now."""
+        chosen = [(entry, entry.chosen) for entry in self._entries]
+        statistics, found_for, report = dict(self._statistics), self._found_for, self.calibration
+
+        def back() -> None:
+            for entry, places in chosen:
+                entry.chosen = places
+            self._statistics.clear()
+            self._statistics.update(statistics)
+            self._found_for, self.calibration = found_for, report
+
+        return back
 
     def _forget_places(self) -> None:
         """Let compressed lives be nearest places again."""

@@ -37,7 +37,8 @@ _ROWS = (
     nn.RNNBase,
     nn.modules.rnn.RNNCellBase,
 )
-# Modules of transformers, known by class name so that it need not be there: (axis of the outputs, stacked axes).
+# Modules of transformers, known by class name so that it need not be there, one parameter of them by its own name too:
+# (axis of the outputs, stacked axes).
 _KNOWN: Mapping[str, tuple[int, tuple[int, ...]]] = {
     "Conv1D": (1, ()),  # GPT-2: a linear layer that keeps (inputs, outputs)
     "Llama4TextExperts": (2, (0,)),
@@ -48,6 +49,16 @@ _KNOWN: Mapping[str, tuple[int, tuple[int, ...]]] = {
     "KyutaiSpeechToTextFlexibleLinear": (1, (0,)),
     "MoshiFlexibleLinear": (1, (0,)),
     "InklingSharedExperts": (1, (0,)),
+    "LongcatFlashExperts": (1, (0,)),
+    "Step3p7Experts": (1, (0,)),
+    "EsmFold2ConfidenceHead": (2, (0,)),
+    "AMSoftmaxLoss": (1, ()),
+    "Gemma3MultiModalProjector": (1, ()),
+    "T5Gemma2MultiModalProjector": (1, ()),
+    "OmDetTurboLanguageBackbone": (1, ()),
+    # XLNet multiplies (inputs, heads, outputs of a head), and on the way out (outputs, heads, inputs of a head).
+    **{f"XLNetRelativeAttention.{own}": (2, (1,)) for own in "qkvr"},
+    "XLNetRelativeAttention.o": (0, ()),
 }
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
@@ -211,12 +222,13 @@ def _layout_of(own: str, parameter: nn.Parameter, owner: nn.Module) -> tuple[Lay
         return Layout(shape=shape, channel_dim=int(turned), conv_groups=owner.groups if turned else 1), kind
     if len(shape) < 2 or (isinstance(owner, (*_ROWS, *_NORMS)) and trusted):
         return Layout(shape=shape), kind
-    known = _KNOWN.get(kind)
+    named = _KNOWN.get(f"{kind}.{own}")
+    known = named or _KNOWN.get(kind)
     # Experts of transformers 5: `use_experts_implementation` tells how their tensors lie.
     transposed = getattr(owner, "is_transposed", None)
     if known is None and len(shape) == 3 and isinstance(transposed, bool) and isinstance(_get(owner, "has_gate"), bool):
         known = (2 if transposed else 1, (0,))
-    if known is not None and len(shape) == len(known[1]) + 2:
+    if known is not None and (named or len(shape) == len(known[1]) + 2):
         return Layout(shape=shape, channel_dim=known[0], batch_axes=known[1]), kind
     outputs = _outputs_by_bias(own, parameter, owner)
     if outputs is not None:
