@@ -161,7 +161,7 @@ def main(
                 rows.append({"way": way, **one(model, run, ids, folder / way)})
                 print(rows[-1])
             target = dt.Uniform(**WAYS["W4, group of 32"])
-            rule = dt.Rule(match=MATCH, target=target, mechanism=dt.PSG())
+            rule = dt.Rule(match=MATCH, target=target, mechanism=dt.PSG(gain=8.0))
             trained = train(model, dt.Recipe([rule]), steps // 2, seed=1, rate=RATE / 4)
             assert trained is not None
             results["full_loss_after_psg"] = logits(model, ids)[1]

@@ -211,8 +211,8 @@ ACTS: dict[str, Act] = {
 
 
 MECHANISMS: dict[str, tuple[dt.Mechanism | None, dt.Target]] = {
-    "PSG": (dt.PSG(form="update"), dt.Uniform(bits=3, range="ema")),
-    "PSG gradient": (dt.PSG(form="gradient"), dt.Uniform(bits=3)),
+    "PSG": (dt.PSG(gain=8.0, form="update"), dt.Uniform(bits=3, range="ema")),
+    "PSG gradient": (dt.PSG(gain=8.0, form="gradient"), dt.Uniform(bits=3)),
     "STE": (dt.STE(), dt.Uniform(bits=3, range="ema")),
     "STE late": (dt.STE(start=1), dt.Uniform(bits=3)),
     "MirrorDescent": (dt.MirrorDescent(), dt.Ternary()),

@@ -46,8 +46,8 @@ TARGETS: dict[str, dt.Target] = {
 }
 
 MECHANISMS: dict[str, dt.Mechanism] = {
-    "PSG": dt.PSG(),
-    "PSG towards Zero": dt.PSG(toward=dt.Zero()),
+    "PSG": dt.PSG(gain=8.0),
+    "PSG towards Zero": dt.PSG(gain=8.0, toward=dt.Zero()),
     "STE": dt.STE(),
     "HardProjection": dt.HardProjection(every=10),
     "Clip": dt.Clip(),

@@ -197,7 +197,8 @@ def notes_check(seeds: Sequence[int], steps: int) -> list[dict[str, Any]]:
         (found,) = simulate(case)["ratios"].values()
         row = {"name": name, "optimizer": optimizer, "noted": noted[: len(marks)], "found": found}
         if mechanism is not None:
-            gain, eps, update = mechanism.gain, float(mechanism.eps), mechanism.form == "update"  # type: ignore[arg-type]
+            gain, eps = float(mechanism.gain), float(mechanism.eps)  # type: ignore[arg-type]
+            update = mechanism.form == "update"
             hand = by_hand(optimizer, lambda d, g=gain, e=eps: g * (d + e), update, seeds, marks[-1])
             row["by_hand"] = [float(hand)]
         rows.append(row)

@@ -20,8 +20,8 @@ STEPS, CUT = 10, 6
 
 # Every mechanism in each of its forms, moments such that something is under way at the cut.
 CASES: dict[str, tuple[dt.Target, dt.Mechanism]] = {
-    "PSG, gradient form": (dt.Uniform(bits=3), dt.PSG(form="gradient")),
-    "PSG, update form": (dt.Uniform(bits=3), dt.PSG(form="update")),
+    "PSG, gradient form": (dt.Uniform(bits=3), dt.PSG(gain=8.0, form="gradient")),
+    "PSG, update form": (dt.Uniform(bits=3), dt.PSG(gain=8.0, form="update")),
     "Penalty": (dt.Uniform(bits=3), dt.Penalty(strength=0.1)),
     "Proximal": (dt.Uniform(bits=3), dt.Proximal(strength=0.5)),
     "Clip": (dt.Uniform(bits=3), dt.Clip()),
@@ -39,7 +39,7 @@ CASES: dict[str, tuple[dt.Target, dt.Mechanism]] = {
     "MirrorDescent, primal": (dt.Binary(), dt.MirrorDescent(form="primal", beta=2.0)),
     "GDTanh": (dt.Binary(), dt.GDTanh(beta=2.0)),
     "PMF": (dt.Ternary(), dt.PMF(beta=2.0)),
-    "two stages": (dt.Uniform(bits=3), dt.PSG()),
+    "two stages": (dt.Uniform(bits=3), dt.PSG(gain=8.0)),
 }
 
 

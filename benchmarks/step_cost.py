@@ -42,8 +42,10 @@ _NM = dt.NM(n=2, m=4)
 # Every mechanism with its defaults on the targets that it is used for. Long trainings, so that each is at work and no
 # schedule comes to its end while it is timed.
 ARMS: dict[str, tuple[dt.Target, dt.Mechanism]] = {
-    "PSG, gradient form": (_U4, dt.PSG(form="gradient", clip_start=0)),
-    "PSG, update form": (_U4, dt.PSG(form="update", clip_start=0)),
+    "PSG, gradient form, its own gain": (_U4, dt.PSG(form="gradient", start=0, strength=1.0)),
+    "PSG, update form, its own gain": (_U4, dt.PSG(form="update", start=0, strength=1.0)),
+    "PSG, gradient form": (_U4, dt.PSG(gain=8.0, form="gradient", clip_start=0)),
+    "PSG, update form": (_U4, dt.PSG(gain=8.0, form="update", clip_start=0)),
     "ADMM, 4 bits": (_U4, dt.ADMM(every=1000)),
     "ADMM, TopK over the model": (dt.TopK(keep=0.1, scope="model"), dt.ADMM(every=1000)),
     "ADMM, 2:4": (_NM, dt.ADMM(every=1000)),

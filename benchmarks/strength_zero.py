@@ -97,9 +97,9 @@ def compare(
     base = train(optimizer, implementation, None, seed, steps)
     rivals: dict[str, dt.PSG | None] = {
         "base_again": None,
-        "strength_zero": dt.PSG(strength=0.0, form=form),
-        "not_started": dt.PSG(start=steps, form=form),
-        "strength_one": dt.PSG(strength=1.0, form=form),
+        "strength_zero": dt.PSG(gain=8.0, strength=0.0, form=form),
+        "not_started": dt.PSG(gain=8.0, start=steps, form=form),
+        "strength_one": dt.PSG(gain=8.0, strength=1.0, form=form),
     }
     found = {
         name: differing(base, train(optimizer, implementation, mechanism, seed, steps))

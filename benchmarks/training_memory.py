@@ -45,7 +45,7 @@ def rules() -> dict[str, dt.Rule | None]:
 
     return {
         "plain": None,
-        "PSG, 4 bits": rule(grid, dt.PSG(), EVERY),
+        "PSG, 4 bits": rule(grid, dt.PSG(gain=8.0), EVERY),
         "straight-through, 4 bits": rule(grid, dt.STE()),
         "mirror descent, binary": rule(signs, dt.MirrorDescent()),
         "ADMM, 10 % of each tensor": rule(tensor, admm),

@@ -186,7 +186,7 @@ def _order_gaps(target: dt.Target, psg: dt.PSG, seed: int) -> list[float]:
         rule = dt.Rule(match="w", include="w", target=target, mechanism=psg, fit_until=0)
         dt.attach(model, opt, dt.Recipe([rule]), total_steps=1)
         # With lambda_s the factor is some 150 * cell / 4, not 1: keep the steps as small as those of the other rows.
-        model.w.grad = g / psg.gain if psg.units == "weight" else g.clone()
+        model.w.grad = g / float(psg.gain) if psg.units == "weight" else g.clone()
         gradient = model.w.grad.clone()
         opt.step()
         s = psg.scale(w, target, params)

@@ -72,12 +72,13 @@ TARGETS: dict[str, dt.Target] = {
 
 # Every mechanism with sample arguments, short enough to act within a dozen steps.
 MECHANISMS: dict[str, dt.Mechanism] = {
-    "psg": dt.PSG(),
+    "psg": dt.PSG(gain=8.0),
+    "psg-auto": dt.PSG(start=2),
     "psg-gradient": dt.PSG(form="gradient", gain=2.0, eps=0.1, clip_norm=1.0, clip_start=2),
     "psg-update": dt.PSG(form="update", gain=0.5, strength=0.4, clip=False),
-    "psg-late": dt.PSG(start=4, strength=dt.Linear(first=0.0, last=1.0, begin=4, end=9)),
+    "psg-late": dt.PSG(gain=8.0, start=4, strength=dt.Linear(first=0.0, last=1.0, begin=4, end=9)),
     "psg-paper": dt.PSG.paper(lambda_s=20.0, eps=0.01),
-    "psg-toward-zero": dt.PSG(toward=dt.Zero(granularity="channel")),
+    "psg-toward-zero": dt.PSG(gain=8.0, toward=dt.Zero(granularity="channel")),
     "ste": dt.STE(),
     "ste-late": dt.STE(start=0.4),
     "hard": dt.HardProjection(every=3),
@@ -143,6 +144,8 @@ PAIRS: list[tuple[str, str]] = [
 LONG_PAIRS: list[tuple[str, str]] = [
     ("uniform-4", "psg"),
     ("uniform-4-channel-half", "psg-gradient"),
+    ("uniform-4-group", "psg-auto"),
+    ("topk-model", "psg-auto"),
     ("uniform-4-group", "psg-update"),
     ("uniform-5-channel-ema", "psg-late"),
     ("uniform-8-ema", "psg-paper"),
@@ -384,15 +387,19 @@ ERRORS: dict[str, ErrorCase] = {
         make=lambda: dt.TopK(keep=0.1, scope="layer"),  # type: ignore[arg-type]
         says='must be "tensor" or "model"',
     ),
-    "strength too large": ErrorCase(make=lambda: dt.PSG(strength=1.5), says="PSG(strength=1.5): must lie in [0, 1]"),
+    "strength too large": ErrorCase(
+        make=lambda: dt.PSG(gain=8.0, strength=1.5), says="PSG(strength=1.5): must lie in [0, 1]"
+    ),
     "gain not positive": ErrorCase(make=lambda: dt.PSG(gain=0.0), says="PSG(gain=0.0): must be a finite number > 0"),
     "gain not finite": ErrorCase(make=lambda: dt.PSG(gain=float("inf")), says="finite number > 0"),
-    "eps negative": ErrorCase(make=lambda: dt.PSG(eps=-0.1), says="PSG(eps=-0.1): must be a finite number >= 0"),
-    "clip_norm not positive": ErrorCase(
-        make=lambda: dt.PSG(clip_norm=0.0), says="PSG(clip_norm=0.0): must be a number > 0"
+    "eps negative": ErrorCase(
+        make=lambda: dt.PSG(gain=8.0, eps=-0.1), says="PSG(eps=-0.1): must be a finite number >= 0"
     ),
-    "no such form": ErrorCase(make=lambda: dt.PSG(form="grad"), says='"auto", "gradient" or "update"'),  # type: ignore[arg-type]
-    "no such units": ErrorCase(make=lambda: dt.PSG(units="metre"), says='must be "cell" or "weight"'),  # type: ignore[arg-type]
+    "clip_norm not positive": ErrorCase(
+        make=lambda: dt.PSG(gain=8.0, clip_norm=0.0), says="PSG(clip_norm=0.0): must be a number > 0"
+    ),
+    "no such form": ErrorCase(make=lambda: dt.PSG(gain=8.0, form="grad"), says='"auto", "gradient" or "update"'),  # type: ignore[arg-type]
+    "no such units": ErrorCase(make=lambda: dt.PSG(gain=8.0, units="metre"), says='must be "cell" or "weight"'),  # type: ignore[arg-type]
     "project never": ErrorCase(
         make=lambda: dt.HardProjection(every=0), says="HardProjection(every=0): must be a whole number >= 1"
     ),
@@ -451,7 +458,7 @@ ERRORS: dict[str, ErrorCase] = {
         make=lambda: dt.Rule(match="a", target=_U4, keep=True), says="give either target= or keep=True"
     ),
     "mechanism without target": ErrorCase(
-        make=lambda: dt.Rule(match="a", keep=True, mechanism=dt.PSG()), says="a mechanism needs a target"
+        make=lambda: dt.Rule(match="a", keep=True, mechanism=dt.PSG(gain=8.0)), says="a mechanism needs a target"
     ),
     "fit never": ErrorCase(make=lambda: dt.Rule(match="a", target=_U4, fit_every=0), says="Rule(fit_every=0)"),
     "fit until after the end": ErrorCase(

@@ -92,6 +92,14 @@ def scale_free(w: Array, target: Array, r: float, c: float, strength: float, gai
     return (1 - strength) + strength * gain * (d + eps * c) / r
 
 
+def spread_of_itself(g: Array, factor: Array) -> float:
+    """F = sum g^2 f / sum g^2, at least 1 / 16, over a whole tensor, entry by entry."""
+    above = below = 0.0
+    for each, f in zip(g.ravel().tolist(), factor.ravel().tolist(), strict=True):
+        above, below = above + each * each * f, below + each * each
+    return max(above / below, 1 / 16) if below else 1.0
+
+
 class SGD:
     """Heavy ball with coupled weight decay: v <- m v + (g + decay w), w <- w - lr v; v starts as the first gradient."""
 
@@ -177,6 +185,46 @@ def psg_update(
     for g in gradients:
         s = scale_free(w, project(w), r, c, strength, gain, eps)
         w = w + s * optimizer.update(g) - optimizer.lr * optimizer.decay * w
+        path.append(w)
+    return path
+
+
+def psg_of_itself(
+    w: Array,
+    gradients: Sequence[Array],
+    *,
+    fit: Callable[[Array], tuple[Callable[[Array], Array], float, float, float]],
+    rate: Callable[[int], float],
+    eps: Callable[[int], float],
+    optimizer: SGD | AdamW,
+) -> list[Array]:
+    """PSG that sets its gain: plain until 0.4 of training, fitted then, in full strength at half of the rest.
+
+    Under SGD on the gradient, else on the step (without its decoupled decay); clipped from where it begins. F is found
+    where it begins and in every tenth step from `begin`, the gain in every step: clamp(heat, 1 / F, 4 / F).
+    """
+    path, total = [], len(gradients)
+    begin, spread = round(0.4 * total), 1.0
+    project, r, c, limit = fit(w)
+    for t, g in enumerate(gradients):
+        optimizer.lr = rate(t)
+        strength = min(max(t - begin, 0) / (0.5 * (total - begin)), 1.0)
+        if t == begin + 1:
+            project, r, c, limit = fit(w)
+        heat = max(rate(i) for i in range(t + 1)) / rate(t)
+        move = g if isinstance(optimizer, SGD) else optimizer.update(g)
+        s = np.ones_like(w)
+        if strength > 0:
+            factor = scale_free(w, project(w), r, c, 1.0, 1.0, eps(t))
+            if t == begin + 1 or (t - begin) % 10 == 0:
+                spread = spread_of_itself(move, factor)
+            s = 1 - strength + strength * min(max(heat, 1 / spread), 4 / spread) * factor
+        if isinstance(optimizer, SGD):
+            w = optimizer.step(w, s * g)
+        else:
+            w = w + s * move - optimizer.lr * optimizer.decay * w
+        if strength > 0:
+            w = np.clip(w, -limit, limit)
         path.append(w)
     return path
 

@@ -582,7 +582,9 @@ def test_corrected_statistics_are_in_the_file_and_recalibrating_replaces_them(ne
 # --- trained runs -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE(), dt.PSG(toward=dt.Zero()), dt.ADMM(every=2)], ids=repr)
+@pytest.mark.parametrize(
+    "mechanism", [dt.PSG(gain=8.0), dt.STE(), dt.PSG(gain=8.0, toward=dt.Zero()), dt.ADMM(every=2)], ids=repr
+)
 def test_places_are_of_the_weights_of_the_moment(mechanism: dt.Mechanism) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))

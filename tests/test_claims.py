@@ -446,7 +446,7 @@ def test_training_moves_a_turned_weight_as_its_twin() -> None:
     x = torch.randn(3, 4)
     for layer in (turned, plain):
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-        recipe = dt.Recipe([dt.Rule(match="weight", target=ROWS, mechanism=dt.PSG())])
+        recipe = dt.Recipe([dt.Rule(match="weight", target=ROWS, mechanism=dt.PSG(gain=8.0))])
         dt.attach(layer, optimizer, recipe, total_steps=3)
         for _ in range(3):
             optimizer.zero_grad()
@@ -457,7 +457,7 @@ def test_training_moves_a_turned_weight_as_its_twin() -> None:
 
 # --- frozen parameters --------------------------------------------------------------------------------------------
 
-PULLED = dt.Rule(match="weight", target=U4, mechanism=dt.PSG())
+PULLED = dt.Rule(match="weight", target=U4, mechanism=dt.PSG(gain=8.0))
 
 
 def frozen_backbone() -> nn.Sequential:
@@ -679,7 +679,7 @@ def told(call: Any) -> list[str]:
 
 def test_what_a_whole_recipe_leaves_is_said_by_name_and_share() -> None:
     model, weights = Experts(), 2 * 16 + 2 * 4 + 2 * 192
-    recipe = dt.Recipe([dt.Rule(match="layers.*weight|up0", target=U4, mechanism=dt.PSG())])
+    recipe = dt.Recipe([dt.Rule(match="layers.*weight|up0", target=U4, mechanism=dt.PSG(gain=8.0))])
     share = f"experts.up1 ({100 * 192 / weights:.1f} % of the weights; no rule matches)"
     assert str(recipe.resolve(model)).splitlines()[-1] == f"left in full precision: {share}"
     (said,) = told(lambda: dt.compress(model, recipe))

@@ -567,7 +567,7 @@ def test_other_targets_are_refused() -> None:
 def test_psg_moves_a_kernel_as_one() -> None:
     w = torch.randn(8, 4, 3, 3)
     params = LAYER.fit(w)
-    scale = dt.PSG(eps=0.0).scale(w, LAYER, params).reshape(-1, 9)
+    scale = dt.PSG(gain=8.0, eps=0.0).scale(w, LAYER, params).reshape(-1, 9)
     assert bool((scale == scale[:, :1]).all()) and len(scale[:, 0].unique()) > 10
 
 

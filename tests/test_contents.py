@@ -16,7 +16,7 @@ import detent as dt
 from detent import pack
 from detent.contents import contents_of
 
-RECIPE = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.PSG())])
+RECIPE = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.PSG(gain=8.0))])
 
 
 class Net(nn.Sequential):

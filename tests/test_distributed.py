@@ -25,10 +25,16 @@ RULES: dict[str, dt.Recipe] = {
     # Channel scales of a tensor cut by rows, first and last layer by their own rules.
     "psg": dt.Recipe(
         [
-            dt.Rule(match="@first", target=dt.Uniform(bits=3, granularity="channel"), mechanism=dt.PSG(clip_norm=0.5)),
-            dt.Rule(match="weight", target=dt.Uniform(bits=3), mechanism=dt.PSG(clip_norm=0.5), fit_every=3),
+            dt.Rule(
+                match="@first",
+                target=dt.Uniform(bits=3, granularity="channel"),
+                mechanism=dt.PSG(gain=8.0, clip_norm=0.5),
+            ),
+            dt.Rule(match="weight", target=dt.Uniform(bits=3), mechanism=dt.PSG(gain=8.0, clip_norm=0.5), fit_every=3),
         ]
     ),
+    # A gain is that of the whole tensor.
+    "psg-auto": dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=3), mechanism=dt.PSG(start=2))]),
     "ste": dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=3, range="ema"), mechanism=dt.STE())]),
     "prune": dt.Recipe(
         [
@@ -40,7 +46,10 @@ RULES: dict[str, dt.Recipe] = {
     "psg-prune": dt.Recipe(
         [
             dt.Rule(
-                match="weight", target=dt.TopK(keep=0.3, scope="model"), mechanism=dt.PSG(toward=dt.Zero()), fit_every=2
+                match="weight",
+                target=dt.TopK(keep=0.3, scope="model"),
+                mechanism=dt.PSG(gain=8.0, toward=dt.Zero()),
+                fit_every=2,
             )
         ]
     ),
@@ -205,6 +214,8 @@ def sharded(world: int, **options: Any) -> nn.Sequential:
 CASES: dict[str, tuple[str, Callable[[nn.Module], torch.optim.Optimizer]]] = {
     "psg-sgd": ("psg", sgd),
     "psg-adamw": ("psg", adamw),
+    "psg-auto-sgd": ("psg-auto", sgd),
+    "psg-auto-adamw": ("psg-auto", adamw),
     "ste-adamw": ("ste", adamw),
     "prune-sgd": ("prune", sgd),
     "psg-prune-sgd": ("psg-prune", sgd),
@@ -216,7 +227,16 @@ CASES: dict[str, tuple[str, Callable[[nn.Module], torch.optim.Optimizer]]] = {
 }
 
 
-RESUMED = ("psg-adamw", "ste-adamw", "prune-sgd", "admm-prune-adamw", "fisher-sgd", "freeze-sgd", "mirror-adamw")
+RESUMED = (
+    "psg-adamw",
+    "psg-auto-adamw",
+    "ste-adamw",
+    "prune-sgd",
+    "admm-prune-adamw",
+    "fisher-sgd",
+    "freeze-sgd",
+    "mirror-adamw",
+)
 # Their two lives are one by the end.
 ONE_LIFE = ("ste", "prune", "admm-prune", "fisher", "freeze", "mirror", "stages")
 

@@ -47,7 +47,7 @@ def train(model: nn.Module, optimizers: torch.optim.Optimizer | list[Any], steps
 
 def recipe(mechanism: dt.Mechanism | None = None, match: str = "weight", **options: Any) -> dt.Recipe:
     target = options.pop("target", dt.Uniform(bits=3, range="minmax"))
-    return dt.Recipe([dt.Rule(match=match, target=target, mechanism=mechanism or dt.PSG(), **options)])
+    return dt.Recipe([dt.Rule(match=match, target=target, mechanism=mechanism or dt.PSG(gain=8.0), **options)])
 
 
 def test_a_run_says_in_a_line_how_far_it_is() -> None:
@@ -95,12 +95,14 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 EMA = dt.Uniform(bits=3, range="ema")
 PRUNE = dt.TopK(keep=0.3, scope="model")
 RESUMES: dict[str, tuple[Callable[[nn.Module], torch.optim.Optimizer], dt.Recipe]] = {
-    "psg-gradient": (sgd, recipe(dt.PSG(clip_start=3))),
-    "psg-update": (adamw, recipe(dt.PSG(clip_start=3))),
-    "psg-refit": (sgd, recipe(dt.PSG(), fit_every=4, fit_until=1.0)),
+    "psg-gradient": (sgd, recipe(dt.PSG(gain=8.0, clip_start=3))),
+    "psg-update": (adamw, recipe(dt.PSG(gain=8.0, clip_start=3))),
+    "psg-auto": (sgd, recipe(dt.PSG(start=2))),
+    "psg-auto-update": (adamw, recipe(dt.PSG(start=2))),
+    "psg-refit": (sgd, recipe(dt.PSG(gain=8.0), fit_every=4, fit_until=1.0)),
     "psg-ema": (sgd, recipe(dt.PSG.paper(), target=EMA, fit_every=1, fit_until=1.0)),
-    "psg-mse": (sgd, recipe(dt.PSG(), target=dt.Uniform(bits=3), fit_every=5)),
-    "psg-prune": (sgd, recipe(dt.PSG(toward=dt.Zero()), target=PRUNE, fit_every=3)),
+    "psg-mse": (sgd, recipe(dt.PSG(gain=8.0), target=dt.Uniform(bits=3), fit_every=5)),
+    "psg-prune": (sgd, recipe(dt.PSG(gain=8.0, toward=dt.Zero()), target=PRUNE, fit_every=3)),
     "ste": (sgd, recipe(dt.STE())),
     "ste-late": (adamw, recipe(dt.STE(start=6))),
     "projection-masks": (sgd, recipe(dt.HardProjection(every=3), target=PRUNE)),
@@ -238,7 +240,7 @@ def test_state_of_another_run_is_refused(spoil: Callable[[dict[str, Any]], Any],
         optimizer.load_state_dict(saved)
 
 
-@pytest.mark.parametrize("mechanism", [dt.STE(), dt.PSG()], ids=["ste", "psg"])
+@pytest.mark.parametrize("mechanism", [dt.STE(), dt.PSG(gain=8.0)], ids=["ste", "psg"])
 def test_a_state_that_was_loaded_before_attach_is_missed(mechanism: dt.Mechanism) -> None:
     """torch drops our part without a word; what is left of it in a group says that there was one."""
     model = net()
@@ -403,7 +405,7 @@ def test_torch_distributed_checkpoint_saves_and_loads_the_run(name: str, cut: in
 # ------------------------------------------------------------------------------------ writes by others, broken steps
 
 
-@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE(), dt.HardProjection(every=2)])
+@pytest.mark.parametrize("mechanism", [dt.PSG(gain=8.0), dt.STE(), dt.HardProjection(every=2)])
 def test_weights_loaded_behind_our_back_are_noticed(mechanism: dt.Mechanism) -> None:
     model = net()
     optimizer = sgd(model)
@@ -450,7 +452,7 @@ def test_weights_replaced_behind_our_back_are_noticed(attached: bool, tmp_path: 
             assert torch.equal(model[0].weight, grid.project(wanted, grid.fit(wanted)))
 
 
-@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE()], ids=["psg", "ste"])
+@pytest.mark.parametrize("mechanism", [dt.PSG(gain=8.0), dt.STE()], ids=["psg", "ste"])
 def test_adopting_after_the_fit_is_over_keeps_the_grid(mechanism: dt.Mechanism) -> None:
     model = net()
     optimizer = sgd(model)
@@ -496,10 +498,12 @@ class Breaks(torch.optim.SGD):
 @pytest.mark.parametrize(
     ("mechanism", "where"),
     [
-        (dt.PSG(form="gradient", clip=False), "before"),
-        (dt.PSG(form="gradient", clip=False, clip_norm=0.5), "before"),
-        (dt.PSG(form="update"), "before"),
-        (dt.PSG(form="update"), "after"),
+        (dt.PSG(gain=8.0, form="gradient", clip=False), "before"),
+        (dt.PSG(gain=8.0, form="gradient", clip=False, clip_norm=0.5), "before"),
+        (dt.PSG(gain=8.0, form="update"), "before"),
+        (dt.PSG(gain=8.0, form="update"), "after"),
+        (dt.PSG(start=0), "before"),
+        (dt.PSG(start=0, form="update"), "after"),
         (dt.STE(), "before"),
         (dt.STE(), "after"),
         (dt.HardProjection(every=2), "before"),
@@ -548,7 +552,7 @@ def test_after_a_broken_step_a_new_gradient_is_scaled_as_ever() -> None:
     for broken in (False, True):
         model = net()
         optimizer = Breaks(model.parameters(), lr=0.1)
-        dt.attach(model, optimizer, recipe(dt.PSG(form="gradient")), total_steps=STEPS)
+        dt.attach(model, optimizer, recipe(dt.PSG(gain=8.0, form="gradient")), total_steps=STEPS)
         if broken:
             optimizer.broken = "before"
             with pytest.raises(OSError, match="disk is full"):
@@ -584,7 +588,7 @@ def test_a_bad_gradient_changes_nothing_and_is_named(bad: float) -> None:
 def test_bad_gradients_may_be_ignored() -> None:
     model = net()
     optimizer = sgd(model)
-    run = dt.attach(model, optimizer, recipe(dt.PSG(form="gradient")), total_steps=STEPS, nonfinite="ignore")
+    run = dt.attach(model, optimizer, recipe(dt.PSG(gain=8.0, form="gradient")), total_steps=STEPS, nonfinite="ignore")
     model(batch(0)[0]).sum().backward()
     model[2].weight.grad[1, 1] = float("nan")
     optimizer.step()
@@ -595,11 +599,11 @@ def test_bad_gradients_may_be_ignored() -> None:
 def test_a_finite_gradient_whose_norm_overflows_is_not_called_bad() -> None:
     model = net().half()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
-    run = dt.attach(model, optimizer, recipe(dt.PSG(start=5)), total_steps=STEPS)
+    run = dt.attach(model, optimizer, recipe(dt.PSG(gain=8.0, start=5)), total_steps=STEPS)
     for p in model.parameters():
         p.grad = torch.full_like(p, 6e4)
     optimizer.step()
-    rule = recipe(dt.PSG(form="update"))
+    rule = recipe(dt.PSG(gain=8.0, form="update"))
     run.detach()
     run = dt.attach(model, optimizer, rule, total_steps=STEPS)
     optimizer.step()
@@ -627,7 +631,7 @@ def test_an_unclaimed_sparse_gradient_is_fine() -> None:
 def test_a_claimed_weight_without_a_gradient_is_left_alone() -> None:
     model = net()
     optimizer = sgd(model)
-    run = dt.attach(model, optimizer, recipe(dt.PSG(clip=False)), total_steps=STEPS)
+    run = dt.attach(model, optimizer, recipe(dt.PSG(gain=8.0, clip=False)), total_steps=STEPS)
     before = everything(model)
     model[:2](batch(0)[0]).square().sum().backward()
     optimizer.step()
@@ -918,7 +922,7 @@ def trained(mechanism: dt.Mechanism | None = None, **options: Any) -> tuple[Any,
     return model, optimizer, run
 
 
-@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE(), dt.HardProjection(every=2)])
+@pytest.mark.parametrize("mechanism", [dt.PSG(gain=8.0), dt.STE(), dt.HardProjection(every=2)])
 def test_compressed_shows_the_codes_and_gives_the_full_life_back_bitwise(mechanism: dt.Mechanism) -> None:
     model, optimizer, run = trained(mechanism)
     before = everything(model)
@@ -947,7 +951,9 @@ def test_looking_at_the_compressed_life_does_not_change_the_training() -> None:
     for look in (False, True):
         model = normed()
         optimizer = sgd(model)
-        run = dt.attach(model, optimizer, recipe(dt.PSG(), target=EMA, fit_every=2, fit_until=1.0), total_steps=STEPS)
+        run = dt.attach(
+            model, optimizer, recipe(dt.PSG(gain=8.0), target=EMA, fit_every=2, fit_until=1.0), total_steps=STEPS
+        )
         for step in range(6):
             train(model, optimizer, [step])
             if look:
@@ -995,7 +1001,7 @@ def test_what_is_written_inside_a_life_is_refused_on_leaving() -> None:
 def test_infinite_weights_are_named_by_what_would_keep_them(tmp_path: Path) -> None:
     model = net()
     optimizer = sgd(model)
-    free = recipe(dt.PSG(clip=False), fit_until=1)
+    free = recipe(dt.PSG(gain=8.0, clip=False), fit_until=1)
     run = dt.attach(model, optimizer, free, total_steps=STEPS, nonfinite="ignore")
     train(model, optimizer, range(2))
     assert model[2].weight.grad is not None
@@ -1011,15 +1017,15 @@ def test_infinite_weights_are_named_by_what_would_keep_them(tmp_path: Path) -> N
 def test_other_widths_and_other_recipes() -> None:
     model = net()
     rules = [
-        dt.Rule(match=r"^0\.", target=dt.Uniform(bits=8), mechanism=dt.PSG(), pinned=True),
-        dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.PSG()),
+        dt.Rule(match=r"^0\.", target=dt.Uniform(bits=8), mechanism=dt.PSG(gain=8.0), pinned=True),
+        dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.PSG(gain=8.0)),
     ]
     run = dt.attach(model, sgd(model), dt.Recipe(rules), total_steps=STEPS)
     before = everything(model)
     with run.compressed(bits=2):
         assert len(model[0].weight.unique()) > 15, "a pinned rule keeps its width"
         assert [len(model[i].weight.unique()) for i in (2, 4)] == [3, 3]
-    with run.compressed(recipe=recipe(dt.PSG(), target=dt.TopK(keep=0.25, scope="model"))):
+    with run.compressed(recipe=recipe(dt.PSG(gain=8.0), target=dt.TopK(keep=0.25, scope="model"))):
         kept = sum(int((model[i].weight != 0).sum()) for i in (0, 2, 4))
         assert kept == round(0.25 * (48 + 40 + 15))
     assert_same(everything(model), before)
@@ -1074,10 +1080,10 @@ def test_recalibrate_refuses_what_it_cannot_do() -> None:
 @pytest.mark.parametrize(
     ("mechanism", "target"),
     [
-        (dt.PSG(), dt.Uniform(bits=3)),
+        (dt.PSG(gain=8.0), dt.Uniform(bits=3)),
         (dt.STE(), dt.Uniform(bits=2, granularity="channel")),
         (dt.HardProjection(every=2), dt.TopK(keep=0.25)),
-        (dt.PSG(toward=dt.Zero()), dt.TopK(keep=0.25, scope="model")),
+        (dt.PSG(gain=8.0, toward=dt.Zero()), dt.TopK(keep=0.25, scope="model")),
     ],
 )
 def test_finalize_is_exact_and_over(mechanism: dt.Mechanism, target: dt.Target) -> None:
@@ -1104,7 +1110,11 @@ def test_finalize_is_exact_and_over(mechanism: dt.Mechanism, target: dt.Target) 
 
 def test_memory_is_what_the_mechanism_says() -> None:
     """PSG keeps nothing between steps, STE a latent, hard projection a mask."""
-    for mechanism, wanted in ((dt.PSG(), set()), (dt.STE(), {"latent"}), (dt.HardProjection(every=2), {"mask"})):
+    for mechanism, wanted in (
+        (dt.PSG(gain=8.0), set()),
+        (dt.STE(), {"latent"}),
+        (dt.HardProjection(every=2), {"mask"}),
+    ):
         _, optimizer, _ = trained(mechanism)
         held = optimizer.state_dict()["detent"]["weights"]["0.weight"]["state"]
         assert set(held) == wanted == set(mechanism.memory)
@@ -1189,8 +1199,8 @@ def test_the_trained_width_asked_for_by_number_is_the_trained_life():
 
 
 def test_state_fitted_for_another_target_is_refused_by_name():
-    saved = _small(dt.PSG(), bits=8)[2].state_dict()
-    run = _small(dt.PSG(), bits=2)[2]
+    saved = _small(dt.PSG(gain=8.0), bits=8)[2].state_dict()
+    run = _small(dt.PSG(gain=8.0), bits=2)[2]
     with pytest.raises(
         ValueError, match=r"'weight' was saved for Uniform\(bits=8\).*this recipe has Uniform\(bits=2\)"
     ):
@@ -1203,9 +1213,9 @@ def test_state_fitted_for_another_target_is_refused_by_name():
 @pytest.mark.parametrize("field", ["strength", "eps"])
 def test_a_schedule_that_would_turn_s_negative_is_refused(field):
     with pytest.raises(ValueError, match=rf"PSG\({field}="):
-        replace(dt.PSG(), **{field: dt.Linear(first=0.1, last=-0.5)})
+        replace(dt.PSG(gain=8.0), **{field: dt.Linear(first=0.1, last=-0.5)})
     with pytest.raises(ValueError, match=r"PSG\(strength="):
-        dt.PSG(strength=dt.Linear(first=0, last=2))
+        dt.PSG(gain=8.0, strength=dt.Linear(first=0, last=2))
 
 
 def test_two_parameters_of_one_canonical_name_are_refused():
@@ -1215,7 +1225,7 @@ def test_two_parameters_of_one_canonical_name_are_refused():
 
 
 def test_a_clipped_norm_does_not_spread_the_nan_of_an_unclaimed_gradient():
-    model, optimizer, _ = _small(dt.PSG(clip_norm=1.0))
+    model, optimizer, _ = _small(dt.PSG(gain=8.0, clip_norm=1.0))
     before = model.weight.detach().clone()
     model.weight.grad, model.bias.grad = torch.ones(5, 6), torch.full((5,), float("nan"))
     with pytest.raises(RuntimeError, match=r"gradient of 'bias' is not finite"):
@@ -1224,7 +1234,7 @@ def test_a_clipped_norm_does_not_spread_the_nan_of_an_unclaimed_gradient():
 
 
 def test_a_pull_that_starts_late_goes_to_a_grid_fitted_then():
-    model, optimizer, run = _small(dt.PSG(start=0.5))
+    model, optimizer, run = _small(dt.PSG(gain=8.0, start=0.5))
     for _ in range(10):
         _one_step(model, optimizer)
     held = run.state_dict()["weights"]["weight"]["pull"]["scale"].clone()
@@ -1236,10 +1246,10 @@ def test_a_pull_that_starts_late_goes_to_a_grid_fitted_then():
 
 
 LATE = {
-    "start": dt.PSG(start=50, clip=False),
-    "start-and-clip": dt.PSG(start=50, clip_start=50),
+    "start": dt.PSG(gain=8.0, start=50, clip=False),
+    "start-and-clip": dt.PSG(gain=8.0, start=50, clip_start=50),
     "clip": dt.PSG(clip_start=0.5, gain=1.0),
-    "schedule": dt.PSG(strength=dt.Linear(first=0.0, last=1.0, begin=0.5, end=0.6), clip=False),
+    "schedule": dt.PSG(gain=8.0, strength=dt.Linear(first=0.0, last=1.0, begin=0.5, end=0.6), clip=False),
     "clip-alone": dt.Clip(start=0.5),
 }
 
@@ -1267,7 +1277,9 @@ def test_what_sets_in_after_the_fit_is_frozen_fits_afresh(name: str) -> None:
 def test_a_freeze_that_the_recipe_asks_for_holds_whatever_sets_in_later() -> None:
     model = nn.Linear(6, 5, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    rule = dt.Rule(match="weight", target=dt.Uniform(bits=3), mechanism=dt.PSG(start=50, clip=False), fit_until=10)
+    rule = dt.Rule(
+        match="weight", target=dt.Uniform(bits=3), mechanism=dt.PSG(gain=8.0, start=50, clip=False), fit_until=10
+    )
     run = dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=100)
     first = run.state_dict()["weights"]["weight"]["pull"]["scale"].clone()
     for step in range(53):
@@ -1378,7 +1390,7 @@ class _Stumbles(torch.optim.SGD):
 
 def test_a_step_that_raised_after_its_fit_resumes_bitwise() -> None:
     """The running range moves once for that step: in the process that goes on, and in one that resumes."""
-    moving = recipe(dt.PSG(clip=False), target=dt.Uniform(bits=3, range="ema"), fit_every=1, fit_until=1.0)
+    moving = recipe(dt.PSG(gain=8.0, clip=False), target=dt.Uniform(bits=3, range="ema"), fit_every=1, fit_until=1.0)
     ends = []
     for resumed in (False, True):
         model = net()

@@ -144,7 +144,7 @@ def test_narrow_dtypes_multiply_as_we_do(dtype: torch.dtype, tmp_path: Path) -> 
 def test_after_training_and_finalizing(tmp_path: Path) -> None:
     model = llama().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    rule = dt.Rule(match=LINEAR, target=dt.Uniform(bits=4, granularity=Group(size=32)), mechanism=dt.PSG())
+    rule = dt.Rule(match=LINEAR, target=dt.Uniform(bits=4, granularity=Group(size=32)), mechanism=dt.PSG(gain=8.0))
     run = dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=4)
     for _ in range(4):
         optimizer.zero_grad()

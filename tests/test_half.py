@@ -208,7 +208,7 @@ def test_a_stage_after_a_latent_one_goes_on_in_half_precision() -> None:
                 dt.Rule(
                     match="weight",
                     target=dt.SparseLevels(sparse=dt.TopK(keep="nonzero"), survivors=dt.Uniform(bits=4)),
-                    mechanism=dt.PSG(),
+                    mechanism=dt.PSG(gain=8.0),
                 )
             ],
             share=0.5,

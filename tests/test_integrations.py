@@ -57,7 +57,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 # ------------------------------------------------------------------------------------------------------ accelerate
 
 
-@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE()], ids=["psg", "ste"])
+@pytest.mark.parametrize("mechanism", [dt.PSG(gain=8.0), dt.STE()], ids=["psg", "ste"])
 def test_accelerate(mechanism: dt.Mechanism) -> None:
     """Attached through accelerate's wrapper, with its gradient accumulation: equal to the loop by hand."""
     accelerate = pytest.importorskip("accelerate")
@@ -124,7 +124,7 @@ def fit(module: Any, steps: int, folder: Path, ckpt_path: str | None = None, **o
     return trainer
 
 
-@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE()], ids=["psg", "ste"])
+@pytest.mark.parametrize("mechanism", [dt.PSG(gain=8.0), dt.STE()], ids=["psg", "ste"])
 def test_lightning_trains_and_resumes_bitwise(mechanism: dt.Mechanism, tmp_path: Path) -> None:
     """Lightning always passes a closure; its checkpoint carries our state inside the optimizer's."""
     pytest.importorskip("lightning")
@@ -150,9 +150,9 @@ def test_lightning_trains_and_resumes_bitwise(mechanism: dt.Mechanism, tmp_path:
 def test_lightning_clips_before_we_scale(tmp_path: Path) -> None:
     """Its clipping runs inside the closure's evaluation, so before our pre-hook goes on."""
     pytest.importorskip("lightning")
-    module = lightning_module(dt.PSG())
+    module = lightning_module(dt.PSG(gain=8.0))
     fit(module, 2, tmp_path, gradient_clip_val=0.1)
-    wanted, _ = plain(dt.PSG(), steps=2, clip=0.1, batches=data()[:1])
+    wanted, _ = plain(dt.PSG(gain=8.0), steps=2, clip=0.1, batches=data()[:1])
     assert_same(module.net.state_dict(), wanted)
 
 

@@ -249,7 +249,7 @@ def test_the_warp_refuses_a_grid_without_zero() -> None:
     w = torch.randn(5)
     target = dt.Uniform(bits=3, zero=False)
     with pytest.raises(ValueError, match="evenly spaced levels"):
-        dt.PSG(eps=0.1).warp(w, target, target.fit(w))
+        dt.PSG(gain=8.0, eps=0.1).warp(w, target, target.fit(w))
 
 
 # --- powers of two -----------------------------------------------------------------------------------------------

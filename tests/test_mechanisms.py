@@ -377,7 +377,7 @@ def test_the_scale_knows_no_units(bits, unit, strength, gain) -> None:
 def test_the_scale_of_small_half_weights_is_finite(dtype) -> None:
     w = (torch.randn(20, 4) * 1e-3).to(dtype)
     for target in (dt.Uniform(bits=4), dt.Zero(), dt.TopK(keep=0.5)):
-        scale = dt.PSG(eps=0.01).scale(w, target, target.fit(w))
+        scale = dt.PSG(eps=0.01, gain=8.0).scale(w, target, target.fit(w))
         assert scale.dtype == dtype and bool(scale.isfinite().all()) and bool((scale >= 0).all())
 
 
@@ -391,7 +391,7 @@ def test_survivors_of_a_sparse_target_train_freely() -> None:
 
 def test_clip_norm_acts_after_scaling() -> None:
     layer = nn.Linear(5, 4, bias=False)
-    rule = dt.Rule(match="weight", target=dt.Uniform(bits=3), mechanism=dt.PSG(clip_norm=0.5))
+    rule = dt.Rule(match="weight", target=dt.Uniform(bits=3), mechanism=dt.PSG(clip_norm=0.5, gain=8.0))
     run = dt.attach(layer, torch.optim.SGD(layer.parameters(), lr=0.1), dt.Recipe([rule]), total_steps=5)
     layer.weight.grad = torch.randn(4, 5) * 100
     run.detach()
@@ -449,7 +449,7 @@ def test_cutting_a_large_weight_into_pieces_changes_no_bit(monkeypatch, form, me
         torch.manual_seed(0)
         model = torch.nn.Conv2d(7, 5, 3, bias=False).to(memory_format=memory_format)  # type: ignore[call-overload]
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-        rule = dt.Rule(match="weight", target=dt.Uniform(bits=3), mechanism=dt.PSG(form=form, clip_start=0))
+        rule = dt.Rule(match="weight", target=dt.Uniform(bits=3), mechanism=dt.PSG(form=form, clip_start=0, gain=8.0))
         dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=5)
         for _ in range(5):
             model.weight.grad = torch.randn(5, 7, 3, 3).to(memory_format=memory_format)
@@ -460,7 +460,16 @@ def test_cutting_a_large_weight_into_pieces_changes_no_bit(monkeypatch, form, me
 
 
 @pytest.mark.parametrize("target", [dt.Uniform(bits=2), dt.Uniform(bits=4, granularity="channel"), dt.Ternary()])
-@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.Clip(), dt.PSG(start=0.05), dt.PSG(clip_start=0.1)])
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        dt.PSG(gain=8.0),
+        dt.Clip(),
+        dt.PSG(start=0.05, gain=8.0),
+        dt.PSG(clip_start=0.1, gain=8.0),
+        dt.PSG(gain=8.0, start=0.05),
+    ],
+)
 def test_clipping_does_not_shrink_weights_that_nothing_moves(target: dt.Target, mechanism: dt.Mechanism) -> None:
     """A range that is fitted again to what it has clipped is smaller each time: the naive way ends at a fraction."""
     torch.manual_seed(0)
@@ -474,7 +483,9 @@ def test_clipping_does_not_shrink_weights_that_nothing_moves(target: dt.Target, 
         optimizer.step()
         norms.append(float(model.weight.detach().norm()))
     clipped = norms[310]
-    assert clipped < norms[0] or mechanism in (dt.PSG(), dt.Clip()), "nothing was ever clipped: the test shows nothing"
+    assert clipped < norms[0] or mechanism in (dt.PSG(gain=8.0), dt.Clip()), (
+        "nothing was ever clipped: the test shows nothing"
+    )
     assert norms[-1] == pytest.approx(clipped, rel=1e-3) and clipped > 0.7 * norms[0]
 
 
@@ -495,7 +506,7 @@ def test_a_channel_of_zeros_may_still_train() -> None:
         assert not bool(model.weight.detach()[0].any())  # its grid has one level; docs/psg.md says so
 
 
-@pytest.mark.parametrize("mechanism", [dt.PSG(clip_start=7), dt.Clip(start=7)])
+@pytest.mark.parametrize("mechanism", [dt.PSG(clip_start=7, gain=8.0), dt.Clip(start=7)])
 def test_clipping_starts_from_the_range_of_the_weights_as_they_are(mechanism):
     """A range fitted at the start would hold a growing weight at its initial size; the naive way fails here."""
     model = torch.nn.Linear(8, 8, bias=False)

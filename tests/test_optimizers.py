@@ -133,9 +133,9 @@ FACTORIES: dict[str, Factory] = {
 @pytest.mark.parametrize(
     "mechanism",
     [
-        dt.PSG(strength=0.0, form="gradient", clip_norm=0.01),
-        dt.PSG(strength=0.0, form="update"),
-        dt.PSG(start=1.0),
+        dt.PSG(gain=8.0, strength=0.0, form="gradient", clip_norm=0.01),
+        dt.PSG(gain=8.0, strength=0.0, form="update"),
+        dt.PSG(gain=8.0, start=1.0),
         dt.STE(start=1.0),
         dt.HardProjection(every=1, start=1.0),
         dt.Clip(start=1.0),
@@ -148,7 +148,7 @@ def test_nothing_to_do_is_bitwise_the_base_optimizer(name: str, mechanism: dt.Me
 
 @pytest.mark.parametrize("name", FACTORIES)
 def test_the_comparison_can_fail(name: str) -> None:
-    assert not bitwise_base(FACTORIES[name], dt.PSG(strength=0.01))
+    assert not bitwise_base(FACTORIES[name], dt.PSG(gain=8.0, strength=0.01))
 
 
 # ------------------------------------------------------------------------------------------- forms of PSG and decay
@@ -174,8 +174,9 @@ def factors(before: dict[str, Tensor], mechanism: dt.PSG, bits: int = 3) -> dict
         if name.endswith("weight"):
             cell = w.abs().max() / (2 ** (bits - 1) - 1)
             distance = (w - (w / cell).round() * cell).abs()
-            strength, eps = float(mechanism.strength), float(mechanism.eps)  # type: ignore[arg-type]
-            found[name] = (1 - strength) + strength * mechanism.gain * (distance + eps * cell) / (cell / 4)
+            strength = 1.0 if mechanism.strength is None else float(mechanism.strength)  # type: ignore[arg-type]
+            eps, gain = float(mechanism.eps), float(mechanism.gain)  # type: ignore[arg-type]
+            found[name] = (1 - strength) + strength * gain * (distance + eps * cell) / (cell / 4)
     return found
 
 
@@ -213,7 +214,7 @@ def test_groups_are_found_by_their_weights_when_they_change_place() -> None:
         biases = {"params": [model[i].bias for i in (0, 2, 4)], "weight_decay": 0.0}
         rest = {"params": [model[i].weight for i in (0, 2, 4)], "weight_decay": 0.3}
         optimizer = torch.optim.AdamW([biases, rest], lr=0.05)
-        dt.attach(model, optimizer, grid(dt.PSG(form="update")), total_steps=10)
+        dt.attach(model, optimizer, grid(dt.PSG(gain=8.0, form="update")), total_steps=10)
         train(model, [optimizer], [0])
         if change:
             optimizer.param_groups.reverse()
@@ -243,19 +244,21 @@ class RateFree(torch.optim.Optimizer):
 def test_a_group_without_a_rate_trains_and_is_refused_where_the_number_is_needed() -> None:
     model = net()
     optimizer = RateFree(model.parameters())
-    run = dt.attach(model, optimizer, grid(dt.PSG()), total_steps=10)
+    run = dt.attach(model, optimizer, grid(dt.PSG(gain=8.0)), total_steps=10)
     train(model, [optimizer], range(2))
     assert run.clock == 2
     model = net()
     optimizer = RateFree(model.parameters(), weight_decay=0.1)
-    dt.attach(model, optimizer, grid(dt.PSG()), total_steps=10)
+    dt.attach(model, optimizer, grid(dt.PSG(gain=8.0)), total_steps=10)
     before = weights(model)
     with pytest.raises(RuntimeError, match=r"'0.weight' sits in a group with lr=None"):
         train(model, [optimizer], [0])
     assert same(before, weights(model))
 
 
-@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.PSG(form="update"), dt.Clip(), dt.Proximal(strength=0.1)])
+@pytest.mark.parametrize(
+    "mechanism", [dt.PSG(gain=8.0), dt.PSG(gain=8.0, form="update"), dt.Clip(), dt.Proximal(strength=0.1)]
+)
 @pytest.mark.parametrize("how", ["rate 0", "frozen", "no gradient"])
 def test_what_the_optimizer_may_not_move_is_not_clipped_either(how: str, mechanism: dt.Mechanism) -> None:
     model = net()
@@ -287,13 +290,13 @@ def test_decay_is_told_for_each_kind_of_group() -> None:
         model = net()
         groups = [{"params": model[i].parameters(), "momentum": 0.9 * (i == 2)} for i in (0, 2, 4)][::order]
         optimizer = torch.optim.SGD(groups, lr=0.05, weight_decay=0.3)
-        dt.attach(model, optimizer, grid(dt.PSG(form="update", clip=False)), total_steps=10)
+        dt.attach(model, optimizer, grid(dt.PSG(gain=8.0, form="update", clip=False)), total_steps=10)
         old = weights(model)["2.weight"]
         train(model, [optimizer], [0])
         ends.append(weights(model))
         alone = net()
         other = torch.optim.SGD(alone.parameters(), lr=0.05, weight_decay=0.3, momentum=0.9)
-        dt.attach(alone, other, grid(dt.PSG(form="update", clip=False)), total_steps=10)
+        dt.attach(alone, other, grid(dt.PSG(gain=8.0, form="update", clip=False)), total_steps=10)
         train(alone, [other], [0])
         assert not torch.equal(old, alone[2].weight)
         assert torch.equal(model[2].weight, alone[2].weight)
@@ -327,7 +330,7 @@ def test_auto_is_gradient_for_sgd_and_update_for_all_else() -> None:
         for form in ("auto", "gradient", "update"):
             model = net()
             optimizers = many(FACTORIES[name](model))
-            dt.attach(model, optimizers, grid(dt.PSG(form=form)), total_steps=10)
+            dt.attach(model, optimizers, grid(dt.PSG(gain=8.0, form=form)), total_steps=10)
             train(model, optimizers, range(3))
             runs[form] = weights(model)
         assert same(runs["auto"], runs["gradient" if name.startswith("sgd") else "update"])
@@ -360,7 +363,7 @@ class Unbuildable(Lion):
 def test_decay_that_cannot_be_told_is_refused_before_any_weight_moves(factory: Factory, words: str) -> None:
     model = net()
     optimizers = many(factory(model))
-    dt.attach(model, optimizers, grid(dt.PSG()), total_steps=10)
+    dt.attach(model, optimizers, grid(dt.PSG(gain=8.0)), total_steps=10)
     before = weights(model)
     with pytest.raises(RuntimeError, match=words):
         train(model, optimizers, [0])
@@ -420,7 +423,7 @@ def test_two_limits_in_one_optimizer_are_refused() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     target = dt.Uniform(bits=4)
-    rules = [dt.Rule(match=f"{i}.weight", target=target, mechanism=dt.PSG(clip_norm=1.0 + i)) for i in (0, 2)]
+    rules = [dt.Rule(match=f"{i}.weight", target=target, mechanism=dt.PSG(gain=8.0, clip_norm=1.0 + i)) for i in (0, 2)]
     dt.attach(model, optimizer, dt.Recipe(rules), total_steps=10)
     with pytest.raises(ValueError, match=r"different limits \[1.0, 3.0\]"):
         train(model, [optimizer], [0])
@@ -432,7 +435,7 @@ def test_gradients_may_be_accumulated() -> None:
     for parts in (1, 2):
         model = net()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        run = dt.attach(model, optimizer, grid(dt.PSG()), total_steps=10)
+        run = dt.attach(model, optimizer, grid(dt.PSG(gain=8.0)), total_steps=10)
         for step in range(3):
             inputs, wanted = batch(step)
             optimizer.zero_grad()
@@ -446,7 +449,9 @@ def test_gradients_may_be_accumulated() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.PSG(form="update"), dt.STE(), dt.HardProjection(every=1)])
+@pytest.mark.parametrize(
+    "mechanism", [dt.PSG(gain=8.0), dt.PSG(gain=8.0, form="update"), dt.STE(), dt.HardProjection(every=1)]
+)
 def test_an_overflow_under_grad_scaler_moves_nothing_and_counts_where_the_step_is_called(
     fused: bool, mechanism: dt.Mechanism
 ) -> None:
@@ -495,7 +500,7 @@ def test_a_fused_step_under_grad_scaler_equals_an_unfused_one(clip_norm: float |
     for fused in (False, True):
         model = net()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
-        dt.attach(model, optimizer, grid(dt.PSG(clip_norm=clip_norm)), total_steps=10)
+        dt.attach(model, optimizer, grid(dt.PSG(gain=8.0, clip_norm=clip_norm)), total_steps=10)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         for tick in range(3):
             optimizer.zero_grad()
@@ -512,7 +517,9 @@ def test_a_fused_step_under_grad_scaler_equals_an_unfused_one(clip_norm: float |
 # ------------------------------------------------------------------------------------------------------- closures
 
 
-@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.PSG(form="update"), dt.STE()], ids=["gradient", "update", "ste"])
+@pytest.mark.parametrize(
+    "mechanism", [dt.PSG(gain=8.0), dt.PSG(gain=8.0, form="update"), dt.STE()], ids=["gradient", "update", "ste"]
+)
 @pytest.mark.parametrize("by_name", [False, True])
 def test_a_closure_is_evaluated_once_with_gradients_on(mechanism: dt.Mechanism, by_name: bool) -> None:
     """Equal to the plain loop; the naive way scales last step's gradient and shows the forward pass the latent."""
@@ -547,7 +554,7 @@ def test_a_closure_is_evaluated_once_with_gradients_on(mechanism: dt.Mechanism, 
 def test_lbfgs_is_refused_in_words() -> None:
     model = net()
     with pytest.raises(ValueError, match="LBFGS evaluates its closure more than once"):
-        dt.attach(model, torch.optim.LBFGS(model.parameters()), grid(dt.PSG()), total_steps=10)
+        dt.attach(model, torch.optim.LBFGS(model.parameters()), grid(dt.PSG(gain=8.0)), total_steps=10)
 
 
 class Twice(torch.optim.SGD):
@@ -570,7 +577,7 @@ def test_closures_that_cannot_be_replayed_are_refused_in_words(cls: type, words:
     """A replay gives SAM its old loss and no second gradient: silently another method."""
     model = net()
     optimizer = cls(model.parameters(), lr=0.1)
-    dt.attach(model, optimizer, grid(dt.PSG()), total_steps=10)
+    dt.attach(model, optimizer, grid(dt.PSG(gain=8.0)), total_steps=10)
     with pytest.raises(RuntimeError, match=words):
         optimizer.step(lambda: backward(model, 0))
 
@@ -578,7 +585,9 @@ def test_closures_that_cannot_be_replayed_are_refused_in_words(cls: type, words:
 # --------------------------------------------------------------------- dummy steps, warm-up, wrappers, other protocols
 
 
-@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.PSG(form="update"), dt.STE(), dt.HardProjection(every=1)])
+@pytest.mark.parametrize(
+    "mechanism", [dt.PSG(gain=8.0), dt.PSG(gain=8.0, form="update"), dt.STE(), dt.HardProjection(every=1)]
+)
 @pytest.mark.parametrize("name", ["adamw", "sgd-foreach"])
 def test_dummy_steps_of_checkpoint_code_move_nothing(name: str, mechanism: dt.Mechanism) -> None:
     """torch.distributed.checkpoint makes state by a step with zero gradients; a projection would move weights."""
@@ -602,7 +611,9 @@ def test_dummy_steps_of_checkpoint_code_move_nothing(name: str, mechanism: dt.Me
         assert same(*ends)
 
 
-@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.PSG(form="update"), dt.Clip(), dt.Penalty(strength=0.1)])
+@pytest.mark.parametrize(
+    "mechanism", [dt.PSG(gain=8.0), dt.PSG(gain=8.0, form="update"), dt.Clip(), dt.Penalty(strength=0.1)]
+)
 def test_a_warm_up_that_starts_at_rate_zero_counts_and_moves_nothing(mechanism: dt.Mechanism) -> None:
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -620,7 +631,7 @@ def test_momentum_takes_in_the_scaled_gradient_of_a_step_at_rate_zero() -> None:
     """By hand: m = s(w) g, and the next step at rate 1 without a gradient moves w by mu m."""
     model = nn.Linear(6, 4, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.5)
-    grid4, psg = dt.Uniform(bits=4), dt.PSG(clip=False, eps=0.0)
+    grid4, psg = dt.Uniform(bits=4), dt.PSG(gain=8.0, clip=False, eps=0.0)
     dt.attach(model, optimizer, dt.Recipe([dt.Rule(match="weight", target=grid4, mechanism=psg)]), total_steps=10)
     w, gradient = model.weight.detach().clone(), torch.randn(4, 6)
     scale = psg.scale(w, grid4, grid4.fit(w))
@@ -664,7 +675,7 @@ def test_what_falls_on_the_last_moment_happens_whatever_the_rate(mechanism: dt.M
 def test_a_foreign_write_is_still_seen_after_a_dummy_step_at_rate_zero() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    dt.attach(model, optimizer, grid(dt.PSG()), total_steps=10)
+    dt.attach(model, optimizer, grid(dt.PSG(gain=8.0)), total_steps=10)
     model.load_state_dict({name: 2 * value for name, value in weights(model).items()})
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -680,7 +691,7 @@ def test_schedulers_drive_the_rate_of_attached_optimizers() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6)
-    run = dt.attach(model, optimizer, grid(dt.PSG(clip=False)), total_steps=6)
+    run = dt.attach(model, optimizer, grid(dt.PSG(gain=8.0, clip=False)), total_steps=6)
     moves = []
     for tick in range(6):
         before = weights(model)
@@ -698,7 +709,7 @@ class Doubled(torch.optim.SGD):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.PSG(form="update"), dt.STE()])
+@pytest.mark.parametrize("mechanism", [dt.PSG(gain=8.0), dt.PSG(gain=8.0, form="update"), dt.STE()])
 def test_a_step_inside_a_step_counts_once(mechanism: dt.Mechanism) -> None:
     ends = []
     for cls in (torch.optim.SGD, Doubled):
@@ -712,7 +723,7 @@ def test_a_step_inside_a_step_counts_once(mechanism: dt.Mechanism) -> None:
 
 
 @pytest.mark.parametrize("idle", ["rate", "gradient"])
-@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.PSG(form="update"), dt.STE()])
+@pytest.mark.parametrize("mechanism", [dt.PSG(gain=8.0), dt.PSG(gain=8.0, form="update"), dt.STE()])
 def test_a_step_inside_a_step_that_moves_nothing_is_none(mechanism: dt.Mechanism, idle: str) -> None:
     ends = []
     for cls in (torch.optim.SGD, Doubled):
@@ -731,7 +742,7 @@ def test_a_step_inside_a_step_that_moves_nothing_is_none(mechanism: dt.Mechanism
     assert same(*ends)
 
 
-@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE(), dt.HardProjection(every=2)])
+@pytest.mark.parametrize("mechanism", [dt.PSG(gain=8.0), dt.STE(), dt.HardProjection(every=2)])
 def test_an_optimizer_inside_backward(mechanism: dt.Mechanism) -> None:
     """One optimizer a parameter, stepping as soon as its gradient is there: equal to the usual loop."""
     ends = []
@@ -762,7 +773,7 @@ def test_a_fit_over_the_whole_model_is_refused_inside_backward() -> None:
     model = net()
     of = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
     target = dt.TopK(keep=0.5, scope="model")
-    recipe = dt.Recipe([dt.Rule(match="weight", target=target, mechanism=dt.PSG(), fit_every=1)])
+    recipe = dt.Recipe([dt.Rule(match="weight", target=target, mechanism=dt.PSG(gain=8.0), fit_every=1)])
     dt.attach(model, list(of.values()), recipe, total_steps=10)
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: of[p].step())
@@ -804,7 +815,7 @@ class Bare:
             p.grad = None
 
 
-@pytest.mark.parametrize("mechanism", [dt.PSG(form="gradient"), dt.STE(), dt.HardProjection(every=2)])
+@pytest.mark.parametrize("mechanism", [dt.PSG(gain=8.0, form="gradient"), dt.STE(), dt.HardProjection(every=2)])
 def test_an_optimizer_without_hooks_through_the_two_public_halves(mechanism: dt.Mechanism) -> None:
     ends = []
     for bare in (False, True):
@@ -833,7 +844,7 @@ def test_an_optimizer_without_hooks_through_the_two_public_halves(mechanism: dt.
 
 
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE()])
+@pytest.mark.parametrize("mechanism", [dt.PSG(gain=8.0), dt.STE()])
 def test_a_second_half_that_is_forgotten_is_said(cls: Any, mechanism: dt.Mechanism) -> None:
     model = net()
     optimizer = cls(model.parameters(), lr=0.1)
@@ -848,7 +859,7 @@ def test_a_second_half_that_is_forgotten_is_said(cls: Any, mechanism: dt.Mechani
         run.before_step()
 
 
-@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE()])
+@pytest.mark.parametrize("mechanism", [dt.PSG(gain=8.0), dt.STE()])
 def test_by_hand_the_state_rides_with_an_optimizer_that_can_carry_it(mechanism: dt.Mechanism) -> None:
     def go(model: nn.Module, optimizer: torch.optim.Optimizer, run: dt.Run, steps: Iterable[int]) -> None:
         for tick in steps:
@@ -914,7 +925,7 @@ class ScheduleFree(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mechanism", [dt.PSG(form="update"), dt.STE(), dt.HardProjection(every=1)])
+@pytest.mark.parametrize("mechanism", [dt.PSG(gain=8.0, form="update"), dt.STE(), dt.HardProjection(every=1)])
 def test_master_copies_are_refused_in_words(dtype: torch.dtype, mechanism: dt.Mechanism) -> None:
     """The naive look after our own write finds nothing: the mechanism has already moved the weight off its copy."""
     model = net().to(dtype)
@@ -930,7 +941,7 @@ def test_a_step_without_gradient_ticks_once_training_has_begun() -> None:
     """Plain SGD never has state, so state alone cannot tell a dummy step of checkpoint code from a training step."""
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
-    run = dt.attach(model, optimizer, grid(dt.PSG()), total_steps=10)
+    run = dt.attach(model, optimizer, grid(dt.PSG(gain=8.0)), total_steps=10)
     clocks = []
     for size in (0.0, 1e-3, 0.0, 1e-3):
         for p in model.parameters():
@@ -943,19 +954,19 @@ def test_a_step_without_gradient_ticks_once_training_has_begun() -> None:
 def test_schedule_free_optimizers_are_refused_in_words() -> None:
     model = net()
     with pytest.raises(ValueError, match="ScheduleFree keeps a second copy"):
-        dt.attach(model, ScheduleFree(model.parameters(), lr=0.1), grid(dt.PSG()), total_steps=10)
+        dt.attach(model, ScheduleFree(model.parameters(), lr=0.1), grid(dt.PSG(gain=8.0)), total_steps=10)
 
 
 def test_two_runs_on_one_optimizer_are_refused_until_the_first_is_detached() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    run = dt.attach(model, optimizer, grid(dt.PSG()), total_steps=10)
+    run = dt.attach(model, optimizer, grid(dt.PSG(gain=8.0)), total_steps=10)
     with pytest.raises(ValueError, match=r"run attached already; call its run.detach\(\)"):
-        dt.attach(model, optimizer, grid(dt.PSG()), total_steps=10)
+        dt.attach(model, optimizer, grid(dt.PSG(gain=8.0)), total_steps=10)
     train(model, [optimizer], [0])
     assert run.clock == 1, "the refused attach took the first run's hooks away"
     run.detach()
-    again = dt.attach(model, optimizer, grid(dt.PSG()), total_steps=10)
+    again = dt.attach(model, optimizer, grid(dt.PSG(gain=8.0)), total_steps=10)
     train(model, [optimizer], [1])
     assert (run.clock, again.clock) == (1, 1)
 
@@ -986,7 +997,7 @@ def test_detach_gives_the_plain_optimizer_back() -> None:
         model = net()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         if attached:
-            dt.attach(model, optimizer, grid(dt.PSG()), total_steps=10).detach()
+            dt.attach(model, optimizer, grid(dt.PSG(gain=8.0)), total_steps=10).detach()
         train(model, [optimizer], range(3))
         assert "detent" not in optimizer.state_dict()
         ends.append(weights(model))
@@ -1008,7 +1019,9 @@ def test_a_compiled_step_is_not_compiled_again_at_every_tick() -> None:
     for compiled in (False, True):
         model = net()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        run = dt.attach(model, optimizer, grid(dt.PSG(eps=dt.Linear(first=0.2, last=0.0, end=8))), total_steps=10)
+        run = dt.attach(
+            model, optimizer, grid(dt.PSG(gain=8.0, eps=dt.Linear(first=0.2, last=0.0, end=8))), total_steps=10
+        )
         step = torch.compile(optimizer.step, backend=counter) if compiled else optimizer.step
         frames = []
         for tick in range(6):
@@ -1030,7 +1043,7 @@ def test_a_fullgraph_step_is_refused_in_words() -> None:
     torch._dynamo.reset()
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    dt.attach(model, optimizer, grid(dt.PSG()), total_steps=10)
+    dt.attach(model, optimizer, grid(dt.PSG(gain=8.0)), total_steps=10)
     backward(model, 0)
     with pytest.raises(Exception, match="Detent keeps a Python clock"):
         torch.compile(optimizer.step, fullgraph=True, backend="eager")()

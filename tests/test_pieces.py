@@ -57,7 +57,14 @@ def test_a_projection_in_pieces_is_that_of_the_whole(name: str, monkeypatch: pyt
 @pytest.mark.parametrize("granularity", ["tensor", "channel", dt.Group(size=5), dt.Group(size=3)])
 @pytest.mark.parametrize(
     "mechanism",
-    [dt.STE(), dt.PARQ(inverse_slope=0.3), dt.BinaryRelax(beta=2.0), dt.Clip(), dt.PSG(form="update"), dt.GDTanh()],
+    [
+        dt.STE(),
+        dt.PARQ(inverse_slope=0.3),
+        dt.BinaryRelax(beta=2.0),
+        dt.Clip(),
+        dt.PSG(gain=8.0, form="update"),
+        dt.GDTanh(),
+    ],
     ids=lambda mechanism: type(mechanism).__name__,
 )
 def test_training_in_pieces_is_training_at_once(mechanism: Any, granularity: Any, monkeypatch: Any) -> None:

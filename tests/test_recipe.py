@@ -449,7 +449,7 @@ def test_the_pruning_preset_keeps_a_tenth_of_the_model() -> None:
 def test_fields_of_a_preset_may_be_changed() -> None:
     late = dt.Recipe.preset("psg-w3", start=0.3, gain=6.0)
     assert {(rule.mechanism.start, rule.mechanism.gain) for rule in late.rules} == {(0.3, 6.0)}  # type: ignore[union-attr]
-    assert dt.Recipe.preset("psg-w3", start=0.0) == dt.Recipe.preset("psg-w3")
+    assert dt.Recipe.preset("psg-w3", start=None) == dt.Recipe.preset("psg-w3")
     staged = dt.Recipe.preset("admm-prune-70x", rho=0.5)
     assert [rule.mechanism.rho for stage in staged.stages for rule in stage.rules] == [0.5] * len(staged.rules)  # type: ignore[union-attr]
     mixed = dt.Recipe.preset("kq", reduce="sum")  # its 8-bit layers have another mechanism, without that field

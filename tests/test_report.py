@@ -43,9 +43,9 @@ class Net(nn.Sequential):
 
 RECIPE = dt.Recipe(
     [
-        dt.Rule(match="conv", target=dt.Uniform(bits=3, granularity="channel"), mechanism=dt.PSG()),
-        dt.Rule(match="middle.weight", target=dt.TopK(keep=0.25), mechanism=dt.PSG(toward=dt.Zero())),
-        dt.Rule(match="out.weight", target=dt.Uniform(bits=8), mechanism=dt.PSG(), pinned=True),
+        dt.Rule(match="conv", target=dt.Uniform(bits=3, granularity="channel"), mechanism=dt.PSG(gain=8.0)),
+        dt.Rule(match="middle.weight", target=dt.TopK(keep=0.25), mechanism=dt.PSG(gain=8.0, toward=dt.Zero())),
+        dt.Rule(match="out.weight", target=dt.Uniform(bits=8), mechanism=dt.PSG(gain=8.0), pinned=True),
     ]
 )
 

@@ -261,7 +261,7 @@ def test_retraining_what_is_not_zero_keeps_the_pattern() -> None:
         dt.HardProjection(every=5),
         dt.BinaryRelax(),
         dt.Penalty(strength=0.1),
-        dt.PSG(toward=dt.Zero()),
+        dt.PSG(gain=8.0, toward=dt.Zero()),
     ],
     ids=lambda mechanism: type(mechanism).__name__,
 )
@@ -292,7 +292,7 @@ def test_adopted_weights_are_counted_afresh() -> None:
     model = nn.Linear(16, 16, bias=False)
     masked(model, dt.TopK(keep=51))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for mechanism in (dt.STE(), dt.PSG(toward=dt.Zero()), dt.ADMM(every=0.1)):
+    for mechanism in (dt.STE(), dt.PSG(gain=8.0, toward=dt.Zero()), dt.ADMM(every=0.1)):
         rule = dt.Rule(match="weight", target=dt.TopK(keep="nonzero"), mechanism=mechanism)
         run = dt.attach(model, optimizer, dt.Recipe([rule]), total_steps=20)
         with torch.no_grad():
@@ -632,7 +632,7 @@ def test_any_levels_keep_the_laws_under_a_pattern(survivors: dt.Target) -> None:
 def test_levels_without_zero_train() -> None:
     for survivors in (dt.Binary(), dt.Binary(granularity="channel")):
         target = dt.SparseLevels(sparse=dt.NM(n=2, m=4), survivors=survivors)
-        for mechanism in (dt.PSG(), dt.STE(), dt.HardProjection(every=3)):
+        for mechanism in (dt.PSG(gain=8.0), dt.STE(), dt.HardProjection(every=3)):
             check_pair(target, mechanism)
     check_mechanism(dt.STE(), dt.SparseLevels(sparse=dt.TopK(keep=0.4), survivors=dt.Binary(granularity="channel")))
 

@@ -203,7 +203,9 @@ def test_a_model_wide_count_holds_under_two_optimizers() -> None:
 
 def test_a_stage_of_two_optimizers_counts_what_the_last_one_leaves_of_both() -> None:
     """The first optimizer to turn used to count the other's weights as they were before their mapping: all of them."""
-    pruned = dt.Rule(match="weight", target=dt.TopK(keep=0.1, scope="model"), mechanism=dt.PSG(toward=dt.Zero()))
+    pruned = dt.Rule(
+        match="weight", target=dt.TopK(keep=0.1, scope="model"), mechanism=dt.PSG(gain=8.0, toward=dt.Zero())
+    )
     left = dt.Rule(match="weight", target=dt.TopK(keep="nonzero", scope="model"), mechanism=dt.STE())
     recipe = dt.Recipe(stages=[dt.Stage(share=0.5, rules=[pruned]), dt.Stage(share=0.5, rules=[left])])
     model = net()
@@ -448,7 +450,7 @@ NONZERO = dt.TopK(keep="nonzero")
 LATE: dict[str, dt.Mechanism] = {
     "STE": dt.STE(),
     "ADMM": dt.ADMM(rho=0.01, every=5, until=0.5),
-    "PSG": dt.PSG(),
+    "PSG": dt.PSG(gain=8.0),
     "PartialFreeze": dt.PartialFreeze(),
 }
 WITHOUT_ZERO: dict[str, dt.Target] = {

@@ -151,7 +151,7 @@ ACTS: dict[str, Callable[[Training, Path], Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*after .* steps")
-@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE()], ids=["psg", "ste"])
+@pytest.mark.parametrize("mechanism", [dt.PSG(gain=8.0), dt.STE()], ids=["psg", "ste"])
 @pytest.mark.parametrize("holder", HOLDERS)
 def test_a_second_thread_is_refused_whatever_it_wants_and_the_first_goes_on(
     holder: str, mechanism: dt.Mechanism, tmp_path: Path
@@ -176,7 +176,7 @@ def test_a_second_thread_is_refused_whatever_it_wants_and_the_first_goes_on(
 
 
 def test_the_sentence_says_who_and_what_to_do() -> None:
-    it = Training(dt.PSG())
+    it = Training(dt.PSG(gain=8.0))
     said = (
         r"detent\.save in thread 'MainThread' while thread 'first' is in optimizer\.step\(\) of the same model: only "
         "one thread at a time may; do it between two steps in the thread that trains, or give each thread a copy"
@@ -210,7 +210,7 @@ def test_models_of_their_own_need_not_wait() -> None:
 
 
 def test_the_same_thread_may_come_in_again(tmp_path: Path) -> None:
-    it = Training(dt.PSG())
+    it = Training(dt.PSG(gain=8.0))
     with it.run.compressed():
         with pytest.raises(RuntimeError, match=r"inside run\.compressed\(\)"):
             it.run.measure()
@@ -247,7 +247,7 @@ def test_a_step_that_raised_in_a_thread_that_is_over_is_undone_by_the_next_one()
 
 def test_a_step_that_raised_is_over_once_its_own_thread_goes_on() -> None:
     """It cannot be told from one under way before that: the thread lives, and the weights are between two states."""
-    it = Training(dt.PSG())
+    it = Training(dt.PSG(gain=8.0))
 
     def fail() -> None:
         raise Broken
@@ -285,7 +285,7 @@ def switching(test: Callable[[], None]) -> None:
 
 
 def test_many_threads_in_compressed_keep_the_full_life() -> None:
-    it = Training(dt.PSG())
+    it = Training(dt.PSG(gain=8.0))
     it.step()
     before = it.weights()
     start, entered, other = threading.Barrier(4), [0] * 4, []
@@ -316,7 +316,7 @@ def test_many_threads_in_compressed_keep_the_full_life() -> None:
         assert len(it.model.get_parameter("0.weight").unique()) <= 7
 
 
-@pytest.mark.parametrize("mechanism", [dt.PSG(), dt.STE()], ids=["psg", "ste"])
+@pytest.mark.parametrize("mechanism", [dt.PSG(gain=8.0), dt.STE()], ids=["psg", "ste"])
 def test_a_file_saved_beside_a_training_is_of_one_moment(mechanism: dt.Mechanism, tmp_path: Path) -> None:
     """Each file that is reported as written loads, and its full life is what the weights were after some step."""
     it = Training(mechanism)

@@ -59,22 +59,22 @@ class Form:
 
 
 FORMS: dict[str, Form] = {
-    "grid in cells": Form(psg=dt.PSG(eps=0.05), target=dt.Uniform(bits=3)),
+    "grid in cells": Form(psg=dt.PSG(gain=8.0, eps=0.05), target=dt.Uniform(bits=3)),
     "grid in cells, 8 bits": Form(psg=dt.PSG(gain=2.0, eps=0.05), target=dt.Uniform(bits=8, range="minmax")),
     "grid in cells, 2 bits": Form(psg=dt.PSG(gain=0.3, eps=1.0), target=dt.Uniform(bits=2)),
-    "grid in cells, half strength": Form(psg=dt.PSG(strength=0.5, eps=0.05), target=dt.Uniform(bits=3)),
-    "grid in cells, half strength, eps 0": Form(psg=dt.PSG(strength=0.5, eps=0.0), target=dt.Uniform(bits=3)),
-    "grid in cells, strength 0": Form(psg=dt.PSG(strength=0.0, eps=0.05), target=dt.Uniform(bits=3)),
-    "grid in cells, by channel": Form(psg=dt.PSG(eps=0.05), target=dt.Uniform(bits=3, granularity="channel")),
-    "grid in cells, running range": Form(psg=dt.PSG(eps=0.05), target=dt.Uniform(bits=4, range="ema")),
-    "grid in cells, scheduled": Form(psg=dt.PSG(), target=dt.Uniform(bits=3), step=400, total=1000),
+    "grid in cells, half strength": Form(psg=dt.PSG(gain=8.0, strength=0.5, eps=0.05), target=dt.Uniform(bits=3)),
+    "grid in cells, half strength, eps 0": Form(psg=dt.PSG(gain=8.0, strength=0.5, eps=0.0), target=dt.Uniform(bits=3)),
+    "grid in cells, strength 0": Form(psg=dt.PSG(gain=8.0, strength=0.0, eps=0.05), target=dt.Uniform(bits=3)),
+    "grid in cells, by channel": Form(psg=dt.PSG(gain=8.0, eps=0.05), target=dt.Uniform(bits=3, granularity="channel")),
+    "grid in cells, running range": Form(psg=dt.PSG(gain=8.0, eps=0.05), target=dt.Uniform(bits=4, range="ema")),
+    "grid in cells, scheduled": Form(psg=dt.PSG(gain=8.0), target=dt.Uniform(bits=3), step=400, total=1000),
     "grid in weights": Form(psg=dt.PSG.paper(lambda_s=150, eps=0.01), target=dt.Uniform(bits=3)),
     "grid in weights, a tenth": Form(
         psg=replace(dt.PSG.paper(lambda_s=150, eps=0.01), strength=0.1), target=dt.Uniform(bits=3)
     ),
-    "zero in cells": Form(psg=dt.PSG(eps=0.05), target=dt.Zero()),
-    "zero in cells, half strength": Form(psg=dt.PSG(strength=0.5, eps=0.05), target=dt.Zero()),
-    "zero by channel": Form(psg=dt.PSG(eps=0.05), target=dt.Zero(granularity="channel")),
+    "zero in cells": Form(psg=dt.PSG(gain=8.0, eps=0.05), target=dt.Zero()),
+    "zero in cells, half strength": Form(psg=dt.PSG(gain=8.0, strength=0.5, eps=0.05), target=dt.Zero()),
+    "zero by channel": Form(psg=dt.PSG(gain=8.0, eps=0.05), target=dt.Zero(granularity="channel")),
     "zero in weights": Form(psg=dt.PSG.paper(lambda_s=38, eps=0.01), target=dt.Zero()),
 }
 every_form = pytest.mark.parametrize("name", FORMS)
@@ -230,7 +230,7 @@ def test_without_eps_a_weight_on_its_target_never_moves() -> None:
 
 def test_without_eps_the_warp_still_is_one() -> None:
     """Continuous, strictly rising, invertible; only its slope at a target is infinite."""
-    units_of, targets = (dt.PSG(eps=0.0), dt.PSG.paper(lambda_s=150.0)), (dt.Uniform(bits=3), dt.Zero())
+    units_of, targets = (dt.PSG(gain=8.0, eps=0.0), dt.PSG.paper(lambda_s=150.0)), (dt.Uniform(bits=3), dt.Zero())
     for units, target in itertools.product(units_of, targets):
         form = Form(psg=units, target=target)
         params = form.params()
@@ -245,6 +245,6 @@ def test_without_eps_the_warp_still_is_one() -> None:
 def test_a_target_without_even_levels_has_no_known_warp() -> None:
     w = torch.randn(5)
     target = dt.TopK(keep=0.5)
-    for act in (dt.PSG(eps=0.05).warp, dt.PSG(eps=0.05).unwarp):
+    for act in (dt.PSG(gain=8.0, eps=0.05).warp, dt.PSG(gain=8.0, eps=0.05).unwarp):
         with pytest.raises(ValueError, match="evenly spaced levels .Uniform. and for Zero, not for TopK"):
             act(w, target, target.fit(w))

@@ -93,7 +93,9 @@ def test_other_weights_between_steps_are_found_and_those_put_back_are_not(name: 
 
 
 def test_a_counted_write_of_one_weight_is_found_in_the_next_step() -> None:
-    model, optimizer, run = attached(dt.PSG(), 50)  # 2,500 weights: all of them are remembered from step to step
+    model, optimizer, run = attached(
+        dt.PSG(gain=8.0), 50
+    )  # 2,500 weights: all of them are remembered from step to step
     step(model, optimizer)
     with torch.no_grad():
         model.weight[31, 7] += 1e-6
@@ -104,7 +106,7 @@ def test_a_counted_write_of_one_weight_is_found_in_the_next_step() -> None:
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 def test_what_is_written_inside_a_compressed_life_is_said_on_leaving(write: Write) -> None:
-    model, optimizer, run = attached(dt.PSG())
+    model, optimizer, run = attached(dt.PSG(gain=8.0))
     own = model.weight.detach().clone()
     with pytest.raises(RuntimeError, match=r"'weight' was written inside run.compressed\(\)"), run.compressed():
         write(model.weight, own)
@@ -165,7 +167,7 @@ def test_offloaded_weights_are_named_with_what_to_do() -> None:
         model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
         kept = {name: value.clone() for name, value in model.state_dict().items()}
         accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-        recipe = dt.Recipe([dt.Rule(match="weight", target=GRID, mechanism=dt.PSG())])
+        recipe = dt.Recipe([dt.Rule(match="weight", target=GRID, mechanism=dt.PSG(gain=8.0))])
         with pytest.raises(ValueError, match=r"'0.weight' is offloaded by accelerate.*remove_hook_from_submodules"):
             make(model, recipe)
         accelerate.hooks.remove_hook_from_submodules(model)

@@ -74,7 +74,7 @@ RIVALS: dict[str, dict[str, Any]] = {
     "paper-w2": {"paper": 2, "lambda_s": 39.0, "tune": "lambda_s", "decay": 0.0},
     "sgd-prune90": {"recipe": None, "evaluate_recipe": prune(None), "decay": PRUNE_DECAY, "tune": "decay"},
     "psg-prune90": {
-        "recipe": prune({"kind": "PSG", "toward": {"kind": "Zero"}}),
+        "recipe": prune({"kind": "PSG", "gain": 8.0, "toward": {"kind": "Zero"}}),
         "decay": PRUNE_DECAY,
         "tune": "decay",
     },

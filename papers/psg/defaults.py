@@ -89,7 +89,7 @@ class MeanUnit(dt.Mechanism):
 
     def _now(self, mean: torch.Tensor) -> dt.PSG:
         """PSG whose gain makes the mean factor `gain`; where all weights lie on their levels, it stays finite."""
-        return dataclasses.replace(self.psg, gain=self.psg.gain**2 / max(float(mean), 1e-9))
+        return dataclasses.replace(self.psg, gain=float(self.psg.gain) ** 2 / max(float(mean), 1e-9))
 
 
 @dataclass(frozen=True, kw_only=True)

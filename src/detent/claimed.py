@@ -66,6 +66,7 @@ class _Everything:
     settled: bool
     before: Tensor | None
     loaded: Tensor | None
+    found: dict[str, Any]
     version: int
     seal: Seal | None
 
@@ -87,6 +88,7 @@ class Entry:
     version: int = -1
     seal: Seal | None = None
     fitted_at: int = -1
+    found: dict[str, Any] = field(default_factory=dict)  # numbers of the whole weight
     lent: nn.Parameter | None = None  # what the optimizer is given in this step in place of a half-precision weight
     before: Tensor | None = None  # what attach wrote over, until training begins
     chosen: Tensor | None = None  # places that a calibration chose for the weights as they are now, and these params
@@ -194,7 +196,7 @@ class Entry:
     def forget(self) -> None:
         """Be as before the first fit."""
         self.params = self.pull_params = self.zeros = None
-        self.state, self.settled, self.fitted_at = {}, False, -1
+        self.state, self.found, self.settled, self.fitted_at = {}, {}, False, -1
 
     def adopt(self, *, passing: bool = False) -> None:
         """Take the weight as it is now for our own writing; `passing` by in a step, remember a sample of it alone."""
@@ -264,6 +266,7 @@ class Entry:
             settled=self.settled,
             before=self.before,
             loaded=self.loaded,
+            found=dict(self.found),
             version=self.version,
             seal=self.seal,
         )
@@ -273,6 +276,7 @@ class Entry:
         self.write(was.value)
         self.put_back(was.held)
         self.zeros, self.settled, self.before, self.loaded = was.zeros, was.settled, was.before, was.loaded
+        self.found = was.found
         if was.version == _FOREIGN:
             self.disown()
         else:
@@ -416,6 +420,7 @@ class Entry:
             "places": self._places,
             "seen": sharding.rows_as_sharded(sharding.row_sums(sharding.local(self.param)), self.param),
             "fitted_at": self.fitted_at,
+            "found": {name: float(self.found.get(name, -1.0)) for name in self.mechanism.finds},
             **(self._saved_stage() if self.staged else {}),
         }
 
@@ -464,6 +469,7 @@ class Entry:
         self.settled = bool(saved.get("settled", False))
         # A fit that is due in the step at hand may have been done: by another optimizer, or before the step raised.
         self.fitted_at = int(saved.get("fitted_at", 0))
+        self.found = {name: x for name, x in saved.get("found", {}).items() if x >= 0}
         seen = saved["seen"]
         seen = sharding.whole(seen) if hasattr(seen, "full_tensor") else seen
         self.loaded = sharding.from_whole(seen, self.param, self.name).to(device)

@@ -161,6 +161,11 @@ class Driver:
         learns = slot.grad is not None and entry.param.requires_grad
         return learns and not optimizers.stands_still(self.options_of(entry))
 
+    def heat(self, entry: Entry) -> float:
+        """The highest rate so far, or announced, over the one of this step; 1 where an optimizer finds it by itself."""
+        rate = self.options_of(entry).get("lr")
+        return entry.found["peak"] / float(rate) if rate is not None and float(rate) > 0 else 1.0
+
     def slot(self, entry: Entry) -> Slot:
         """A weight as its mechanism sees it."""
         held = (entry.param, entry.params, entry.pull_params, self.stage)
@@ -178,6 +183,7 @@ class Driver:
             grad_scale=getattr(self.optimizer, "grad_scale", None),
             sign=-1.0 if self.climbs and self.options_of(entry).get("maximize") else 1.0,
             state=entry.state,
+            found=entry.found,
         )
 
     def _new_slot(self, entry: Entry) -> tuple[Slot, int | None]:
@@ -204,7 +210,9 @@ class Driver:
             pull_free=lambda w: entry.map_whole(pull.free, pull, pull_params, w),
             relax=lambda w, beta: entry.map_whole(lambda x, p: target.relax(x, p, beta), target, params, w),
             gather=lambda w: sharding.whole(sharding.as_sharded(w, entry.param)),
+            total=lambda x: sharding.total(x, entry.param),
             rate=lambda: optimizers.rate_of(self.options_of(entry), entry.name),
+            heat=lambda: self.heat(entry),
             install=entry.install,
             moments=lambda: optimizers.moments(self.optimizer, entry.param),
             frozen=False,
@@ -216,6 +224,7 @@ class Driver:
             grad_scale=None,
             sign=1.0,
             state={},
+            found={},
         )
         return slot, entry.frozen_from(self.steps_of(self.stage))
 
@@ -227,6 +236,9 @@ class Driver:
         self.undo = [(each, each.step, [(e, e.held()) for e in each.standing]) for each in drivers]
         self.slots, self.copies, self.begun, self.landed, self.fitted = [], [], [], {}, None
         self.pending = True
+        for entry in self.entries:
+            if entry.mechanism.finds:
+                entry.found["peak"] = max(entry.found.get("peak", 0.0), optimizers.peak_of(self.options_of(entry)))
 
     def _warn_beyond(self, drivers: list[Driver]) -> None:
         """Say once a run that training goes on beyond its end: it may, but a length that was misjudged looks alike."""

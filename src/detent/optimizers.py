@@ -25,6 +25,7 @@ __all__ = [
     "only_makes_state",
     "outside_graphs",
     "overflowed",
+    "peak_of",
     "rate_of",
     "refuse_copies_in_state",
     "refuse_sparse_gradients",
@@ -125,6 +126,15 @@ def rate_of(group: Mapping[str, Any], name: str) -> float:
             "its decoupled weight decay needs the number; give lr"
         )
     return float(rate)
+
+
+def peak_of(group: Mapping[str, Any]) -> float:
+    """The highest learning rate that a group speaks of: the one of this step, or one that its scheduler has announced.
+
+    Every scheduler of torch notes the rate that it starts from, and one that warms up by itself the highest one too.
+    """
+    rates = (group.get(name) for name in ("lr", "initial_lr", "max_lr"))
+    return max((float(rate) for rate in rates if rate is not None), default=0.0)
 
 
 # A group of a saved state says how many steps Detent had done: the one place where a plain optimizer keeps it.

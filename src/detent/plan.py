@@ -176,6 +176,25 @@ class Plan:
             lines.append(f"scales, levels and masks{whose}: {cadence}")
         return lines
 
+    def pulls(self) -> list[str]:
+        """What mechanisms find for themselves, a sentence for each way.
+
+        Example:
+            >>> import torch, detent as dt
+            >>> rule = dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.PSG())
+            >>> dt.Recipe([rule]).resolve(torch.nn.Linear(4, 4)).pulls()
+            ['PSG: sets its gain by itself; the base optimizer runs untouched until 0.4 of training']
+        """
+        found: dict[str, list[Claim]] = {}
+        for _, claim in self._shown():
+            mechanism = self.rule_of(claim).mechanism if claim.claimed and not claim.frozen else None
+            if mechanism is not None and mechanism.said:
+                found.setdefault(f"{type(mechanism).__name__}: {mechanism.said}", []).append(claim)
+        if len(found) == 1:
+            return list(found)
+        more = {said: f" and {len(claims) - 1} more" if len(claims) > 1 else "" for said, claims in found.items()}
+        return [f"{said} ({claims[0].name}{more[said]})" for said, claims in found.items()]
+
     def rule_of(self, claim: Claim) -> Rule:
         """The rule that claimed a parameter."""
         assert claim.rule is not None
@@ -233,7 +252,7 @@ class Plan:
         lines.append(f"{mine} of {total} weights claimed ({100 * mine / max(total, 1):.1f} %)")
         if self.ends:
             lines.append(self.ends)
-        lines += self.fits()
+        lines += [*self.fits(), *self.pulls()]
         if left := self.left():
             lines.append(f"left in full precision: {left}")
         return "\n".join(line.rstrip() for line in lines)

@@ -18,14 +18,15 @@ _WEIGHTS = "@weights"
 
 
 def _psg_preset(bits: int) -> Callable[[], Preset]:
+    # Cells of 2 bits are wide: with the gain that sets itself too few weights have settled by the end (docs/psg.md).
+    psg = PSG() if bits > 2 else PSG(gain=8.0)
+
     def make() -> Preset:
         ends = [
-            {"match": where, "target": Uniform(bits=8), "mechanism": PSG(), "pinned": True, "optional": True}
+            {"match": where, "target": Uniform(bits=8), "mechanism": psg, "pinned": True, "optional": True}
             for where in ("@first", "@last")
         ]
-        return {
-            "rules": [*ends, {"match": _WEIGHTS, "target": Uniform(bits=bits), "mechanism": PSG(), "optional": True}]
-        }
+        return {"rules": [*ends, {"match": _WEIGHTS, "target": Uniform(bits=bits), "mechanism": psg, "optional": True}]}
 
     return make
 

@@ -231,6 +231,7 @@ class Recipe:
         0.bias     (3,)    full precision              passed over: bias; name it in include= to claim it
         12 of 15 weights claimed (80.0 %)
         scales, levels and masks: fitted once
+        PSG: sets its gain by itself; the base optimizer runs untouched until 0.4 of training
     """
 
     rules: Sequence[Rule] = ()

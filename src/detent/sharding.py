@@ -18,6 +18,7 @@ __all__ = [
     "row_sums",
     "rows_as_sharded",
     "rows_of",
+    "total",
     "whole",
 ]
 
@@ -127,6 +128,19 @@ def anywhere(flag: bool, tensors: Iterable[Tensor]) -> bool:
             torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=mesh.get_group(axis))
             flag = bool(told)
     return flag
+
+
+def total(x: Tensor, like: Tensor) -> Tensor:
+    """The sum over the processes that hold parts of `like`; a collective if it is sharded."""
+    if rows_of(like, "a parameter") is None:
+        return x
+    from torch.distributed.tensor import Replicate
+
+    found, mesh, placements = x.clone(), like.device_mesh, like.placements  # type: ignore[attr-defined]
+    for axis, placement in enumerate(placements):
+        if not isinstance(placement, Replicate):
+            torch.distributed.all_reduce(found, group=mesh.get_group(axis))
+    return found
 
 
 def refuse_flattened(model: nn.Module) -> None:

@@ -738,6 +738,8 @@ def _keeps_signs(psg: PSG, target: Target, make: Callable[[nn.Module], list[Opti
     """One step with and without: no entry of the gradient, or of the step taken from it, may turn round."""
     base, model = _model(target), _model(target)
     psg = replace(psg, clip=False, clip_norm=None)
+    if psg.sets_gain:  # else its first step is the base optimizer's
+        psg = replace(psg, start=0, strength=1.0)
     ours, plain = make(model), make(base)
     for group in (group for optimizer in (*ours, *plain) for group in optimizer.param_groups):
         group["weight_decay"] = 0.0

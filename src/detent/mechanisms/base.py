@@ -40,7 +40,10 @@ class Slot:
         pull_free: mask of weights `pull` leaves free, right also under sharding, or `None`.
         relax: `target.relax(w, beta)`, right also under sharding.
         gather: the whole tensor of a part like the weight; a collective under sharding, so every rank must call it.
+        total: the sum of a number a rank over the parts of the weight; a collective under sharding.
         rate: gives the optimizer's learning rate of this step.
+        heat: gives the highest learning rate so far, or that a scheduler has announced, over the one of this step; for
+            mechanisms that ask for it by `finds`.
         moments: gives the optimizer's own tensors of the weight's shape (momentum), by name; written in place.
         install: takes params that the mechanism has moved itself (a learned codebook) as the fitted ones.
         frozen: the fit is over: params do not change any more.
@@ -50,6 +53,8 @@ class Slot:
         sign: -1 where the optimizer climbs (`maximize=True`), else 1: what is added to a gradient carries it.
         pruned: mask of the zeros that earlier stages hold, or `None`.
         state: the mechanism's memory for this weight, saved and resumed by the engine.
+        found: numbers of the whole weight that the mechanism has found and can find again, by name: saved and resumed,
+            as plain numbers, but a training may go on without them. "peak" is the highest learning rate so far.
         scratch: passing tensors between the two halves of one step, never saved.
         landed: parts that `write_once` has written in this step.
         log: what it is about to write.
@@ -69,7 +74,9 @@ class Slot:
     pull_free: Callable[[Tensor], Tensor | None]
     relax: Callable[[Tensor, float], Tensor]
     gather: Callable[[Tensor], Tensor]
+    total: Callable[[Tensor], Tensor]
     rate: Callable[[], float]
+    heat: Callable[[], float]
     moments: Callable[[], dict[str, Tensor]]
     install: Callable[[Params], None]
     frozen: bool
@@ -79,6 +86,7 @@ class Slot:
     sign: float
     pruned: Tensor | None
     state: dict[str, Tensor]
+    found: dict[str, Any]
     scratch: dict[str, Tensor] = field(default_factory=dict)
     landed: frozenset[str] = frozenset()
     log: Tensor | None = None
@@ -172,6 +180,16 @@ class Mechanism(abc.ABC):
     def norm_limit(self) -> float | None:
         """Largest total gradient norm after `before_step`, or `None`; the engine clips to it."""
         return None
+
+    @property
+    def said(self) -> str:
+        """What it finds for itself in training, for the reader of a plan; empty if all is given."""
+        return ""
+
+    @property
+    def finds(self) -> tuple[str, ...]:
+        """Names of what it keeps in `Slot.found`; with any, the learning rate is followed from the first step on."""
+        return ()
 
     def check(self, target: Target) -> str | None:
         """Why this mechanism means nothing on this target, in one sentence, or `None` if it does."""

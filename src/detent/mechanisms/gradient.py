@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from detent.mechanisms.base import Cadence, Clock, Mechanism, Slot
+from detent.mechanisms.gain import BEGIN, MOST, descent, kept_gain, measures, ramp, spread_of
 from detent.mechanisms.projection import clip_to_range, clipping, clipping_begins
 from detent.schedules import Linear, Moment, Number, ends_of, is_finite, is_number, step_at, value_at
 from detent.targets import Params, Target, Uniform, Zero
@@ -38,16 +39,26 @@ class PSG(Mechanism):
     its gradient cannot be told apart afterwards). The forward pass always sees the full-precision weights.
 
     Args:
-        strength: 0 is the base optimizer, bitwise; 1 is pure PSG. Number in [0, 1] or a schedule.
-        gain: mean factor on the learning rate, > 0. Clicking goes with (learning rate * gain)^2, but so does the price
-            in full precision; the published lambda_s = 150 amounts to a factor of about 4 at 4 bits.
+        strength: 0 is the base optimizer, bitwise; 1 is pure PSG. Number in [0, 1] or a schedule. `None` is 1 with a
+            number as gain; with "auto" it grows from 0 at `start` to 1 at half of what is left of training.
+        gain: mean factor on the learning rate, > 0; or "auto", by tensor and step
+
+                clamp(heat, 1 / F, 4 / F),    F = max(1 / 16, sum g^2 f / sum g^2),    f = s at gain 1 and strength 1
+
+            with g the gradient (or the step) and heat the highest learning rate over the one of this step. F is found
+            in every tenth step. At 1 / F the loss falls at first order as fast as under the base optimizer, however
+            many weights have settled; where the rate has come down weights are stirred as far as they were at its
+            height, up to four times as much. What a scheduler of torch announces counts as known, a rate set by hand
+            from when it comes. With a number, clicking goes with (learning rate * gain)^2, but so does the price in
+            full precision; the published lambda_s = 150 amounts to a factor of about 4 at 4 bits.
         eps: smallest distance, as a fraction of the cell, >= 0. Number or schedule; ending at 0 lets clusters close.
         clip: keep the weights inside the range of a bounded target, after each step from `clip_start` on while
             strength is above 0.
         clip_start: moment (step or fraction of training) clipping starts, with a fresh fit that is the last one, unless
             the rule says `fit_until`; `None` for when the fit is frozen otherwise, after 30 % of training. A range that
             was fitted to what it has clipped would be smaller every time.
-        start: moment PSG starts, with a fresh fit; before it the base optimizer runs untouched.
+        start: moment PSG starts, with a fresh fit; before it the base optimizer runs untouched. `None` is 0 with a
+            number as gain, and 0.4 (of training) with "auto".
         form: "gradient" scales the gradient (the paper), "update" scales the step the optimizer took, "auto" is
             "gradient" under SGD and "update" under every other optimizer: a normalising optimizer divides a scaled
             gradient's scale out again.
@@ -77,12 +88,12 @@ class PSG(Mechanism):
     arXiv 2005.11035. The scale-free form is ours (docs/decisions.md).
     """
 
-    strength: Number = 1.0
-    gain: float = 8.0
+    strength: Number | None = None
+    gain: float | Literal["auto"] = "auto"
     eps: Number = field(default=_EPS)
     clip: bool = True
     clip_start: Moment | None = 0.0
-    start: Moment = 0.0
+    start: Moment | None = None
     form: Literal["auto", "gradient", "update"] = "auto"
     clip_norm: float | None = None
     toward: Target | None = None
@@ -92,12 +103,15 @@ class PSG(Mechanism):
 
     def __post_init__(self) -> None:
         for name in ("strength", "eps"):
-            if not all(is_number(end) for end in ends_of(getattr(self, name))):
-                raise ValueError(f"PSG({name}={getattr(self, name)!r}): must be a number or a schedule")
-        if not all(0.0 <= end <= 1.0 for end in ends_of(self.strength)):
+            value = getattr(self, name)
+            if not (name == "strength" and value is None) and not all(is_number(end) for end in ends_of(value)):
+                raise ValueError(f"PSG({name}={value!r}): must be a number or a schedule")
+        if self.strength is not None and not all(0.0 <= end <= 1.0 for end in ends_of(self.strength)):
             raise ValueError(f"PSG(strength={self.strength}): must lie in [0, 1]")
-        if not (is_finite(self.gain) and self.gain > 0):
-            raise ValueError(f"PSG(gain={self.gain!r}): must be a finite number > 0")
+        if not self.sets_gain and (isinstance(self.gain, str) or not (is_finite(self.gain) and self.gain > 0)):
+            raise ValueError(f'PSG(gain={self.gain!r}): must be a finite number > 0, or "auto"')
+        if self.sets_gain and self.units == "weight":
+            raise ValueError('PSG(units="weight"): gain="auto" is told in cells; give the number lambda_s as gain')
         if not all(end >= 0 and is_finite(end) for end in ends_of(self.eps)):
             raise ValueError(f"PSG(eps={self.eps}): must be a finite number >= 0")
         if self.clip_norm is not None and not (is_number(self.clip_norm) and self.clip_norm > 0):
@@ -135,9 +149,37 @@ class PSG(Mechanism):
     def pull(self) -> Target | None:
         return self.toward
 
+    @property
+    def sets_gain(self) -> bool:
+        """Whether the gain is found in training."""
+        return isinstance(self.gain, str) and self.gain == "auto"
+
+    @property
+    def said(self) -> str:
+        if not self.sets_gain:
+            return ""
+        begin = self._begin
+        until = f"step {begin}" if isinstance(begin, int) else f"{begin:g} of training"
+        return "sets its gain by itself" + (f"; the base optimizer runs untouched until {until}" if begin else "")
+
+    @property
+    def finds(self) -> tuple[str, ...]:
+        return ("peak", "spread") if self.sets_gain else ()
+
+    @property
+    def _begin(self) -> Moment:
+        if self.start is not None:
+            return self.start
+        return BEGIN if self.sets_gain else 0.0
+
+    def _strength_at(self, clock: Clock) -> float:
+        if self.strength is not None:
+            return value_at(self.strength, clock.step, clock.total_steps)
+        return ramp(self._begin, clock) if self.sets_gain else 1.0
+
     def cadence(self, target: Target) -> Cadence:
         # A pull that starts late goes to a grid fitted then, and on for a while as one from step 0 does.
-        until: Moment | None = min(1.0, max(0.3, self.start + 0.1)) if isinstance(self.start, float) else 0.3
+        until: Moment | None = min(1.0, max(0.3, self._begin + 0.1)) if isinstance(self._begin, float) else 0.3
         if self.clip and self.clip_start is not None and type(target).limits is not Target.limits:
             until = self.clip_start
         return Cadence(until=until, at=self._needs_fit)
@@ -155,20 +197,21 @@ class PSG(Mechanism):
         return self.active(clock) and not any(map(self.active, before))
 
     def active(self, clock: Clock) -> bool:
-        started = clock.step >= step_at(self.start, clock.total_steps, "PSG.start")
-        return started and value_at(self.strength, clock.step, clock.total_steps) > 0
+        started = clock.step >= step_at(self._begin, clock.total_steps, "PSG.start")
+        return started and self._strength_at(clock) > 0
 
     def before_step(self, slot: Slot, clock: Clock) -> None:
         if slot.grad is None:
             return
         if self._scales_gradient(slot):
-            for scale, _, grad in self._factors(slot, clock, slot.weight, slot.grad):
+            gain = self._gain(slot, clock, slot.weight, slot.grad, lambda _, grad: grad)
+            for scale, _, grad in self._factors(slot, clock, gain, slot.weight, slot.grad):
                 grad.mul_(scale)
             # Finite before, and looked at then: what was scaled beyond the largest half-precision number would end at
             # the range's end, where clipping hides it.
             if slot.grad.dtype == torch.float16 and not bool(torch.isfinite(slot.grad).all()):
                 raise RuntimeError(
-                    f"the gradient of {slot.name!r}, as PSG(gain={self.gain:g}) scales it, is beyond float16; train "
+                    f"the gradient of {slot.name!r}, as PSG(gain={self.gain!r}) scales it, is beyond float16; train "
                     "with float32 weights (autocast), or with a smaller gain"
                 )
         else:
@@ -179,7 +222,8 @@ class PSG(Mechanism):
         before = slot.scratch.get("before")
         if before is not None:
             lost = slot.decay()
-            for i, (scale, old, w) in enumerate(self._factors(slot, clock, before, slot.weight)):
+            gain = self._gain(slot, clock, before, slot.weight, lambda old, w: w.sub(old).add_(old, alpha=lost))
+            for i, (scale, old, w) in enumerate(self._factors(slot, clock, gain, before, slot.weight)):
                 slot.write_once(f"piece {i}", w, partial(_scaled_step, w, old, lost, scale))
         if self.clip and clipping(self.clip_start, slot, clock):
             clip_to_range(slot.weight, slot.pull, slot.pull_params)
@@ -192,10 +236,39 @@ class PSG(Mechanism):
     def _scales_gradient(self, slot: Slot) -> bool:
         return self.form == "gradient" or (self.form == "auto" and slot.plain)
 
-    def _factors(self, slot: Slot, clock: Clock, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    def _gain(
+        self, slot: Slot, clock: Clock, w: Tensor, given: Tensor, move: Callable[[Tensor, Tensor], Tensor]
+    ) -> float | Tensor:
+        """The gain of a tensor in this step; one that sets itself looks at `move(w, given)`, what s is to scale."""
+        if not isinstance(self.gain, str):
+            return self.gain
+        if "gain" not in slot.scratch:  # else the step goes on after it was broken off, and w is written over in part
+            if "spread" not in slot.found or measures(self._begin, clock):
+                slot.found["spread"] = self._spread(slot, clock, w, given, move)
+            dtype = compute_dtype(w.dtype)
+            spread = torch.as_tensor(slot.found["spread"], dtype=dtype, device=w.device)
+            slot.scratch["gain"] = kept_gain(spread, slot.heat())
+        return slot.scratch["gain"]
+
+    def _spread(
+        self, slot: Slot, clock: Clock, w: Tensor, given: Tensor, move: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """F of the whole tensor; weights that the target leaves free have no say."""
+        parts = []
+        for factor, here, x in self._factors(slot, clock, 1.0, w, given, strength=1.0):
+            step = move(here, x)
+            if slot.pull.leaves_free and (free := slot.pull_free(here)) is not None:
+                step = step.masked_fill(free, 0.0)
+            parts.append(descent(step, factor))
+        return spread_of(slot.total(torch.stack(parts).sum(0)))
+
+    def _factors(
+        self, slot: Slot, clock: Clock, gain: float | Tensor, *tensors: Tensor, strength: float | None = None
+    ) -> Iterator[tuple[Tensor, ...]]:
         """(s, pieces of the tensors), piece by piece, of the weights that the first of them holds."""
         lined = Lines.of(slot.pull, slot.pull_params, *tensors)
-        slope, offset, cap = self._line(slot.pull, lined.params, clock, compute_dtype(slot.weight.dtype))
+        dtype = compute_dtype(slot.weight.dtype)
+        slope, offset, cap = self._line(slot.pull, lined.params, clock, dtype, gain, strength)
         for params, w, *piece, slope_here, cap_here in lined.pieces(slope, cap):
             q = slot.pull.project(w, params) if lined.apart else slot.pull_project(w)
             distance = slot.pull.distance(q.sub_(w), params)
@@ -203,7 +276,7 @@ class PSG(Mechanism):
             free = slot.pull_free(w) if slot.pull.leaves_free else None
             yield scale if free is None else scale.masked_fill_(free, 1.0), w, *piece
 
-    def _scale(self, distance: Tensor, slope: Tensor | float, offset: float, cap: Tensor | None) -> Tensor:
+    def _scale(self, distance: Tensor, slope: Tensor | float, offset: Tensor | float, cap: Tensor | None) -> Tensor:
         """s = slope * min(d, cap) + offset; may write over the distance."""
         # A slope is gain / typical distance: it can leave the range of float16, the product with a distance cannot.
         wide = distance.to(compute_dtype(distance.dtype))
@@ -214,28 +287,40 @@ class PSG(Mechanism):
         return wide.mul_(slope).add_(offset).to(distance.dtype)
 
     def _line(
-        self, target: Target, params: Params, clock: Clock, dtype: torch.dtype
-    ) -> tuple[Tensor | float, float, Tensor | None]:
-        """s = slope * min(d, cap) + offset."""
-        strength = value_at(self.strength, clock.step, clock.total_steps)
+        self,
+        target: Target,
+        params: Params,
+        clock: Clock,
+        dtype: torch.dtype,
+        gain: float | Tensor | None = None,
+        strength: float | None = None,
+    ) -> tuple[Tensor | float, Tensor | float, Tensor | None]:
+        """s = slope * min(d, cap) + offset, at its own gain and strength or at these."""
+        if gain is None:
+            if isinstance(self.gain, str):
+                raise ValueError('PSG(gain="auto"): finds the gain from gradients; give the number as gain here')
+            gain = self.gain
+        strength = self._strength_at(clock) if strength is None else strength
         eps = value_at(self.eps, clock.step, clock.total_steps)
         if not (0 <= strength <= 1 and eps >= 0):
             raise ValueError(f"PSG: at step {clock.step} strength={strength} (in [0, 1]) and eps={eps} (>= 0)")
+        force = strength * gain
+        # c / r is 4 on a grid by definition of r, and where there are no cells by definition of c.
+        offset = (1 - strength) + force * (eps if self.units == "weight" else 4 * eps)
         if self.units == "weight":
-            return strength * self.gain, (1 - strength) + strength * self.gain * eps, None
-        force = strength * self.gain
+            return force, offset, None
+        known = 1.0 if isinstance(force, Tensor) else force
 
         def make() -> tuple[Tensor, Tensor]:
             typical = target.typical(params).to(dtype)
             # Below 1e-37 the slope would be infinite, and infinity times a distance of 0 is no number.
-            return (force / typical).clamp_max(torch.finfo(dtype).max), 2 * typical
+            return (known / typical).clamp_max(torch.finfo(dtype).max / MOST), 2 * typical
 
-        slope, cap = params.once(("slope", target), make, at=(force, dtype))
-        # c / r is 4 on a grid by definition of r, and where there are no cells by definition of c.
-        return slope, (1 - strength) + force * 4 * eps, cap
+        slope, cap = params.once(("slope", target), make, at=(known, dtype))
+        return slope * force if isinstance(force, Tensor) else slope, offset, cap
 
     def scale(self, w: Tensor, target: Target, params: Params, step: int = 0, total_steps: int | None = None) -> Tensor:
-        """s(w), the factor on each gradient entry.
+        """s(w), the factor on each gradient entry, where the gain is a number.
 
         Args:
             w: weights.
@@ -278,7 +363,7 @@ class PSG(Mechanism):
         Example:
             >>> import torch
             >>> w = torch.tensor([-1.0, 0.1, 0.4], dtype=torch.float64)
-            >>> grid, psg = Uniform(bits=3, range="minmax"), PSG(eps=0.05)
+            >>> grid, psg = Uniform(bits=3, range="minmax"), PSG(gain=8.0, eps=0.05)
             >>> params = grid.fit(w)
             >>> torch.allclose(psg.unwarp(psg.warp(w, grid, params), grid, params), w)
             True
@@ -308,7 +393,7 @@ class PSG(Mechanism):
 
         Example:
             >>> import torch
-            >>> zero, psg = Zero(), PSG(eps=0.05)
+            >>> zero, psg = Zero(), PSG(gain=8.0, eps=0.05)
             >>> params = zero.fit(torch.tensor([1.0, -1.0]))
             >>> bool(psg.unwarp(torch.tensor(0.0), zero, params) == 0)
             True
@@ -357,5 +442,5 @@ class PSG(Mechanism):
 
 def _scaled_step(w: Tensor, old: Tensor, lost: float, scale: Tensor) -> Tensor:
     """old + s (step + decay) - decay: only what the optimizer made of the gradient is scaled."""
-    decay = old * lost
-    return w.sub(old).add_(decay).mul_(scale).add_(old).sub_(decay)
+    start = old * (1 - lost) if lost else old
+    return torch.lerp(start, w, scale)
