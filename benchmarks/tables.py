@@ -887,6 +887,26 @@ def psg_defaults(records: Path) -> str:
     return "\n".join(parts) or NOTHING
 
 
+@table("psg-auto")
+def psg_auto(records: Path) -> str:
+    """What the full life costs and what rounding costs with nothing said, a table a task."""
+    parts = []
+    for path in sorted(records.glob("psg-auto-*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        unit, digits, scale = ("loss", 3, "nats") if path.stem.endswith("chars") else ("accuracy", 1, "points")
+        rows = []
+        for entry in record["results"]["summary"]:
+            seeds = f"{len(entry['seeds'])}" + (f", {entry['diverged']} diverged" if entry["diverged"] else "")
+            lives = ("full", "data_free", "full_minus_plain", "data_free_minus_full")
+            cells = [spread(entry[unit][life], digits) for life in lives] if unit in entry else ["–"] * len(lives)
+            cells[2] = "" if entry["variant"] == "plain" else cells[2]
+            rows.append([entry["setting"], entry["variant"], f"W{entry['bits']}", seeds, *cells])
+        head = ["setting", "trained", "bits", "seeds", "full", "data-free", "full minus plain", "data-free minus full"]
+        title = f"**{path.stem}**: on held-out training examples, {unit} in {'%' if scale == 'points' else scale}.\n\n"
+        parts.append(title + markdown(head, rows) + origin(record, path.stem))
+    return "\n".join(parts) or NOTHING
+
+
 @simple("psg-gain")
 def psg_gain(record: dict[str, Any]) -> str:
     """Trials of PSG's gain on held-out images, by width."""
