@@ -690,6 +690,14 @@ def test_what_a_whole_recipe_leaves_is_said_by_name_and_share() -> None:
     assert not told(lambda: dt.compress(model, meant)) and "left in full" not in str(meant.resolve(model))
 
 
+def test_complex_weights_are_left_with_the_reason() -> None:
+    """Fourier layers keep most of a model in complex numbers."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model.register_parameter("modes", nn.Parameter(torch.randn(8, 8, dtype=torch.complex64)))
+    (said,) = told(lambda: dt.compress(model, dt.Recipe.preset("uniform-w4")))
+    assert "modes (68.1 % of the weights; passed over: complex numbers, which lie on no target)" in said
+
+
 def test_tensors_that_are_alike_are_said_together() -> None:
     model = Experts()
     plan = dt.Recipe([dt.Rule(match="layers.*weight", target=U4)]).resolve(model)

@@ -79,6 +79,12 @@ def buffered(value: Tensor) -> Callable[[], nn.Module]:
     return build
 
 
+def nested() -> nn.Module:
+    with warnings.catch_warnings():  # torch's own of a prototype
+        warnings.simplefilter("ignore")
+        return buffered(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))()
+
+
 # What is lost, its name in state_dict(), and a word of the way out.
 LOST: list[tuple[str, Callable[[], nn.Module], str, str]] = [
     ("extra state", ExtraState, "_extra_state", "register_buffer"),
@@ -88,6 +94,7 @@ LOST: list[tuple[str, Callable[[], nn.Module], str, str]] = [
     ("complex128", buffered(torch.ones(2, dtype=torch.complex128)), "odd", "persistent=False"),
     ("e8m0", buffered(torch.ones(2).to(torch.float8_e4m3fnuz)), "odd", "persistent=False"),
     ("sparse", buffered(torch.eye(2).to_sparse()), "odd", "persistent=False"),
+    ("nested", nested, "odd", "persistent=False"),
     ("expanded", buffered(torch.randn(1, 4).expand(3, 4)), "odd", r"\.contiguous\(\)"),
 ]
 

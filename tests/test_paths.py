@@ -245,6 +245,10 @@ def test_a_folder_may_hold_one_file_or_none(tmp_path: Path) -> None:
     torch.save(net().state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pytorch_model.bin is a pickle, which is never opened here"):
         pack.Checkpoint(tmp_path)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text('{"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}')
+    with pytest.raises(ValueError, match="is the index of pickles"):
+        pack.Checkpoint(index)
     save_file(net().state_dict(), tmp_path / "other.safetensors")
     pack.Checkpoint(tmp_path).close()
     save_file(net().state_dict(), tmp_path / "third.safetensors")
@@ -279,13 +283,15 @@ def test_a_tied_state_dict_without_a_model_loads_into_the_tied_model(tmp_path: P
         assert torch.equal(two.embed.weight, one.embed.weight)
 
 
-def test_a_state_dict_under_a_prefix_fits_its_model(tmp_path: Path) -> None:
-    save_file({f"model.{name}": value for name, value in net().state_dict().items()}, tmp_path / "w.safetensors")
+@pytest.mark.parametrize("prefix", ["model", "state_dict", "type.half"])  # modules have methods of such names
+def test_a_state_dict_under_a_prefix_fits_its_model(tmp_path: Path, prefix: str) -> None:
+    save_file({f"{prefix}.{name}": value for name, value in net().state_dict().items()}, tmp_path / "w.safetensors")
     with torch.device("meta"):
         model = net()
     dt.compress_state_dict(tmp_path / "w.safetensors", tmp_path / "f", RECIPE, model=model)
-    twin = net()
-    dt.load(tmp_path / "f", twin, "compressed")
+    dt.load(tmp_path / "f", net(), "compressed")
+    assert call("compress", tmp_path / "w.safetensors", "-r", "uniform-w4").exit_code == 0
+    dt.load(tmp_path / "w.detent", net(), "compressed")
 
 
 # --- the terminal, the shell --------------------------------------------------------------------------------------

@@ -450,21 +450,21 @@ def filled(weights: Checkpoint, model: nn.Module | None = None, rename: Rename |
 
 
 def _hang(root: nn.Module, name: str, value: Tensor) -> None:
-    """Put a tensor at its dotted name below the root."""
+    """Put a tensor at its dotted name below the root, which may have parts that modules call something else by."""
     *folders, own = name.split(".")
     here = root
     for folder in folders:
         child = here._modules.get(folder)
         if child is None:
             child = nn.Module()
-            here.add_module(folder, child)
+            here._modules[folder] = child
         here = child
     if own in ("running_mean", "running_var", "num_batches_tracked") or not value.is_floating_point():
-        here.register_buffer(own, value)
+        here._buffers[own] = value
         if own.startswith("running_"):
             here.track_running_stats = True  # type: ignore[assignment]  # as a BatchNorm says that they are its own
     else:
-        here.register_parameter(own, nn.Parameter(value))
+        here._parameters[own] = nn.Parameter(value)
 
 
 def _taken(number: int, axes: str) -> str:

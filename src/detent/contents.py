@@ -138,9 +138,9 @@ def _place(tensor: Tensor) -> tuple[Any, ...] | None:
     """Where a tensor lies in memory, if that can be told: two that lie in one place are one."""
     try:
         at = tensor.data_ptr()
-    except (RuntimeError, ValueError):  # a tensor without memory of its own: a sparse one, one of a lazy module
+        return (at, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device) if at else None
+    except (RuntimeError, ValueError):  # without memory or strides of its own: sparse, nested, of a lazy module
         return None
-    return (at, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device) if at else None
 
 
 def refuse_unsavable(contents: Contents, who: str, *, unready: bool) -> None:
@@ -189,8 +189,9 @@ def unfit(tensor: Tensor) -> Unsavable | None:
         return _UNREADY
     if tensor.is_meta:
         return _NO_DATA
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        return Unsavable(f"is not a dense tensor ({tensor.layout})", f"make it dense {_DROP}")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else str(tensor.layout)
+        return Unsavable(f"is not a dense tensor ({kind})", f"make it dense {_DROP}")
     if any(step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True)):
         # Also torch's own load_state_dict fails in such a place.
         return Unsavable(

@@ -103,7 +103,7 @@ class Plan:
         total = sum(claim.layout.numel for claim in self.claims)
         alike: dict[tuple[str, str], list[Claim]] = {}
         for claim in self.claims:
-            wide = claim.dtype.is_floating_point and len(claim.layout.shape) > 1
+            wide = (claim.dtype.is_floating_point or claim.dtype.is_complex) and len(claim.layout.shape) > 1
             if wide and not claim.claimed and not claim.reason.startswith(_KEPT):
                 alike.setdefault((re.sub(r"\d+", "#", claim.name), claim.reason), []).append(claim)
         parts = []
@@ -394,6 +394,9 @@ def _decide(
             taken[i] += 1
             decided = (None, f"{_KEPT}{recipe.called(i)}")
             continue
+        if p.dtype.is_complex and rule.match == "@weights":
+            passed = passed or "passed over: complex numbers, which lie on no target"
+            continue
         if p.passed_over and not named:
             passed = passed or f"passed over: {p.passed_over}; name it in include= to claim it"
             continue
@@ -439,7 +442,8 @@ def _speaks(
     else:
         hit = any(map(match.search, names))
     # "@weights" means every weight: what it does not take for one is passed over, and says why.
-    aside = rule.match == "@weights" and not rule.keep and len(p.layout.shape) > 1 and bool(p.passed_over)
+    aside = rule.match == "@weights" and not rule.keep and len(p.layout.shape) > 1
+    aside = aside and (bool(p.passed_over) or p.dtype.is_complex)
     return hit or aside, named
 
 

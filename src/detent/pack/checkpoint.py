@@ -79,6 +79,11 @@ class Checkpoint:
 
     def _open(self, entry: Path) -> None:
         self.files = [entry]
+        if entry.name.endswith(".bin.index.json"):
+            raise ValueError(
+                f"{entry}: is the index of pickles (.bin), which are never opened here; load the model and write it as "
+                "safetensors, as transformers' save_pretrained does"
+            )
         if not entry.name.endswith(INDEX):
             _refuse_one_shard(entry)
             self._add(entry)
