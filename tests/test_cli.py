@@ -474,6 +474,7 @@ def test_near_dead_units_are_counted_by_plan_and_inspect(tmp_path: Path) -> None
     assert "have no weight above" not in call("plan", f"{HERE}:make_net").stdout
     both = call("plan", f"{HERE}:make_near_dead", "-r", "uniform-w8", "--to", "compressed-tensors").stdout
     assert words in both and "refused: conv.weight: it holds weights of linear layers only" in both
+    assert "--load: goes with --to compressed-tensors" in refused(call("plan", f"{HERE}:make_near_dead", "--load"), 2)
 
 
 class HeadFirst(nn.Module):

@@ -283,6 +283,22 @@ def test_what_would_be_refused_is_told_before_for_the_same_reason(
     assert repr(name) in str(error.value) and str(error.value).endswith(why)
 
 
+def test_what_only_a_loader_finds_is_told_before_for_the_same_reason(tmp_path: Path) -> None:
+    """transformers reads the weight of T5's last layers, which it has just replaced by codes."""
+    sizes = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    target = dt.Uniform(bits=4, granularity="channel")
+    recipe = dt.Recipe([dt.Rule(match=r"\.(q|wo)\.weight$", target=target, mechanism=dt.PSG())])
+    assert check_compressed_tensors(model, recipe).fits, "the format would hold it"
+    before = [value.clone() for value in model.state_dict().values()]
+    checked = check_compressed_tensors(model, recipe, load=True)
+    assert not checked.fits and all(map(torch.equal, before, model.state_dict().values()))
+    with pytest.raises(ValueError, match="transformers cannot load what was written") as error:
+        to_compressed_tensors(dt.compress(model, recipe), tmp_path)
+    assert str(error.value).endswith(checked.refused[""])
+    assert check_compressed_tensors(llama(), grid(4, "channel"), load=True).fits
+
+
 def test_what_fits_is_said_and_layers_that_vllm_fuses_are_noted(tmp_path: Path) -> None:
     model = llama()
     fine = check_compressed_tensors(model, grid(4, "channel"))

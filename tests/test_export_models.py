@@ -152,6 +152,22 @@ def test_signatures_are_bound_and_other_outputs_left_out_in_words(tmp_path: Path
         torch.testing.assert_close(run_ort(tmp_path / "several.onnx", a, b, a)[0], run.model(a, b, a)["y"])
 
 
+def test_a_mapping_may_be_the_only_argument(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, batch: dict[str, Any]) -> Tensor:
+            return self.fc(batch["x"]) + batch["others"][0]
+
+    run = dt.compress(Net(), W8)
+    batch = {"x": torch.randn(2, 4), "others": [torch.randn(3)]}
+    to_onnx(run, tmp_path / "m.onnx", (batch,))
+    with run.compressed(), torch.no_grad():
+        torch.testing.assert_close(run_ort(tmp_path / "m.onnx", batch["x"], batch["others"][0])[0], run.model(batch))
+
+
 def test_a_model_that_returns_no_tensor_is_refused(tmp_path: Path) -> None:
     class Result:
         pass

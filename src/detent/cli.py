@@ -297,6 +297,10 @@ def plan(
     to: Annotated[
         str | None, typer.Option(help="compressed-tensors: also say what that export would refuse; wants a factory.")
     ] = None,
+    load: Annotated[
+        bool,
+        typer.Option(help="With --to: also write and load it in a temporary folder, for what transformers refuses."),
+    ] = False,
     example: Example = None,
     as_json: AsJson = False,
 ) -> None:
@@ -305,6 +309,8 @@ def plan(
         is_state = Path(model).exists() or (":" not in model and bool(Path(model).suffix))
         if to not in (None, "compressed-tensors"):
             raise ValueError(f"--to {to}: must be compressed-tensors")
+        if load and not to:
+            raise ValueError("--load: goes with --to compressed-tensors")
         if to and is_state:
             raise ValueError(f"--to {to}: a file does not say which layers are linear; give a factory")
         if example and is_state:
@@ -313,7 +319,7 @@ def plan(
             weights = stack.enter_context(Checkpoint(model)) if is_state else None
             net = model_of(model) if weights is None else skeleton(weights)
             resolved = recipe_of(recipe).resolve(net, example=example_of(example))
-            checked = check_compressed_tensors(net, resolved) if to else None
+            checked = check_compressed_tensors(net, resolved, load=load) if to else None
             dead = resolved.near_dead(
                 net.named_parameters() if weights is None else ((name, weights.tensor(name)) for name in weights)
             )

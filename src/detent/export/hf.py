@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detent.compression import compress
 from detent.export.calling import unwrap
 from detent.grouping import Group, Layout
 from detent.lives import Lives
 from detent.pack.atomic import destination, replace_file
 from detent.parameters import canonical_name
 from detent.plan import Plan
-from detent.recipe import Recipe
+from detent.recipe import Recipe, Rule
 from detent.specs import short
 from detent.targets import Target
 from detent.targets.forms import Grid, Outline
@@ -112,12 +114,15 @@ class _Scheme:
         return {"num_bits": self.bits, "type": "int", "symmetric": True, **strategy, **size}
 
 
-def check_compressed_tensors(model: nn.Module, recipe: Recipe | Plan) -> HfCheck:
+def check_compressed_tensors(model: nn.Module, recipe: Recipe | Plan, *, load: bool = False) -> HfCheck:
     """Whether `to_compressed_tensors` could write what a recipe makes of a model, for the reasons that it would give.
 
     Args:
         model: not trained yet; only its structure counts.
         recipe: a recipe, or the plan that it makes of this model.
+        load: if nothing else is refused, write the model as it is into a temporary folder and load that: transformers
+            does not take everything that the format holds (T5, models with fused experts). Takes as long, as much
+            memory and as much disk as the export.
 
     Example:
         >>> import detent as dt
@@ -144,7 +149,21 @@ def check_compressed_tensors(model: nn.Module, recipe: Recipe | Plan) -> HfCheck
             assert outline is not None
             schemes[claim.name.rpartition(".")[0]] = _scheme(outline)
     packed = tuple(claim.name for claim in plan.claimed if claim.name not in refused)
+    if load and not refused:
+        refused = _refused_by_loader(model, plan)
     return HfCheck(packed=packed, refused=refused, notes=_fused_notes(schemes, layers))
+
+
+def _refused_by_loader(model: nn.Module, plan: Plan) -> dict[str, str]:
+    """Why transformers does not load what would be written, if it does not."""
+    rules = [Rule(match=f"^{re.escape(claim.name)}$", target=plan.rule_of(claim).target) for claim in plan.claimed]
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a recipe that nobody wrote
+        try:
+            to_compressed_tensors(compress(model, Recipe(rules)), folder)
+        except ValueError as error:
+            return {"": str(error).removeprefix(f"{folder}: ")}
+    return {}
 
 
 def to_compressed_tensors(
@@ -171,7 +190,8 @@ def to_compressed_tensors(
         ValueError: a model that is no transformers model; a claimed parameter that the format cannot hold, by name
             and reason: no linear layer, another target or width, a group that does not divide the inputs, scales
             that the dtype of the weights would round, a parameter that is tied (`check_compressed_tensors` tells all
-            of them before training); with `check`, a folder from which another model is loaded, which is left there.
+            of them before training, with `load=True` also what only transformers finds); with `check`, a folder from
+            which another model is loaded, which is left there.
         ImportError: transformers or compressed-tensors are not installed.
 
     Example:

@@ -476,7 +476,8 @@ def _program(model: nn.Module, example: _Example, opset: int) -> ir.Model:
         try:
             program = torch.onnx.export(
                 model,
-                sample.args,
+                # Without keyword arguments a mapping at the end is taken for them, were it an argument of its own.
+                sample.args if sample.kwargs else (*sample.args, {}),
                 kwargs=dict(sample.kwargs) or None,
                 dynamo=True,
                 optimize=False,  # it would fold BatchNorm into the weights, which have to stay what they are
