@@ -178,7 +178,7 @@ class _Metric(abc.ABC):
 
     @abc.abstractmethod
     def beyond(self, errors: Tensor, first: int, past: int) -> Tensor:
-        """`errors U` of some inputs for all later ones, as it broadcasts against (parts, rows, later inputs)."""
+        """`errors U` of some inputs for all later ones; both with the rows last, and as it broadcasts against those."""
 
     def blocks(self, size: int) -> int:
         """How many inputs to take at a time, if so many are wanted."""
@@ -228,7 +228,7 @@ class _Seen(_Metric):
         return self._upper[:, first:past, first:past]
 
     def beyond(self, errors: Tensor, first: int, past: int) -> Tensor:
-        return errors @ self._upper[:, first:past, past:]
+        return self._upper[:, first:past, past:].mT @ errors
 
 
 class _Known(_Metric):
@@ -266,7 +266,7 @@ class _Known(_Metric):
         return (upper + self.diagonal[0, first:past].diag())[None]
 
     def beyond(self, errors: Tensor, first: int, past: int) -> Tensor:
-        return (errors @ self._later[first:past])[:, :, None]
+        return (self._later[first:past] @ errors)[:, None]
 
     def blocks(self, size: int) -> int:
         return math.ceil(size / self._prior.kernel) * self._prior.kernel
@@ -284,21 +284,25 @@ class _Walk:
 
     def places(self, w: Tensor) -> Tensor:
         """The places chosen, in the shape of the tensor; writes over the weights, (parts, rows, inputs) in order."""
-        q, inputs = torch.empty_like(w), w.shape[2]
+        free = w.transpose(1, 2).contiguous()  # the rows of an input lie side by side
+        q, inputs = torch.empty_like(free), w.shape[2]
         self._kept, self._lost = torch.zeros_like(w, dtype=torch.bool), self._matrix(self._zero)
+        loses = self._choice.pattern is not None or bool(self._zero.any())
         for first in range(0, inputs, self._block):
             past = min(first + self._block, inputs)
             if self._choice.pattern is not None:
-                self._look_again(w, first, past)
-            errors, upper = torch.empty_like(w[:, :, first:past]), self._metric.within(first, past)
-            for j in range(first, past):
-                column = w[:, :, j]
-                q[:, :, j] = self._place(column, j).masked_fill(self._lost[:, :, j], 0.0)
-                error = (column - q[:, :, j]) / self._metric.diagonal[:, j, None]
-                errors[:, :, j - first] = error
-                w[:, :, j:past] -= error[:, :, None] * upper[:, None, j - first, j - first :]
-            w[:, :, past:] -= self._metric.beyond(errors, first, past)
-        return self._tensor(q).to(self._dtype)
+                self._look_again(free.transpose(1, 2), first, past)
+            here, upper = free[:, first:past], self._metric.within(first, past)
+            errors = torch.empty_like(here)
+            for j in range(past - first):
+                place = q[:, first + j]
+                place.copy_(self._place(here[:, j], first + j))
+                if loses:
+                    place.masked_fill_(self._lost[:, :, first + j], 0.0)
+                torch.sub(here[:, j], place, out=errors[:, j]).div_(self._metric.diagonal[:, first + j, None])
+                here[:, j + 1 :].addcmul_(upper[:, j, j + 1 :, None], errors[:, j, None], value=-1.0)
+            free[:, past:] -= self._metric.beyond(errors, first, past)
+        return self._tensor(q.transpose(1, 2)).to(self._dtype)
 
     def _matrix(self, x: Tensor) -> Tensor:
         """A tensor of the shape of the weights as (parts, rows, inputs) in the order of the metric."""
@@ -313,9 +317,9 @@ class _Walk:
         if self._levels is None:
             return column.to(self._dtype).to(column.dtype)
         target, params_of = self._levels
-        columns = self._metric.order[:, j].repeat_interleave(column.shape[1])
+        columns = self._metric.order[:, j, None].expand(column.shape).reshape(-1)
         places = target.project(column.reshape(-1, 1).to(self._compute), params_of(columns))
-        return places.to(self._dtype).to(column.dtype).reshape(column.shape)
+        return places.to(self._dtype).reshape(column.shape)
 
     def _look_again(self, w: Tensor, first: int, past: int) -> None:
         """Which weights of a block are kept, from what dropping each of all that are left would cost now."""
