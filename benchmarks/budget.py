@@ -1,8 +1,9 @@
-"""Accuracy by bytes of the whole file: budgets without data beside fixed widths and the standard codec.
+"""Accuracy by bytes of the whole file: nearest places, error feedback with and without inputs, the standard codec.
 
-    python -m benchmarks.budget --data-dir ../shared [--nncodec PYTHON]
+    python -m benchmarks.budget --data-dir ../shared [--network resnet8]
 
-Nothing is selected on test images; every file is read back before it is measured.
+Places are chosen with training images, without labels; nothing is selected on test images. Every file is read back
+before it is measured. NNCodec is measured where the variable NNCODEC_PYTHON names a Python that has it.
 """
 
 from __future__ import annotations
@@ -12,114 +13,211 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 
 import detent as dt
 from benchmarks import recording
-from detent.data import Batches, ImageSet, load_images
-from papers.models import load_checkpoint, resnet20
+from detent.data import Batches, load_images
+from papers.models import MLPerfTinyResNet8, load_checkpoint, resnet20, resnet32
 
-CHECKPOINT = "checkpoints/cifar10_resnet20.safetensors"
-LOOK: dict[str, Any] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-BUDGETS = ("20 kB", "30 kB", "45 kB", "60 kB", "70 kB", "84 kB", "98 kB", "128 kB")
 QPS = (-10, -12, -14, -16, -18, -20, -22, -24)
 
 
-def net() -> nn.Module:
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A trained network and what is measured of it.
+
+    Args:
+        words: what it is.
+        checkpoint: its file below checkpoints/.
+        data: its images below data/.
+        look: mean and standard deviation of its inputs.
+        augmented: how the images that places are chosen with are augmented: as in its training.
+        widths: fixed ones, a scale a channel.
+        budgets: with one step; `None`: the sizes of the fixed widths.
+        by_width: budgets for a width a tensor.
+        fed: budgets for places chosen with inputs, by the number of images.
+        seeds: of those images.
+    """
+
+    words: str
+    checkpoint: str
+    data: str
+    look: dict[str, Any]
+    augmented: dict[str, Any]
+    widths: tuple[int, ...] = (4, 3, 2)
+    budgets: tuple[str, ...] | None = None
+    by_width: tuple[str, ...] = ()
+    fed: dict[int, tuple[str, ...] | None]
+    seeds: tuple[int, ...] = (0,)
+
+
+NETWORKS = {
+    "resnet20": Network(
+        words="the released ResNet-20 on CIFAR-10",
+        checkpoint="cifar10_resnet20",
+        data="cifar10",
+        look={"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+        augmented={"crop": 4, "padding": "zero", "flip": True},
+        budgets=("20 kB", "30 kB", "40 kB", "50 kB", "60 kB", "70 kB", "84 kB", "98 kB", "128 kB"),
+        by_width=("84 kB", "98 kB", "128 kB"),
+        fed={256: ("30 kB", "40 kB", "50 kB", "60 kB", "70 kB", "84 kB"), 1024: ("50 kB", "70 kB")},
+    ),
+    "resnet8": Network(
+        words="ResNet-8 of MLPerf Tiny on CIFAR-10",
+        checkpoint="cifar10_resnet8_mlperftiny",
+        data="cifar10",
+        look={"std": [1 / 255]},
+        augmented={"flip": True},
+        budgets=("20 kB", "25 kB", "30 kB", "40 kB", "50 kB"),
+        fed={256: ("20 kB", "25 kB", "30 kB", "40 kB"), 1024: ("20 kB", "25 kB", "30 kB", "40 kB")},
+    ),
+    "resnet32": Network(
+        words="ResNet-32 on CIFAR-100, the checkpoint of PSG's authors",
+        checkpoint="cifar100_resnet32_sgd150",
+        data="cifar100",
+        look={"mean": [129.3 / 255, 124.1 / 255, 112.4 / 255], "std": [68.2 / 255, 65.4 / 255, 70.4 / 255]},
+        augmented={"crop": 4, "padding": "zero", "flip": True},
+        fed={256: None},
+    ),
+}
+
+
+def net(name: str) -> nn.Module:
     """The network before its weights are read."""
-    return resnet20().eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    made = {"resnet20": resnet20, "resnet8": MLPerfTinyResNet8, "resnet32": resnet32}[name]()
+    return made.eval().to(memory_format=torch.channels_last)
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, images: ImageSet) -> float:
-    """Percent right."""
-    batches = Batches(images.images, images.labels, 500, **LOOK)
-    right = sum(int((model(x.to(memory_format=torch.channels_last)).argmax(1) == y).sum()) for x, y in batches)
-    return 100 * right / len(images)
+class Bench:
+    """One network, its images, and how files are made and measured."""
+
+    def __init__(self, name: str, data_dir: Path, cache: Path | None) -> None:
+        self.name, self.network = name, NETWORKS[name]
+        self.state = data_dir / "checkpoints" / f"{self.network.checkpoint}.safetensors"
+        images = partial(load_images, data_dir / "data" / self.network.data, grey=False)
+        kept = {s: None if cache is None else cache / f"{self.network.data}-{s}.safetensors" for s in ("train", "test")}
+        self._test = images("test", cache=kept["test"])
+        self._train = images("train", cache=kept["train"])
+
+    def model(self) -> nn.Module:
+        """The trained network."""
+        model = net(self.name)
+        load_checkpoint(model, self.state)
+        return model
+
+    def inputs(self, count: int, seed: int) -> list[Tensor]:
+        """Training images without labels."""
+        chosen = torch.randperm(len(self._train), generator=torch.Generator().manual_seed(seed))[:count]
+        images, labels = self._train.images[chosen], self._train.labels[chosen]
+        batches = Batches(images, labels, 128, seed=seed, **self.network.look, **self.network.augmented)
+        return [x for x, _ in batches]
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module) -> float:
+        """Percent right of all test images."""
+        batches = Batches(self._test.images, self._test.labels, 500, **self.network.look)
+        right = sum(int((model(x.to(memory_format=torch.channels_last)).argmax(1) == y).sum()) for x, y in batches)
+        return 100 * right / len(self._test)
+
+    def fixed(self, bits: int) -> dict[str, Any]:
+        """One width for all weights, a scale a channel."""
+        rule = dt.Rule(match="@weights", target=dt.Uniform(bits=bits, granularity="channel"))
+        return self._measured(lambda path: dt.save(dt.compress(self.model(), dt.Recipe([rule])), path, "compressed"))
+
+    def within(self, budget: dt.Budget, choices: Any, places: Any) -> dict[str, Any]:
+        """A file of at most so many bytes."""
+        options = {"choices": choices, "calibration": places, "model": net(self.name)}
+        return {
+            "budget": budget,
+            **self._measured(partial(dt.compress_to_budget, self.state, budget=budget, **options)),
+        }
+
+    def _measured(self, write: Callable[[Path], object]) -> dict[str, Any]:
+        """Bytes and accuracy of a file, read back into a network of its own."""
+        with tempfile.TemporaryDirectory() as folder:
+            path, start = Path(folder) / "model.detent", time.process_time()
+            write(path)
+            seconds, size, twin = time.process_time() - start, path.stat().st_size, net(self.name)
+            dt.load(path, twin, life="compressed")
+        return {"bytes": size, "accuracy": self.accuracy(twin), "seconds": seconds}
+
+    def codec(self, python: str) -> list[dict[str, Any]]:
+        """The standard codec at every quantization parameter."""
+        found = []
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(__file__).with_name("budget_nncodec.py")
+            arguments = [python, str(script), str(self.state), folder, *map(str, QPS)]
+            subprocess.run(arguments, check=True, capture_output=True)
+            for qp in QPS:
+                twin = net(self.name)
+                load_checkpoint(twin, Path(folder) / f"{qp}.safetensors")
+                told = json.loads((Path(folder) / f"{qp}.json").read_text())
+                found.append({"qp": qp, **told, "accuracy": self.accuracy(twin)})
+        return found
 
 
-def written(
-    make: Callable[[nn.Module], tuple[dt.Run, dt.Budget | None]], state: Path, test: ImageSet
-) -> dict[str, Any]:
-    """Bytes and accuracy of the file of a run, read back into a network of its own; seconds to make it."""
-    model = net()
-    load_checkpoint(model, state)
-    start = time.perf_counter()
-    run, budget = make(model)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.detent"
-        size = dt.save(run, path, life="compressed", budget=budget)
-        seconds = time.perf_counter() - start
-        twin = net()
-        dt.load(path, twin, life="compressed")
-    return {"bytes": size, "accuracy": accuracy(twin, test), "seconds": seconds}
+def rows_of(bench: Bench) -> list[dict[str, Any]]:
+    """Every file of ours."""
+    network, rows = bench.network, []
 
+    def add(places: str, choices: str, row: dict[str, Any], **more: Any) -> None:
+        rows.append({"places": places, "choices": choices, **more, **row})
+        print(rows[-1], flush=True)
 
-def by_codec(python: str, state: Path, test: ImageSet) -> dict[str, Any]:
-    """The standard codec at every quantization parameter."""
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(__file__).with_name("budget_nncodec.py")
-        subprocess.run([python, str(script), str(state), folder, *map(str, QPS)], check=True, capture_output=True)
-        for qp in QPS:
-            twin = net()
-            load_checkpoint(twin, Path(folder) / f"{qp}.safetensors")
-            found[f"qp {qp}"] = json.loads((Path(folder) / f"{qp}.json").read_text()) | {
-                "accuracy": accuracy(twin, test)
-            }
-    return found
-
-
-def allocated(budget: str, choices: Any) -> Callable[[nn.Module], tuple[dt.Run, dt.Budget | None]]:
-    """A run within a budget."""
-    return lambda model: (dt.compress(model, dt.allocate(model, budget, choices=choices)), budget)
-
-
-def fixed(bits: int) -> Callable[[nn.Module], tuple[dt.Run, dt.Budget | None]]:
-    """One width for all weights, a scale a channel."""
-    rule = dt.Rule(match="@weights", target=dt.Uniform(bits=bits, granularity="channel"))
-    return lambda model: (dt.compress(model, dt.Recipe([rule])), None)
+    for bits in network.widths:
+        add("nearest", f"{bits} bits", bench.fixed(bits))
+    budgets: tuple[dt.Budget, ...] = network.budgets or tuple(row["bytes"] for row in rows)
+    for choices, some in (("step", budgets), ("widths", network.by_width)):
+        for budget in some:
+            add("nearest", choices, bench.within(budget, choices, None))
+            add("prior", choices, bench.within(budget, choices, "prior"))
+    for count, some in network.fed.items():
+        for seed in network.seeds:
+            inputs = bench.inputs(count, seed)
+            for budget in some or budgets:
+                add("inputs", "step", bench.within(budget, "step", inputs), images=count, seed=seed)
+    return rows
 
 
 def main(
-    data_dir: Annotated[Path, typer.Option(help="the folder with checkpoints and data/cifar10")],
-    nncodec: Annotated[str | None, typer.Option(help="a Python that has NNCodec, torch and safetensors")] = None,
-    cache: Annotated[Path | None, typer.Option(help="keeps the decoded test images")] = None,
+    data_dir: Annotated[Path, typer.Option(help="the folder with checkpoints/ and data/", envvar="DETENT_SHARED")],
+    network: Annotated[str, typer.Option(help=", ".join(NETWORKS))] = "resnet20",
+    nncodec: Annotated[str | None, typer.Option(envvar="NNCODEC_PYTHON", help="a Python that has NNCodec")] = None,
+    cache: Annotated[Path | None, typer.Option(envvar="DETENT_CACHE", help="keeps the decoded images")] = None,
+    out: Annotated[Path | None, typer.Option(help="another record file")] = None,
 ) -> None:
     """Measure every file and write the record."""
     torch.set_num_threads(1)
-    state = data_dir / CHECKPOINT
-    test = load_images(data_dir / "data" / "cifar10", "test", grey=False, cache=cache)
-    jobs: list[tuple[str, str, Callable[[nn.Module], tuple[dt.Run, dt.Budget | None]]]] = [
-        *(("width", f"{bits} bits", fixed(bits)) for bits in (2, 3, 4, 5)),
-        *(("step", budget, allocated(budget, "step")) for budget in BUDGETS),
-        *(("widths", budget, allocated(budget, "widths")) for budget in BUDGETS[3:]),
-    ]
+    bench = Bench(network, data_dir, cache)
     with recording(
-        "budget",
-        question="How accurate is ResNet-20 on CIFAR-10 in so many bytes, without data and without training?",
-        seeds=[],
+        "budget" if network == "resnet20" else f"budget-{network}",
+        question=f"How accurate is {bench.network.words} in so many bytes, without training?",
+        seeds=list(bench.network.seeds),
         config={
-            "network": "the released ResNet-20, 91.73 %",
+            "network": asdict(bench.network),
             "file": "whole: weights, biases, BatchNorm, header",
             "precision": "float32",
-            "BatchNorm": "statistics as they are, on 16 bits where a budget is given",
+            "threads": 1,
         },
-        notes="Accuracy on all 10,000 test images, once a file; nothing is selected on them. No randomness.",
+        notes="Accuracy (%) on all 10,000 test images, once a file; nothing is selected on them. With a budget, "
+        "BatchNorm's statistics and all biases are on 16 bits. Places by inputs: with training images, augmented as in "
+        "training, without labels. Seconds of the processor, all files written in the search included; of NNCodec, "
+        "encoding alone.",
+        out=out,
+        script="budget",
     ) as results:
-        model = net()
-        load_checkpoint(model, state)
-        results["float"] = {"bytes": state.stat().st_size, "accuracy": accuracy(model, test)}
-        for kind, name, make in track(jobs, description="files"):
-            results.setdefault(kind, {})[name] = written(make, state, test)
+        results["float"] = {"bytes": bench.state.stat().st_size, "accuracy": bench.accuracy(bench.model())}
+        results["rows"] = rows_of(bench)
         if nncodec:
-            results["nncodec"] = by_codec(nncodec, state, test)
+            results["nncodec"] = bench.codec(nncodec)
             results["versions"] = {"nncodec": "2.1.3"}
 
 

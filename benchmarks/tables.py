@@ -583,6 +583,55 @@ def cadence(records: Path) -> str:
     return text + markdown(head, rows) + origin(record, "cadence")
 
 
+@table("budget")
+def budget(records: Path) -> str:
+    """Accuracy by bytes of whole files, without training."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in records.glob("budget*.json")}
+    found = {name: record for name, record in found.items() if "rows" in record["results"]}
+    if not found:
+        return NOTHING
+    parts = []
+    for name, record in sorted(found.items(), key=lambda item: (item[0] != "budget", item[0])):
+        results, words = record["results"], record["config"]["network"]["words"]
+        rows = results["rows"]
+        budgets = list(dict.fromkeys(row["budget"] for row in rows if "budget" in row))
+        columns = {
+            "nearest places": ("nearest", "step", None),
+            "prior, no data": ("prior", "step", None),
+            **{
+                f"{count} training images": ("inputs", "step", count)
+                for count in dict.fromkeys(row["images"] for row in rows if "images" in row)
+            },
+            "widths, nearest places": ("nearest", "widths", None),
+            "widths, prior": ("prior", "widths", None),
+        }
+        sized = {(r["budget"], r["places"], r["choices"], r.get("images")): r for r in rows if "budget" in r}
+        columns = {head: key for head, key in columns.items() if any((b, *key) in sized for b in budgets)}
+        cells = [
+            [
+                b if isinstance(b, str) else f"{b:,} bytes",
+                *(f"{sized[(b, *key)]['accuracy']:.2f}" if (b, *key) in sized else "" for key in columns.values()),
+            ]
+            for b in budgets
+        ]
+        text = (
+            f"Test accuracy (%) of {words}, at full precision {results['float']['accuracy']:.2f}, in files of at most\n"
+        )
+        text += "so many bytes, everything counted:\n\n" + markdown(["at most", *columns], cells)
+        others = [(f"ours, {r['choices']} a channel", r) for r in rows if "budget" not in r]
+        others += [(f"NNCodec {results['versions']['nncodec']}, qp {r['qp']}", r) for r in results.get("nncodec", [])]
+        text += "\nWithout a budget:\n\n" + markdown(
+            ["file", "bytes", "accuracy"], [[what, f"{r['bytes']:,}", f"{r['accuracy']:.2f}"] for what, r in others]
+        )
+        seconds = {
+            head: [r["seconds"] for r in rows if "budget" in r and (r["places"], r["choices"], r.get("images")) == key]
+            for head, key in columns.items()
+        }
+        spent = "; ".join(f"{head}, {min(s):.0f} to {max(s):.0f}" for head, s in seconds.items())
+        parts.append(f"{text}\nSeconds of one thread for a file, the search included: {spent}.\n{origin(record, name)}")
+    return "\n".join(parts)
+
+
 @table("budget-trained")
 def budget_trained(records: Path) -> str:
     """Accuracy of networks trained under a budget."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import detent as dt
@@ -101,7 +103,7 @@ def test_a_file_keeps_to_any_budget(name: str, seed: int, tmp_path: Path) -> Non
 def test_a_budget_that_nothing_fits_says_what_would(tmp_path: Path) -> None:
     model = _mlp()
     with pytest.raises(
-        ValueError, match=r"100 bytes are too few; the smallest file of these choices has ([\d,]+)"
+        ValueError, match=r"100 bytes are [\d,]+ too few; the smallest file of these choices has ([\d,]+)"
     ) as caught:
         dt.allocate(model, 100)
     least = int(str(caught.value).rpartition(" ")[2].replace(",", ""))
@@ -141,6 +143,98 @@ def test_statistics_of_batchnorm_go_on_16_bits_and_the_card_says_it(tmp_path: Pa
 def test_a_half_precision_model(tmp_path: Path) -> None:
     model = _mlp(dtype=torch.bfloat16)
     assert _file(model, dt.allocate(model, "4 bits"), tmp_path) <= budget_bytes("4 bits", model, "save")
+
+
+INPUTS: dict[str, Any] = {
+    "mlp": lambda: torch.randn(64, 48) @ torch.randn(48, 48),
+    "conv": lambda: torch.randn(16, 3, 12, 12).cumsum(2),
+    "transformer": lambda: torch.randint(50, (8, 12)),
+}
+
+
+def _calibration(name: str, kind: str) -> Any:
+    return None if kind == "none" else "prior" if kind == "prior" else [INPUTS[name]()]
+
+
+def _keeps_its_promise(name: str, kind: str, seed: int, folder: Path) -> None:
+    """A file of at most the budget, or none and the bytes of one that would be written."""
+    draw = np.random.default_rng(seed)
+    model, path = MODELS[name](seed), folder / f"{name}-{seed}.detent"
+    calibration = _calibration(name, kind)
+    numbers = sum(p.numel() for p in model.parameters())
+    budget = int(numbers * np.exp(draw.uniform(np.log(0.02), np.log(3.0)))) + int(draw.integers(0, 1500))
+    choices: Any = draw.choice(["step", "widths"])
+    try:
+        recipe = dt.allocate(model, budget, choices=choices, calibration=calibration)
+    except ValueError as error:
+        over, least = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) too few.* has ([\d,]+)$", str(error))[0])
+        assert budget + over == least
+        recipe = dt.allocate(model, least, choices=choices, calibration=calibration)
+        budget = least
+    run = dt.compress(model, recipe, calibration=calibration)
+    size = dt.save(run, path, life="compressed", budget=budget)
+    assert size == path.stat().st_size <= budget
+    with pytest.raises(ValueError, match=f"would be {size:,} bytes, 1 more than"):
+        dt.save(run, folder / "over.detent", life="compressed", budget=size - 1)
+    assert not (folder / "over.detent").exists()
+    dt.load(path, MODELS[name](seed + 1000), life="compressed")
+
+
+@pytest.mark.filterwarnings("ignore:calibrate:UserWarning")  # of tables and LSTMs
+@pytest.mark.parametrize("kind", ["none", "prior", "inputs"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_promise(name: str, kind: str, tmp_path: Path) -> None:
+    _keeps_its_promise(name, kind, len(name + kind), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:calibrate:UserWarning")  # of tables and LSTMs
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "prior", "inputs"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_promise_over_a_hundred_budgets(name: str, kind: str, tmp_path: Path) -> None:
+    for seed in range(100, 112):
+        _keeps_its_promise(name, kind, seed, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:calibrate:UserWarning")  # of tables and LSTMs
+@pytest.mark.parametrize("kind", ["prior", "inputs"])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_counted_are_the_calibrated_codes(name: str, kind: str, tmp_path: Path) -> None:
+    model, calibration = MODELS[name](), _calibration(name, kind)
+    budget = sum(p.numel() for p in model.parameters()) // 3 + 900
+    recipe = dt.allocate(model, budget, calibration=calibration)
+    run = dt.compress(model, recipe, calibration=calibration)
+    assert run.calibration is not None and run.calibration.tensors
+    size = dt.save(run, tmp_path / "m.detent", life="compressed", budget=budget)
+    assert 0.93 * budget < size <= budget
+    assert size != _file(model, recipe, tmp_path), "the nearest places take as many bytes: this shows nothing"
+
+
+def test_a_loader_is_read_once() -> None:
+    model = _conv()
+    batches = [INPUTS["conv"](), INPUTS["conv"]()]
+    once = dt.allocate(model, "1500 B", calibration=iter(batches))
+    assert once == dt.allocate(model, "1500 B", calibration=batches)
+
+
+def test_a_budget_on_disk_counts_notes_and_coding(tmp_path: Path) -> None:
+    save_file(_mlp().state_dict(), tmp_path / "w.safetensors")
+    out = tmp_path / "m.detent"
+    cases: list[dict[str, Any]] = [{}, {"notes": {"who": "x" * 500}}, {"coding": "bitpacked"}, {"calibration": None}]
+    for more in cases:
+        made = dt.compress_to_budget(tmp_path / "w.safetensors", out, "3 kB", **more)
+        assert 2900 < made.bytes == out.stat().st_size <= 3000
+        assert ("by a prior" in " ".join(made.notes)) == ("calibration" not in more)
+    with pytest.raises(ValueError, match="inputs go with model="):
+        dt.compress_to_budget(tmp_path / "w.safetensors", out, "3 kB", calibration=[torch.randn(4, 48)])
+    inputs = [INPUTS["mlp"]()]
+    made = dt.compress_to_budget(tmp_path / "w.safetensors", out, "3 kB", calibration=inputs, model=_mlp(9))
+    assert made.bytes <= 3000 and made.notes[0].startswith("Places of 3 tensors were chosen with the inputs")
+
+
+def test_training_is_calibrated_afterwards() -> None:
+    with pytest.raises(ValueError, match="calibrate what training leaves"):
+        dt.allocate(_mlp(), "3 kB", calibration="prior", mechanism=dt.STE())
 
 
 # --- where the bytes go -------------------------------------------------------------------------------------------

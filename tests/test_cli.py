@@ -75,6 +75,9 @@ SURFACE = {
         "--recipe -r": None,
         "--budget": None,
         "--choices": "step",
+        "--nearest": False,
+        "--data": None,
+        "--calibrate": None,
         "--out -o": None,
         "--life": "compressed",
         "--coding": None,
@@ -677,7 +680,9 @@ def test_compress_to_a_budget(tmp_path: Path, weights: Path, choices: str, model
     """The file is no larger than the budget, and what the library gives for it; BatchNorm's statistics are short."""
     more = [] if model is None else ["--model", model]
     least = call("compress", weights, "--budget", "250 B", "--choices", choices, "-o", tmp_path / "no.detent", *more)
-    assert least.exit_code == 2 and "bytes are too few" in least.stderr and not (tmp_path / "no.detent").exists()
+    assert (
+        least.exit_code == 2 and " too few; the smallest file" in least.stderr and not (tmp_path / "no.detent").exists()
+    )
     out = tmp_path / "x.detent"
     result = call("compress", weights, "--budget", "1 kB", "--choices", choices, "-o", out, "--json", *more)
     assert result.exit_code == 0, result.output
@@ -692,6 +697,37 @@ def test_compress_to_a_budget(tmp_path: Path, weights: Path, choices: str, model
 
 
 @pytest.mark.parametrize(
+    ("more", "note", "card"),
+    [
+        (["--nearest"], None, "none"),
+        ([], "Places were chosen without data, by a prior", "none; places by a prior of inputs"),
+        (["--data", "digits", "--calibrate", "64"], "Places of 3 tensors were chosen with the inputs given",
+         "places by 64 training images of digits, pixels scaled by the training split's mean and deviation"),
+    ],
+)  # fmt: skip
+def test_what_places_within_a_budget_are_chosen_with(
+    tmp_path: Path, more: list[str], note: str | None, card: str
+) -> None:
+    torch.manual_seed(0)
+    net, out = make_digits_net(), tmp_path / "x.detent"
+    save_model(net, str(tmp_path / "net.safetensors"))
+    arguments = ["--budget", "1 kB", "--model", f"{HERE}:make_digits_net", "-o", out, "--json", *more]
+    result = call("compress", tmp_path / "net.safetensors", *arguments)
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["bytes"] == out.stat().st_size <= 1000
+    assert [text for text in said["notes"] if note and text.startswith(note)] == said["notes"]
+    assert read_header(out).card["notes"]["calibration"] == card
+    options: dict[str, Any] = {"nearest": "--nearest" in more, "data": None, "calibrate": None, "model": "net:net"}
+    if "--data" in more:
+        options |= {"data": "digits", "calibrate": 64}
+    calibration, _ = cli_work.places_of("1 kB", **options)
+    own = {"calibration": calibration, "model": make_digits_net(), "notes": read_header(out).card["notes"]}
+    dt.compress_to_budget(tmp_path / "net.safetensors", tmp_path / "own.detent", "1 kB", **own)
+    assert (tmp_path / "own.detent").read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--budget", "2 kB", "-r", "uniform-w4"], "give one of the two"),
@@ -699,6 +735,13 @@ def test_compress_to_a_budget(tmp_path: Path, weights: Path, choices: str, model
         (["--budget", "2 kB", "--choices", "bits"], "must be step or widths"),
         (["--budget", "2 kB", "--model", f"{HERE}:Net", "--example", "1,3,8,8"], "knows no first or last layer"),
         (["--budget", "2 K"], "must be a number of bytes"),
+        (["--nearest"], "--nearest: goes with --budget"),
+        (["-r", "uniform-w4", "--data", "digits"], "--data: goes with --budget"),
+        (["--budget", "2 kB", "--data", "digits"], "goes with --model"),
+        (["--budget", "2 kB", "--calibrate", "9"], "--calibrate 9: goes with --data"),
+        (["--budget", "2 kB", "--data", "digits", "--nearest"], "give one of the two"),
+        (["--budget", "2 kB", "--data", "digits", "--model", f"{HERE}:Net"], "does not take images of 1x8x8"),
+        (["--budget", "2 kB", "--data", "digits", "--calibrate", "0", "--model", f"{HERE}:Net"], "must be 1 to"),
     ],
 )
 def test_a_wrong_budget_is_refused(weights: Path, arguments: list[str], says: str) -> None:

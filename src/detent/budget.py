@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from detent.amounts import Budget, budget_bytes
+from detent.calibration import Batches
 from detent.compression import Compressed, compress, filled, guesses
 from detent.engine import Run
 from detent.mechanisms import Mechanism
@@ -36,6 +37,7 @@ Choices = Literal["step", "widths"] | Sequence[Target]
 
 _TRIES = 12  # files that are written to find a step
 _CLOSE = 1e-3  # share of the budget that may be left over
+_FED, _NEAR = 4, 4e-3  # the same two where each try is a calibration, which takes its time
 _SLACK = 0.99  # of the rate in training: the coder's gains and losses move with the weights
 _WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -47,6 +49,7 @@ def allocate(
     choices: Choices = "step",
     importance: Mapping[str, Tensor | float] | None = None,
     loss: Callable[[nn.Module], float] | None = None,
+    calibration: Batches | None = None,
     mechanism: Mechanism | None = None,
     rules: Recipe | None = None,
     example: Any = None,
@@ -71,6 +74,10 @@ def allocate(
             (`fisher`); >= 0. `None`: 1 for all.
         loss: measures the error instead: called with the model, one tensor of which is compressed, for every tensor and
             choice; not with `choices="step"`.
+        calibration: what the places will be chosen with, as for `compress`: batches of inputs, which are read once, or
+            "prior". Such codes take another number of bytes than those of the nearest places, by a percent or more, so
+            they are what is counted; errors that choose among targets are still those of nearest places. Then
+            `compress(model, recipe, calibration=...)` with the same gives the file that was counted.
         mechanism: for training under the budget, with `choices="step"`: rules for `attach`, which hold the *rate* of
             the codes, so that the step follows the weights. What training leaves is then allocated once more:
             `save(run, path, life="compressed", recipe=allocate(run, budget), budget=budget)`.
@@ -104,20 +111,29 @@ def allocate(
     refuse_no_model(model, "allocate")
     if mechanism is not None and choices != "step":
         raise ValueError('allocate(mechanism=...): trains with choices="step"; give the rules of others one yourself')
-    task = _Task.of(model, budget, rules, example)
-    weights = _importance(importance, task)
+    if mechanism is not None and calibration is not None:
+        raise ValueError(
+            "allocate(mechanism=..., calibration=...): calibrate what training leaves; give one of the two"
+        )
+    task = _Task.of(model, budget, rules, example, calibration)
+    found = _allocated(task, choices, _importance(importance, task), loss).recipe
+    return found if mechanism is None else _to_train(task, found, mechanism, rules)
+
+
+def _allocated(
+    task: _Task, choices: Choices, importance: Mapping[str, Tensor], loss: Callable[[nn.Module], float] | None
+) -> _Try:
     if isinstance(choices, str):
         if choices not in ("step", "widths"):
             raise ValueError(f'allocate(choices={choices!r}): must be "step", "widths" or a list of targets')
         if choices == "step":
             if loss is not None:
                 raise ValueError('allocate(choices="step", loss=...): a loss chooses among targets; give importance=')
-            found = _one_step(task, weights)
-            return found if mechanism is None else _to_train(task, found, mechanism, rules)
+            return _one_step(task, importance)
         choices = [Uniform(bits=bits, granularity="channel") for bits in _WIDTHS]
     if not choices or not all(isinstance(each, Target) for each in choices):
         raise ValueError('allocate(choices=...): must be "step", "widths" or a list of targets, at least one')
-    return _among(task, list(choices), weights, loss)
+    return _among(task, list(choices), importance, loss)
 
 
 def compress_to_budget(
@@ -126,18 +142,21 @@ def compress_to_budget(
     budget: Budget,
     *,
     choices: Choices = "step",
+    calibration: Batches | None = "prior",
     coding: Coding | None = None,
     model: nn.Module | None = None,
     rename: Rename | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> Compressed:
-    """Compress a state dict on disk into a file of at most so many bytes: no training, no data. It is held in memory.
+    """Compress a state dict on disk into a file of at most so many bytes, without training. It is held in memory.
 
     Args:
         source: a safetensors file, a folder of shards with their index, or the index.
         out: the file to write; no file of the source.
         budget: as for `allocate`.
         choices: as for `allocate`.
+        calibration: as for `allocate`: "prior", which needs no data; batches of inputs, with `model`; or `None` for the
+            nearest places.
         coding: as for `save`.
         model: for what names and shapes do not say, as for `compress_state_dict`; it is given the weights.
         rename: as for `compress_state_dict`.
@@ -158,13 +177,26 @@ def compress_to_budget(
     if not isinstance(source, Checkpoint):
         with Checkpoint(source) as weights:
             return compress_to_budget(
-                weights, out, budget, choices=choices, coding=coding, model=model, rename=rename, notes=notes
+                weights,
+                out,
+                budget,
+                choices=choices,
+                calibration=calibration,
+                coding=coding,
+                model=model,
+                rename=rename,
+                notes=notes,
             )
     if any(Path(out).resolve() == file.resolve() for file in source.files):
         raise ValueError(f"compress_to_budget(out={str(out)!r}): is a file of the state dict; give another name")
+    if model is None and not (calibration is None or isinstance(calibration, str)):
+        raise ValueError("compress_to_budget(calibration=...): inputs go with model=, which is run on them")
     net = filled(source, model, rename)
-    recipe = allocate(net, budget, choices=choices)
-    run = compress(net, recipe)
+    task = _Task.of(net, budget, calibration=calibration, coding=coding, notes=notes)
+    made = _allocated(task, choices, _importance(None, task), None)
+    for warning in made.said:
+        warnings.warn(warning, stacklevel=2)
+    run = made.run
     written = save(run, out, life="compressed", coding=coding, notes=notes, budget=budget)
     own = dict(net.named_parameters())
     lost = energy = 0.0
@@ -182,8 +214,19 @@ def compress_to_budget(
         nominal_bits=coded["nominal_bits"] / max(coded["weights"], 1),
         bits_per_weight=8 * coded["bytes"] / max(coded["weights"], 1),
         error=lost / (energy or 1.0),
-        notes=tuple(guesses(run.plan) if model is None else ()),
+        notes=(*_chosen_by(calibration, run), *(guesses(run.plan) if model is None else ())),
     )
+
+
+def _chosen_by(calibration: Batches | None, run: Run) -> list[str]:
+    """What a user should know of how places were chosen, in sentences."""
+    if calibration is None or run.calibration is None:
+        return []
+    if isinstance(calibration, str):
+        return ["Places were chosen without data, by a prior of what inputs are like, so that errors cancel."]
+    left, number = run.calibration.warning(), len(run.calibration.tensors)
+    said = f"Places of {number} tensors were chosen with the inputs given, so that outputs change least"
+    return [f"{said}; {left}." if left else f"{said}."]
 
 
 # --- what is to be allocated, and what a file of it takes ---------------------------------------------------------
@@ -196,15 +239,31 @@ class _Task:
     first: tuple[Rule, ...]
     claims: tuple[Claim, ...]
     example: Any
+    calibration: Batches | None
+    form: Mapping[str, Any]  # what else `save` is told
 
     @classmethod
-    def of(cls, model: nn.Module, budget: Budget, rules: Recipe | None, example: Any) -> _Task:
+    def of(
+        cls,
+        model: nn.Module,
+        budget: Budget,
+        rules: Recipe | None = None,
+        example: Any = None,
+        calibration: Batches | None = None,
+        **form: Any,
+    ) -> _Task:
         first = () if rules is None else tuple(rules.without_mechanisms().rules)
         free = Recipe([*first, Rule(match="@weights", target=UniformStep(step=1.0, bits=2))])
         plan = free.resolve(model, example=example)
         claims = tuple(claim for claim in plan.claimed if claim.rule == len(first))
         return cls(
-            model=model, budget=budget_bytes(budget, model, "allocate"), first=first, claims=claims, example=example
+            model=model,
+            budget=budget_bytes(budget, model, "allocate"),
+            first=first,
+            claims=claims,
+            example=example,
+            calibration=calibration if calibration is None or isinstance(calibration, str) else list(calibration),
+            form=form,
         )
 
     def weights(self) -> dict[str, Tensor]:
@@ -223,21 +282,29 @@ class _Task:
         rest = Round(dtype="float16" if largest <= torch.finfo(torch.float16).max else "bfloat16")
         return Recipe([*self.first, *given, Rule(match=".", include=".", target=rest, optional=True)])
 
-    def run(self, recipe: Recipe) -> Run:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of tries nobody has chosen
-            return compress(self.model, recipe, example=self.example)
-
-    def size(self, recipe: Recipe) -> int:
-        """Bytes of the compressed file."""
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return save(self.run(recipe), Path(folder) / "try.detent", life="compressed", budget=1 << 62)
+    def made(self, recipe: Recipe, calibration: Batches | None) -> _Try:
+        """The compressed file, counted."""
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")  # nobody has chosen this try yet
+            run = compress(self.model, recipe, example=self.example, calibration=calibration)
+            size = save(run, Path(folder) / "try.detent", life="compressed", budget=1 << 62, **self.form)
+        return _Try(recipe=recipe, run=run, size=size, said=tuple(str(warning.message) for warning in said))
 
     def too_small(self, least: int) -> ValueError:
         return ValueError(
-            f"allocate(budget=...): {self.budget:,} bytes are too few; the smallest file of these choices has {least:,}"
+            f"allocate(budget=...): {self.budget:,} bytes are {least - self.budget:,} too few; the smallest file of "
+            f"these choices has {least:,}"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Try:
+    """A recipe, what it makes of the model, the bytes of the compressed file, and what was warned of."""
+
+    recipe: Recipe
+    run: Run
+    size: int
+    said: tuple[str, ...]
 
 
 def _importance(given: Mapping[str, Tensor | float] | None, task: _Task) -> dict[str, Tensor]:
@@ -307,54 +374,98 @@ def fisher(model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, 
 # --- one step -----------------------------------------------------------------------------------------------------
 
 
-def _one_step(task: _Task, importance: Mapping[str, Tensor]) -> Recipe:
+def _one_step(task: _Task, importance: Mapping[str, Tensor]) -> _Try:
     """By the secant in log2(step) against bytes, which is nearly a line; every size is of a file that was written."""
     weights = task.weights()
     means = {name: float(h.mean()) for name, h in importance.items()}
     typical = sum(means[n] * w.numel() for n, w in weights.items()) / sum(w.numel() for w in weights.values())
     shares = {n: math.sqrt(typical / max(mean, 1e-6 * typical)) for n, mean in means.items()}
+    moves = task.calibration is not None
 
-    def rules(step: float) -> list[Rule]:
-        return _step_rules({name: step * share for name, share in shares.items()}, weights)
+    def recipe(step: float) -> Recipe:
+        return task.recipe(_step_rules({name: step * share for name, share in shares.items()}, weights, moves=moves))
 
     scaled = [weights[name].float() / share for name, share in shares.items()]
     largest = max(float(w.abs().max()) for w in scaled)
     count = sum(w.numel() for w in scaled)
-    coarse = task.recipe(rules(4 * (largest or 1.0)))
-    least = task.size(coarse)
-    if least > task.budget:
-        raise task.too_small(least)
+    # So coarse that no error that is handed on comes to half a step.
+    coarse = 4 * (largest or 1.0) * max(claim.layout.numel // claim.layout.channels for claim in task.claims)
+    least = task.made(recipe(coarse), None)
+    if least.size > task.budget:
+        raise task.too_small(least.size)
     if largest == 0:
-        return coarse
-    rate = 8 * (task.budget - least) / count
+        return least
+    rate = 8 * (task.budget - least.size) / count
     step = step_at_rate(scaled, min(max(rate, 1e-3), 15.0), 0.5, 2**15 - 1)
-    best, fits, over = coarse, 4 * largest, 0.0  # the narrowest step known to fit, and the widest known not to
-    slope, last = -count / 8 * min(max(rate, 0.25), 1.0), None  # bytes for twice the step: a bit a weight, or less
-    for _ in range(_TRIES):
-        recipe = task.recipe(rules(step))
-        size = task.size(recipe)
-        if size <= task.budget:
-            best, fits = recipe, step
-            if task.budget - size <= _CLOSE * task.budget:
+    slope = -count / 8 * min(max(rate, 0.25), 1.0)  # bytes for twice the step: a bit a weight, or less
+    narrowest = largest / (2**15 - 1)
+    search = _Search(task=task, recipe=recipe, widest=coarse, narrowest=narrowest)
+    found = search.from_step(step, slope, None, tries=_TRIES, close=_CLOSE)
+    if task.calibration is not None:
+        fed = not isinstance(task.calibration, str)
+        tries, close = (_FED, _NEAR) if fed else (_TRIES, 2 * _CLOSE)
+        found = search.from_step(found.step, found.slope, task.calibration, tries=tries, close=close)
+    return found.best or least
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """Where a search ended: the best that fits, if anything did, its step, and bytes for twice the step."""
+
+    best: _Try | None
+    step: float
+    slope: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Search:
+    """For the narrowest step whose file fits."""
+
+    task: _Task
+    recipe: Callable[[float], Recipe]
+    widest: float
+    narrowest: float
+
+    def from_step(self, step: float, slope: float, calibration: Batches | None, *, tries: int, close: float) -> _Found:
+        """Until the file fits and leaves less than a share `close` of the budget, and on until it fits.
+
+        Args:
+            step: to begin with.
+            slope: what bytes for twice the step are taken to be at first, < 0.
+            calibration: what places are chosen with.
+            tries: files to write, if one of them fits.
+            close: in (0, 1).
+        """
+        budget, best, last = self.task.budget, None, None
+        fits, over = self.widest, 0.0  # the narrowest step known to fit, and the widest known not to
+        for number in range(_TRIES):
+            made = self.task.made(self.recipe(step), calibration)
+            if made.size <= budget:
+                best, fits = made, step
+                if budget - made.size <= close * budget:
+                    break
+            else:
+                over = step
+            if best is not None and number + 1 >= tries:
                 break
-        else:
-            over = step
-        at = math.log2(step)
-        if last is not None and last[0] != at:
-            slope = min((size - last[1]) / (at - last[0]), slope / 4)
-        last = (at, size)
-        guess = 2 ** (at + (task.budget * (1 - _CLOSE / 3) - size) / slope)
-        if not over < guess < fits:
-            guess = math.sqrt(over * fits) if over else fits / 2
-        if guess < largest / (2**15 - 1) or (over and fits / over < 1 + 1e-5):
-            break
-        step = guess
-    return best
+            at = math.log2(step)
+            if last is not None and last[0] != at:
+                slope = min((made.size - last[1]) / (at - last[0]), slope / 4)
+            last = (at, made.size)
+            guess = 2 ** (at + (budget * (1 - close / 3) - made.size) / slope)
+            if not over < guess < fits:
+                guess = math.sqrt(over * fits) if over else fits / 2
+            if guess < self.narrowest or (over and fits / over < 1 + 1e-5):
+                break
+            step = guess
+        return _Found(best=best, step=fits if best is not None else step, slope=slope)
 
 
-def _step_rules(steps: Mapping[str, float], weights: Mapping[str, Tensor]) -> list[Rule]:
-    """One rule for all where all have one step."""
-    targets = {name: UniformStep(step=step, bits=_bits_for(weights[name], step)) for name, step in steps.items()}
+def _step_rules(steps: Mapping[str, float], weights: Mapping[str, Tensor], *, moves: bool) -> list[Rule]:
+    """One rule for all where all have one step; with room for weights that move, if they do."""
+    targets = {
+        name: UniformStep(step=step, bits=_bits_for(weights[name], step, int(moves))) for name, step in steps.items()
+    }
     if len(set(steps.values())) == 1 and all(w.dtype.itemsize >= 4 for w in weights.values()):
         bits = max(target.bits for target in targets.values())
         return [Rule(match="@weights", target=UniformStep(step=next(iter(steps.values())), bits=bits))]
@@ -376,9 +487,9 @@ def _to_train(task: _Task, found: Recipe, mechanism: Mechanism, rules: Recipe | 
     return Recipe([*first, Rule(match="@weights", target=target, mechanism=mechanism)])
 
 
-def _bits_for(w: Tensor, step: float) -> int:
-    """The narrowest width that clips nothing, as far as the dtype tells levels apart."""
-    most = math.ceil(float(w.abs().max()) / step)
+def _bits_for(w: Tensor, step: float, room: int) -> int:
+    """The narrowest width that clips nothing, `room` steps farther, as far as the dtype tells levels apart."""
+    most = math.ceil(float(w.abs().max()) / step) + room
     widest = {torch.bfloat16: 8, torch.float16: 11}.get(w.dtype, 16)
     return min(max(2, (2 * most + 1).bit_length()), widest)
 
@@ -411,22 +522,24 @@ def _among(
     choices: list[Target],
     importance: Mapping[str, Tensor],
     loss: Callable[[nn.Module], float] | None,
-) -> Recipe:
+) -> _Try:
     options = _options(task, choices, importance, loss)
     smallest = {name: min(mine, key=lambda o: (o.size, o.error)) for name, mine in options.items()}
     room = task.budget
     for _ in range(_TRIES):
         taken = _filled(options, smallest, room)
-        recipe = task.recipe(_grouped({name: option.target for name, option in taken.items()}))
-        size = task.size(recipe)
-        if size <= task.budget:
-            return recipe
+        made = task.made(
+            task.recipe(_grouped({name: option.target for name, option in taken.items()})), task.calibration
+        )
+        if made.size <= task.budget:
+            return made
         if taken == smallest:
-            raise task.too_small(size)
+            raise task.too_small(made.size)
         # What is no tensor's own (the header, codebooks that are shared) is known only once all have been chosen.
         own = sum(option.size for option in taken.values())
-        room = min(room - 1, own - (size - task.budget))
-    raise task.too_small(task.size(task.recipe(_grouped({name: o.target for name, o in smallest.items()}))))
+        room = min(room - 1, own - (made.size - task.budget))
+    least = task.recipe(_grouped({name: option.target for name, option in smallest.items()}))
+    raise task.too_small(task.made(least, task.calibration).size)
 
 
 def _filled(options: Mapping[str, list[_Option]], smallest: Mapping[str, _Option], room: int) -> dict[str, _Option]:
@@ -491,7 +604,9 @@ def _options(
         mine = [c for c in task.claims if target.accepts(c.layout.shape, c.dtype, c.layout) is None]
         if not mine:
             continue
-        run = task.run(Recipe(_grouped({claim.name: target for claim in mine})))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run = compress(task.model, Recipe(_grouped({claim.name: target for claim in mine})), example=task.example)
         sizes = _sizes(run)
         for name, item in run.encoded().items():
             q = item.decode()

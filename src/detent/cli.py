@@ -33,7 +33,9 @@ from detent.cli_work import (
     export_file,
     import_own,
     model_of,
+    places_of,
     recipe_of,
+    refuse_images,
     refuse_overwriting,
     report_of,
     visible,
@@ -354,6 +356,16 @@ def compress(
     choices: Annotated[
         str, typer.Option(help="With --budget: step (least error), or widths of 2 to 8 bits a tensor (for hardware).")
     ] = "step",
+    nearest: Annotated[
+        bool, typer.Option("--nearest", help="With --budget: each weight on its nearest place, without error feedback.")
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="With --budget and --model: 'digits', or a folder of Parquet images; some choose the places."
+        ),
+    ] = None,
+    calibrate: Annotated[int | None, typer.Option(help="How many of them; else 256, or all if fewer.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The file to write; else WEIGHTS.detent.")] = None,
     life: Annotated[str, typer.Option(help="compressed: as small as its codes; both: the weights as they are too.")] = (
         "compressed"
@@ -373,7 +385,7 @@ def compress(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Round the weights of a state dict to the places of a recipe, or whatever fits a budget: no training, no data."""
+    """Round the weights of a state dict to the places of a recipe, or whatever fits a budget, without training."""
     with _answer(as_json):
         if life not in ("compressed", "both"):
             raise ValueError(f"--life {life}: must be compressed or both")
@@ -387,16 +399,21 @@ def compress(
             default = None if out else _beside(weights)
             inputs = [*opened.files, None if recipe is None else Path(recipe), code_of(model), code_of(example)]
             refuse_overwriting(named=[out], unnamed=[default], inputs=inputs, force=force)
-            said: dict[str, Any] = {"data": "none", "epochs": 0, "calibration": "none"}
+            places, words = places_of(budget, nearest=nearest, data=data, calibrate=calibrate, model=model)
+            said: dict[str, Any] = {"data": "none", "epochs": 0, "calibration": words}
             said["made by"] = f"detent compress {weights.name or weights.resolve().name}"
             if model is None:
                 order = "of names and their numbers, as a state dict has none"
                 said["order"] = f"{order}: which weight is really first or last is not known"
             net, place = None if model is None else model_of(model), out or _beside(weights)
+            if net is not None:
+                refuse_images(net, places, data)
             if budget is not None:
                 done = watch("finding what fits", 1)
                 wanted = budget_of(budget, recipe=recipe, choices=choices, life=life)
-                found = compress_to_budget(opened, place, budget, choices=wanted, coding=coding, model=net, notes=said)
+                found = compress_to_budget(
+                    opened, place, budget, choices=wanted, calibration=places, coding=coding, model=net, notes=said
+                )
                 done()
             else:
                 chosen = recipe_of(recipe or "uniform-w4")

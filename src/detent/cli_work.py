@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detent import calibration
 from detent.data import Batches, ImageSet, digits, load_images
 from detent.export import Activations, onnx_latency, to_compressed_tensors, to_onnx
 from detent.pack import load
@@ -35,7 +36,9 @@ __all__ = [
     "export_file",
     "import_own",
     "model_of",
+    "places_of",
     "recipe_of",
+    "refuse_images",
     "refuse_overwriting",
     "report_of",
     "visible",
@@ -44,7 +47,8 @@ __all__ = [
 
 Watch = Callable[[str, int], Callable[[], None]]
 SENSITIVITY_IMAGES = 1000
-CALIBRATION_IMAGES = 512
+CALIBRATION_IMAGES = 512  # for ranges of activations
+PLACES_IMAGES = 256
 LATENCY_BATCHES = (1, 64)
 
 
@@ -176,6 +180,29 @@ def budget_of(budget: str, *, recipe: str | None, choices: str, life: str) -> Li
     if choices == "step" or choices == "widths":
         return choices
     raise ValueError(f"--choices {choices}: must be step or widths")
+
+
+def places_of(
+    budget: str | None, *, nearest: bool, data: str | None, calibrate: int | None, model: str | None
+) -> tuple[calibration.Batches | None, str]:
+    """What places within a budget are chosen with, and words for it.
+
+    Raises:
+        ValueError: options that do not go together, or whatever `--data` refuses.
+    """
+    given = {"--nearest": nearest, "--data": data is not None, "--calibrate": calibrate is not None}
+    if budget is None and any(given.values()):
+        raise ValueError(f"{next(name for name, is_given in given.items() if is_given)}: goes with --budget")
+    if calibrate is not None and data is None:
+        raise ValueError(f"--calibrate {calibrate}: goes with --data")
+    if data is None:
+        return (None, "none") if nearest or budget is None else ("prior", "none; places by a prior of inputs")
+    if nearest:
+        raise ValueError(f"--nearest beside --data {data}: nearest places need no images; give one of the two")
+    if model is None:
+        raise ValueError(f"--data {data}: goes with --model, which is run on its images")
+    images = _drawn(data, calibrate, PLACES_IMAGES)
+    return images.batches, f"places by {images.words}"
 
 
 def bytes_in(text: str) -> int:
@@ -515,30 +542,57 @@ def _activations(options: OnnxOptions) -> Activations | None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Images:
-    """What finds the ranges of activations."""
+    """Images without labels, scaled."""
 
     batches: list[Tensor]
     words: str
 
 
 def _calibration(options: OnnxOptions, sizes_of_input: list[int]) -> _Images | None:
-    """Training images of `--data`, drawn without replacement from a fixed seed.
+    """What finds the ranges of activations.
 
     Raises:
         ValueError: more images than there are, or none, or images of another shape than the input.
     """
     if options.data is None:
         return None
-    train, mean, std = _training_images(options.data)
-    count = min(CALIBRATION_IMAGES, len(train)) if options.calibrate is None else options.calibrate
-    if not 1 <= count <= len(train):
-        raise ValueError(f"--calibrate {count}: must be 1 to {len(train)}, the training images of {options.data}")
-    shape = list(train.images.shape[1:])
+    images = _drawn(options.data, options.calibrate, CALIBRATION_IMAGES)
+    shape = list(images.batches[0].shape[1:])
     if shape != sizes_of_input[1:]:
         raise ValueError(f"--input {options.shape}: the images of {options.data} are {'x'.join(map(str, shape))}")
+    return images
+
+
+def refuse_images(net: nn.Module, places: calibration.Batches | None, data: str | None) -> None:
+    """Refuse images that a model does not take.
+
+    Raises:
+        ValueError: saying why.
+    """
+    if data is None or not isinstance(places, list):
+        return
+    try:
+        with torch.no_grad():
+            net.eval()(places[0][:1])
+    except Exception as error:  # whatever a user's own code may raise
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        shape = "x".join(map(str, places[0].shape[1:]))
+        raise ValueError(f"--data {data}: the model does not take images of {shape}: {why}") from None
+
+
+def _drawn(data: str, wanted: int | None, usual: int) -> _Images:
+    """Training images of `--data`, drawn without replacement from a fixed seed.
+
+    Raises:
+        ValueError: more images than there are, or none.
+    """
+    train, mean, std = _training_images(data)
+    count = min(usual, len(train)) if wanted is None else wanted
+    if not 1 <= count <= len(train):
+        raise ValueError(f"--calibrate {count}: must be 1 to {len(train)}, the training images of {data}")
     some = train.subset(torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:count])
     batches = Batches(some.images, some.labels, min(count, 128), shuffle=False, mean=mean, std=std, drop_last=False)
-    return _Images(batches=[x for x, _ in batches], words=f"{count:,} training images of {options.data}, {_SCALED}")
+    return _Images(batches=[x for x, _ in batches], words=f"{count:,} training images of {data}, {_SCALED}")
 
 
 def _example(sizes_of_input: list[int], settings: Activations | None, images: _Images | None) -> Tensor:
