@@ -66,9 +66,9 @@ NETWORKS = {
         data="cifar10",
         look={"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
         augmented={"crop": 4, "padding": "zero", "flip": True},
-        budgets=("20 kB", "30 kB", "40 kB", "50 kB", "60 kB", "70 kB", "84 kB", "98 kB", "128 kB"),
-        by_width=("84 kB", "98 kB", "128 kB"),
-        fed={256: ("30 kB", "40 kB", "50 kB", "60 kB", "70 kB", "84 kB"), 1024: ("50 kB", "70 kB")},
+        budgets=("50 kB", "60 kB", "70 kB", "84 kB", "98 kB", "128 kB"),
+        by_width=("98 kB",),
+        fed={256: ("50 kB", "70 kB", "84 kB"), 512: ("50 kB", "70 kB")},
     ),
     "resnet8": Network(
         words="ResNet-8 of MLPerf Tiny on CIFAR-10",
@@ -76,8 +76,8 @@ NETWORKS = {
         data="cifar10",
         look={"std": [1 / 255]},
         augmented={"flip": True},
-        budgets=("20 kB", "25 kB", "30 kB", "40 kB", "50 kB"),
-        fed={256: ("20 kB", "25 kB", "30 kB", "40 kB"), 1024: ("20 kB", "25 kB", "30 kB", "40 kB")},
+        budgets=("25 kB", "30 kB", "40 kB"),
+        fed={256: ("25 kB", "30 kB", "40 kB"), 1024: ("30 kB", "40 kB")},
     ),
     "resnet32": Network(
         words="ResNet-32 on CIFAR-100, the checkpoint of PSG's authors",
