@@ -39,7 +39,8 @@ from detent.report.record import process_peak
 MAGIC = b"\x89Detent\x02"
 SECONDS = 20  # for one file; more is a hang
 HEADROOM = 1 << 29  # bytes of address space beyond what a worker has after it has read every sample once
-FORGED = ("forged value", "forged blob")  # right in every checksum: may be somebody else's file
+# Right in every checksum: may be somebody else's file. A form's sizes say what it is, and nothing says them twice.
+FORGED = ("lying sizes", "forged value", "forged blob")
 _SMALL = 1 << 22  # weights of a tensor that is worth decoding without a model
 
 
@@ -596,7 +597,7 @@ def main(
             "stride": stride,
         },
         notes="Allowed are FormatError, ValueError for another model, or the same weights to the bit; a forged file "
-        "(wrong in a value or a blob, right in every checksum) may also be a sound file of other weights. Every fourth "
+        "(wrong in a size, a value or a blob, right in every checksum) may also be a sound file of other weights. Every fourth "
         "file is also read tensor by tensor without a model. Files of another meaning (benchmarks/fuzz_meaning.py) are "
         "refused, or give a tensor that is a member of its target's set: projected again it is the same to the bit. An "
         "exception at a line of the engine (benchmarks/interrupts.py) leaves the old state or the new one, and "

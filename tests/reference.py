@@ -793,3 +793,24 @@ def pruned_obs(
             row[p] = q
         h_inv = without(h_inv, p)
     return found
+
+
+# --- activations ----------------------------------------------------------------------------------------------------
+
+
+def lsq(x: Array, s: float, low: int, high: int) -> tuple[Array, Array, Array]:
+    """Learned Step Size Quantization (arXiv 1902.08153), equations 1 to 3: v_hat, d v_hat / d v, d v_hat / d s."""
+    v_hat, dv, ds = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
+    for i, v in np.ndenumerate(x):
+        v_bar = np.rint(min(max(v / s, low), high))
+        v_hat[i] = v_bar * s
+        dv[i] = float(low <= v / s <= high)
+        ds[i] = low if v / s < low else high if v / s > high else -v / s + np.rint(v / s)
+    return v_hat, dv, ds
+
+
+def pact(x: Array, alpha: float, bits: int) -> tuple[Array, Array, Array]:
+    """PACT (arXiv 1805.06085), equations 1 to 4: y_q, d y_q / d x, d y_q / d alpha."""
+    y = 0.5 * (np.abs(x) - np.abs(x - alpha) + alpha)
+    scale = alpha / (2**bits - 1)
+    return np.rint(y / scale) * scale, ((x >= 0) & (x <= alpha)).astype(float), (x > alpha).astype(float)

@@ -63,6 +63,14 @@ RULES: dict[str, dt.Recipe] = {
             )
         ]
     ),
+    # Grids of activations are found on what all processes see, and learn from the mean of their gradients.
+    "activations": dt.Recipe(
+        [dt.Rule(match="weight", target=dt.Uniform(bits=3), mechanism=dt.STE())],
+        activations=[
+            dt.Activation(match="@first", quantizer=dt.RunningRange(bits=4, momentum=0.5)),
+            dt.Activation(quantizer=dt.LearnedStep(bits=4, rate=0.02)),
+        ],
+    ),
     # How much each weight matters is gathered in pieces, and its least value is a share of that of the whole.
     "fisher": dt.Recipe(
         [
@@ -221,6 +229,7 @@ CASES: dict[str, tuple[str, Callable[[nn.Module], torch.optim.Optimizer]]] = {
     "psg-prune-sgd": ("psg-prune", sgd),
     "admm-prune-adamw": ("admm-prune", adamw),
     "fisher-sgd": ("fisher", sgd),
+    "activations-sgd": ("activations", sgd),
     "freeze-sgd": ("freeze", sgd),
     "mirror-adamw": ("mirror", adamw),
     "stages-adamw": ("stages", adamw),
@@ -234,11 +243,12 @@ RESUMED = (
     "prune-sgd",
     "admm-prune-adamw",
     "fisher-sgd",
+    "activations-sgd",
     "freeze-sgd",
     "mirror-adamw",
 )
 # Their two lives are one by the end.
-ONE_LIFE = ("ste", "prune", "admm-prune", "fisher", "freeze", "mirror", "stages")
+ONE_LIFE = ("ste", "activations", "prune", "admm-prune", "fisher", "freeze", "mirror", "stages")
 
 
 def ddp_job(rank: int, world: int, folder: Path) -> dict[str, Any]:

@@ -28,15 +28,19 @@ SRC = ROOT / "src" / "detent"
 # What each part of the package may import, besides itself. "" is the package's own __init__.
 _TARGETS = {"schedules", "grouping", "masks", "pieces"}
 _MECHANISMS = _TARGETS | {"targets"}
-_SPECS = _MECHANISMS | {"mechanisms"}
+_SPECS = _MECHANISMS | {"mechanisms", "quantizers"}
 _RECIPE = _SPECS | {"undoing", "sharding", "specs", "parameters", "ends", "plan", "contents"}
-_LIVES = _RECIPE | {"recipe"}
+_RECIPE |= {"activations"}
+_LIVES = _RECIPE | {"recipe", "roundings"}
 _ENGINE = _LIVES | {"averages", "batchnorm", "calibration", "claimed", "collapse", "drivers", "fitting", "guards"}
 _ENGINE |= {"lives", "optimizers", "resuming", "standins", "states", "threads"}
 _PACK = _ENGINE | {"engine"}
 _CORE = _PACK | {"amounts", "budget", "pack", "compression"}
 MAY_IMPORT: dict[str, set[str]] = {
     "schedules": set(),
+    "quantizers": {"schedules"},
+    "activations": _SPECS | {"parameters", "specs"},
+    "roundings": _RECIPE,
     "grouping": set(),
     "masks": set(),
     "pieces": set(),
@@ -49,7 +53,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parameters": {"grouping"},
     "ends": {"parameters"},
     "collapse": _SPECS | {"undoing", "ends", "specs"},
-    "plan": _SPECS | {"parameters", "specs", "ends", "recipe"},  # of recipe only the types: a recipe resolves to a plan
+    # Of recipe only the types: a recipe resolves to a plan.
+    "plan": _SPECS | {"activations", "parameters", "specs", "ends", "recipe"},
     "recipe": _RECIPE | {"presets"},
     "contents": {"parameters", "sharding"},
     "batchnorm": {"parameters", "undoing"},

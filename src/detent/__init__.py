@@ -1,5 +1,6 @@
 """Detent: train networks whose weights click into places that are cheap to store."""
 
+from detent.activations import Activation as Activation
 from detent.amounts import Budget as Budget
 from detent.budget import allocate as allocate
 from detent.budget import compress_to_budget as compress_to_budget
@@ -39,6 +40,13 @@ from detent.pack import load as load
 from detent.pack import save as save
 from detent.pack import unpack as unpack
 from detent.plan import Plan as Plan
+from detent.quantizers import LearnedClip as LearnedClip
+from detent.quantizers import LearnedStep as LearnedStep
+from detent.quantizers import PerToken as PerToken
+from detent.quantizers import Quantizer as Quantizer
+from detent.quantizers import Reshaped as Reshaped
+from detent.quantizers import RunningRange as RunningRange
+from detent.quantizers import Sign as Sign
 from detent.recipe import Recipe as Recipe
 from detent.recipe import Rule as Rule
 from detent.recipe import Stage as Stage

@@ -500,6 +500,8 @@ def inspect(
             console.print(Text(said))
         for reason, names in card["full_precision"].items():
             console.print(Text(f"In full precision ({reason}): {', '.join(names)}"))
+        for row in card["activations"]:
+            console.print(Text(f"What goes into {row['module'] or 'the model'}: {row['said']}"))
         for key, value in card["notes"].items():
             console.print(Text(f"{key}: {value}"))
 

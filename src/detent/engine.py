@@ -12,17 +12,18 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from detent import claimed, guards, optimizers, sharding, states
+from detent import claimed, guards, optimizers, sharding
 from detent.batchnorm import Statistics, install, statistics_of
 from detent.claimed import Entry, by_rule, fit_target
 from detent.collapse import Losses
 from detent.contents import contents_of, refuse_unsavable, refuse_unused
 from detent.drivers import Driver, owners_of, register, release
 from detent.fitting import fit_due, settle_stage
-from detent.mechanisms import Mechanism
+from detent.mechanisms import Clock, Mechanism
 from detent.parameters import named_parameters, refuse_no_model
 from detent.recipe import Plan, Recipe, refuse_no_recipe
 from detent.resuming import Resumable
+from detent.roundings import Roundings, take_off
 from detent.standins import refuse_narrow_shards
 from detent.threads import OneThread
 from detent.undoing import undone, undone_unless_done, without_gradients
@@ -164,6 +165,7 @@ class Run(Resumable):
         else:
             self._all, self._frozen = claimed.entries_of(model, plan, {}), []
         self._refresh()
+        self.activations = Roundings(model, plan.recipe.activations, plan.inputs, trained=bool(attached))
 
     def __repr__(self) -> str:
         """In a line: how far training is and how much of the model is claimed."""
@@ -220,6 +222,7 @@ class Run(Resumable):
             self._register(driver)
         for entry in self._all:  # a fraction that cannot be resolved is found now, not at step 3,000
             entry.check_moments(self._drivers[0].steps_of(entry.stage))
+        self.activations.check_moments(self._drivers[0].total_steps)
         if not any(entry.param.is_meta for entry in self._all):
             claimed.rehearse(self._all, self.plan)
             self._fit_frozen()
@@ -292,7 +295,7 @@ class Run(Resumable):
                 self._repair(driver)
                 driver.riding, driver.given = state_dict.get(_STATE_KEY), state_dict
                 if driver.riding is not None:
-                    states.check_state(driver, driver.riding)
+                    self._check_state(driver, driver.riding)
             return optimizers.unmarked({key: value for key, value in state_dict.items() if key != _STATE_KEY})
 
         register(
@@ -440,6 +443,7 @@ class Run(Resumable):
         at_work = {rule for rule, mechanism in at_work.items() if mechanism.active(clock)}
         active = [entry for entry in driver.entries if entry.claim.rule in at_work]
         if idle or optimizers.overflowed(driver.optimizer):
+            self.activations.drop()
             self._begin(driver, active, sees_gradients=False)
             return replay
         grads = {e.name: e.param.grad for e in active if e.param.grad is not None}
@@ -520,6 +524,10 @@ class Run(Resumable):
             for entry, slot in driver.fitted:
                 driver.once((entry.name,), [(entry, slot)], lambda e=entry, s=slot: e.mechanism.after_fit(s, clock))
             driver.hold()
+        if driver is self._drivers[0] and self.activations:
+            now = Clock(step=driver.step, total_steps=driver.total_steps)  # of the training: stages share them
+            rate = float(driver.optimizer.param_groups[0]["lr"])
+            driver.once("activations", [], partial(self.activations.land, now, rate))
         self._forget_lives()
         self._adopt(driver, passing=True)
         for entry in driver.all_entries:
@@ -554,6 +562,7 @@ class Run(Resumable):
         elif driver.pending:
             with without_gradients():
                 driver.roll_back()
+            self.activations.drop()
             self._adopt(driver, passing=True)
             driver.rest()
         else:
@@ -621,6 +630,8 @@ class Run(Resumable):
         owners = self._owners(params) if attached else []
         plan = claimed.retyped(self.plan, named_parameters(model)) if adopt else self.plan
         # Nothing is taken over before everything has been looked at: a refused call leaves the run as it was.
+        if model is not self.model and not self._closed:
+            self.activations.hook(model)
         self.model, self.plan = model, plan
         for entry in (*self._all, *self._frozen):
             entry.follow(params[entry.name])
@@ -657,7 +668,10 @@ class Run(Resumable):
 
     def _alone(self, model: nn.Module) -> Run:
         guards.found_again(self._entries, model)
-        return Run(model, self.standing, [], None, self._nonfinite)
+        take_off(model, self.activations)
+        run = Run(model, self.standing, [], None, self._nonfinite)
+        run.activations.like(self.activations)
+        return run
 
     def _is_over(self, entry: Entry) -> bool:
         frozen = any(entry in driver.entries and driver.frozen(entry) for driver in self._drivers)
@@ -681,6 +695,7 @@ class Run(Resumable):
         """
         self._warn_early("finalize()")
         with self._one_thread("run.finalize()"):
+            self.activations.refuse_unready("run.finalize()")
             life = self._life(None, None)
             self._look_for_losses(life)
             self._say_losses("finalize()")
@@ -713,6 +728,7 @@ class Run(Resumable):
                 sharding.reshard(self.model)
                 self._adopt()
                 self.detach()
+                self.activations.fix(self.model)
                 for entry, _, _ in life:
                     entry.chosen = None  # the weights are these places now
 
@@ -733,6 +749,7 @@ class Run(Resumable):
     def detach(self) -> None:
         """Remove all hooks: the optimizers are again what they were. The weights stay as they are."""
         self._closed = True  # hooks that are still there do nothing from here on
+        self.activations.unhook()
         OneThread.of(self.model).go(self)
         for driver in self._drivers:
             driver.stand_ins.end()

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from detent import sharding
-from detent.batchnorm import Statistics, install, reestimate, rounded, statistics_of
+from detent.batchnorm import Statistics, feed, install, reestimate, rounded, statistics_of
 from detent.calibration import Batches, Calibration, How, by_prior, calibrated
 from detent.claimed import Entry, entries_of, fit_target, refuse_nonfinite, refuse_stages
 from detent.collapse import Losses, answers
 from detent.guards import fingerprint
 from detent.plan import Plan, resolve
 from detent.recipe import Recipe, refuse_no_recipe
+from detent.roundings import Roundings
 from detent.targets import Form, Params, Target
 from detent.targets.kmeans import sorted_rows
 from detent.threads import OneThread
@@ -92,11 +93,13 @@ class Lives(abc.ABC):
     Attributes:
         calibration: what `detent.calibrate` did for the compressed life of the weights as they are; `None` before, and
             after the next training step.
+        activations: how the inputs of layers are rounded.
     """
 
     calibration: Calibration | None = None
     model: nn.Module
     plan: Plan
+    activations: Roundings
     _entries: list[Entry]
     _frozen: list[Entry]
     _losses: Losses
@@ -144,7 +147,7 @@ class Lives(abc.ABC):
     def _say_losses(self, who: str, bits: int | None = None, recipe: Recipe | None = None) -> None:
         """Warn of tensors that the compressed life has nothing of, and of outputs that do not depend on the input."""
         self._losses.say(who)
-        if self._example is None:
+        if self._example is None or not self.activations.is_ready:
             return
         with self.compressed(bits=bits, recipe=recipe):
             here, there = answers(self.model, self._example)
@@ -200,6 +203,10 @@ class Lives(abc.ABC):
             raise ValueError("give bits= or recipe=, not both")
         if recipe is not None:
             refuse_no_recipe(recipe, "compressed")
+            if recipe.activations:
+                raise ValueError(
+                    "compressed(recipe=...): inputs are rounded as the run's own recipe says; leave out activations="
+                )
             return self._life_of(recipe)
         if self._kept is not None and self._kept[0] == bits:
             return self._kept[1]
@@ -265,8 +272,10 @@ class Lives(abc.ABC):
             ...     print(len(model.weight.unique()))
             3
         """
-        with self._one_thread("run.compressed()"), self._shown(bits, recipe, batchnorm):
-            yield self
+        with self._one_thread("run.compressed()"):
+            self.activations.refuse_unready("run.compressed()")
+            with self._shown(bits, recipe, batchnorm), self.activations.shown():
+                yield self
 
     @contextmanager
     def _shown(self, bits: int | None, recipe: Recipe | None, batchnorm: bool) -> Iterator[None]:
@@ -303,6 +312,46 @@ class Lives(abc.ABC):
             self._inside = True
             yield {entry.name: value for entry, value in aside.weights}
 
+    def observe(self, batches: Iterable[Any], *, forward: Callable[[Any], Any] | None = None) -> None:
+        """Find the ranges of rounded activations anew from a few inputs, as the compressed weights make them.
+
+        A training does so by itself, from its first step on.
+
+        Args:
+            batches: inputs without labels, as for `recalibrate`. The model is in eval mode.
+            forward: how to feed one batch, if `model(inputs)` is not it.
+
+        Raises:
+            ValueError: a recipe without `activations=`, no batches, a module that nothing goes into, or inputs that
+                are not finite.
+
+        Example:
+            >>> import torch, detent as dt
+            >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+            >>> grid = dt.Rule(match="weight", target=dt.Uniform(bits=8))
+            >>> recipe = dt.Recipe([grid], activations=[dt.Activation(quantizer=dt.LearnedStep(bits=8))])
+            >>> run = dt.compress(model, recipe)
+            >>> run.observe([torch.randn(64, 8)])
+            >>> with run.compressed():
+            ...     y = model(torch.randn(4, 8))
+        """
+        if not self.activations:
+            raise ValueError("run.observe: this recipe rounds no activations; give it activations=")
+        with self._one_thread("run.observe()"):
+            modes = {module: module.training for module in self.model.modules()}
+
+            def back() -> None:
+                for module, mode in modes.items():
+                    module.training = mode
+
+            def passes() -> None:
+                for batch in batches:
+                    feed(self.model, batch, forward, "observe")
+
+            with self._shown(None, None, True), undone(back), without_gradients():
+                self.model.eval()
+                self.activations.observe(passes, "observe")
+
     def _calibrate(self, batches: Batches, forward: Callable[[Any], Any] | None, how: How) -> Calibration:
         """Choose the places of the compressed life in the metric of each layer's inputs; see `detent.calibrate`."""
         if isinstance(batches, str) and (batches != "prior" or forward is not None):
@@ -310,10 +359,13 @@ class Lives(abc.ABC):
         with self._one_thread("calibrate"):
             self._refuse_inside("calibrate")
             self._settle()  # what was found for other weights is no more
+            if not isinstance(batches, str) and not self.activations.is_ready:
+                batches = list(batches)
+                self.observe(batches, forward=forward)
             with undone_unless_done(self._as_now()):
                 self._forget_places()
                 life = self._life(None, None)
-                with self._set_aside(life) as kept:
+                with self._set_aside(life) as kept, self.activations.shown():
                     hidden = {e.name: e.hidden_whole() if "latent" in e.state else kept[e.name] for e, _, _ in life}
                     if isinstance(batches, str):
                         found = by_prior(self.model, life, hidden, how)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from detent.activations import Input, inputs_of, said_of
 from detent.ends import by_execution, by_registration
 from detent.grouping import NEAR_DEAD, Layout, near_dead
 from detent.parameters import Parameter, canonical_name, census, refuse_no_model
@@ -73,6 +74,7 @@ class Plan:
         claims: one entry a parameter, in the model's order; with stages, where the parameter stands in the end.
         stages: the claims of every stage (one if the recipe has none).
         ends: which layers are first and last, and how that was found; empty if no rule asks.
+        inputs: the modules whose inputs are rounded.
 
     Example:
         >>> import detent as dt
@@ -85,6 +87,7 @@ class Plan:
     claims: tuple[Claim, ...]
     stages: tuple[tuple[Claim, ...], ...]
     ends: str = ""
+    inputs: tuple[Input, ...] = ()
 
     @property
     def claimed(self) -> tuple[Claim, ...]:
@@ -252,6 +255,7 @@ class Plan:
         lines.append(f"{mine} of {total} weights claimed ({100 * mine / max(total, 1):.1f} %)")
         if self.ends:
             lines.append(self.ends)
+        lines += said_of(self.inputs, self.recipe.activations)
         lines += [*self.fits(), *self.pulls()]
         if left := self.left():
             lines.append(f"left in full precision: {left}")
@@ -350,14 +354,17 @@ def resolve(recipe: Recipe, model: nn.Module, *, example: Any = None, trained: b
             "every rule of this recipe is optional, and none finds a parameter in this model"
             + (" that training moves: they are frozen (requires_grad=False)" if any(frozen) else "")
         )
-    return Plan(recipe=recipe, claims=merged(by_stage), stages=tuple(by_stage), ends=said)
+    at_ends = {end: [p.name for p in ends[end]] for end in ("@first", "@last")}
+    inputs = inputs_of(recipe.activations, model, at_ends)
+    return Plan(recipe=recipe, claims=merged(by_stage), stages=tuple(by_stage), ends=said, inputs=inputs)
 
 
 def _ends(
     recipe: Recipe, model: nn.Module, layers: Sequence[Parameter], example: Any
 ) -> tuple[dict[str, list[Parameter]], str]:
     """The first and last layers, and a sentence on how they were found; none if no rule asks."""
-    wanted = [end for end in ("@first", "@last") if any(rule.match == end for rule in recipe.rules)]
+    asking = {rule.match for rule in (*recipe.rules, *recipe.activations)}
+    wanted = [end for end in ("@first", "@last") if end in asking]
     found = by_execution(model, example, layers) if wanted and example is not None else None
     how = "by execution of the example"
     if found is None and example is None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import yaml
 from torch import Tensor, nn
 
+from detent.activations import Activation
 from detent.grouping import MOST_AXES
 from detent.mechanisms import Cadence, Mechanism
 from detent.parameters import canonical_name
@@ -218,6 +219,7 @@ class Recipe:
     Args:
         rules: at least one `Rule`; with stages, leave it out: it is then the rules of all stages in order.
         stages: parts of the training with rules of their own, instead of `rules`.
+        activations: which inputs of layers are rounded, and how; none if empty.
 
     Raises:
         ValueError: no rules, both rules and stages, or shares of stages that do not add up to 1.
@@ -236,8 +238,16 @@ class Recipe:
 
     rules: Sequence[Rule] = ()
     stages: Sequence[Stage] = field(default=(), kw_only=True)
+    activations: Sequence[Activation] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
+        activations = _listed(self.activations, "Recipe", "activations")
+        for each in activations:
+            if not isinstance(each, Activation):
+                raise ValueError(
+                    f"Recipe(activations=...): every entry must be an Activation, not {type(each).__name__}"
+                )
+        object.__setattr__(self, "activations", activations)
         stages = _listed(self.stages, "Recipe", "stages")
         for stage in stages:
             if not isinstance(stage, Stage):
@@ -303,7 +313,8 @@ class Recipe:
             True
         """
         assert not self.stages, "stages are parts of a training"
-        return Recipe([replace(rule, mechanism=None, fit_until=None, fit_every=None) for rule in self.rules])
+        rules = [replace(rule, mechanism=None, fit_until=None, fit_every=None) for rule in self.rules]
+        return Recipe(rules, activations=self.activations)
 
     @staticmethod
     def preset(name: str, **changes: Any) -> Recipe:
@@ -385,16 +396,24 @@ class Recipe:
             except ValueError as error:
                 raise ValueError(f"{source}: {error}") from None
         data = _plain(source)
+        known = ("rules", "stages", "activations")
         for key in data if isinstance(data, dict) else ():
-            if key not in ("rules", "stages"):
-                near = nearest(str(key), ["rules", "stages"])
-                raise ValueError(f"recipe: no key {key!r}{near}; a recipe has the one key 'rules', or 'stages'")
-        keys = list(data) if isinstance(data, dict) else []
+            if key not in known:
+                near = nearest(str(key), known)
+                has = "a recipe has the one key 'rules', or 'stages', and may have 'activations'"
+                raise ValueError(f"recipe: no key {key!r}{near}; {has}")
+        keys = [key for key in known[:2] if isinstance(data, dict) and key in data]
         if len(keys) != 1 or not isinstance(data[keys[0]], list):
             raise ValueError("recipe: must be a mapping with the one key 'rules' (a list of rules), or 'stages'")
+        given = data.get("activations", [])
+        if not isinstance(given, list):
+            raise ValueError("recipe: activations must be a list")
+        rounded = [build(Activation, entry, f"activations[{i}]") for i, entry in enumerate(given)]
         if keys == ["stages"]:
-            return Recipe(stages=[_stage(entry, f"stages[{i}]") for i, entry in enumerate(data["stages"])])
-        return Recipe([build(Rule, entry, f"rules[{i}]") for i, entry in enumerate(data["rules"])])
+            stages = [_stage(entry, f"stages[{i}]") for i, entry in enumerate(data["stages"])]
+            return Recipe(stages=stages, activations=rounded)
+        rules = [build(Rule, entry, f"rules[{i}]") for i, entry in enumerate(data["rules"])]
+        return Recipe(rules, activations=rounded)
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `from_yaml` reads back to an equal recipe.
@@ -405,7 +424,7 @@ class Recipe:
             True
         """
 
-        def plain(rules: Sequence[Rule]) -> list[dict[str, Any]]:
+        def plain(rules: Sequence[Rule | Activation]) -> list[dict[str, Any]]:
             return [{k: v for k, v in to_spec(rule).items() if k != "kind"} for rule in rules]
 
         stages = [
@@ -413,6 +432,7 @@ class Recipe:
             for stage in self.stages
         ]
         data = {"stages": stages} if stages else {"rules": plain(self.rules)}
+        data |= {"activations": plain(self.activations)} if self.activations else {}
         return yaml.safe_dump(data, sort_keys=False, width=120)
 
     def param_groups(self, model: nn.Module, **options: Any) -> list[dict[str, Any]]:

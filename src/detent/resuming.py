@@ -45,7 +45,7 @@ class Resumable(Averages):
             >>> recipe = dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=4), mechanism=dt.STE())])
             >>> run = dt.attach(model, optimizer, recipe)
             >>> sorted(run.state_dict()["weights"]["weight"])
-            ['fitted_at', 'held', 'params', 'places', 'pull', 'seen', 'state']
+            ['fitted_at', 'found', 'held', 'params', 'places', 'pull', 'seen', 'state']
         """
         weights: dict[str, Any] = {}
         with self._one_thread("run.state_dict()"):
@@ -57,6 +57,7 @@ class Resumable(Averages):
                 "awaiting": [driver.awaiting for driver in self._drivers],
                 "total_steps": self._drivers[0].total_steps if self._drivers else None,
                 "weights": weights,
+                **({"activations": self.activations.state()} if self.activations else {}),
             }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -89,7 +90,7 @@ class Resumable(Averages):
             mine = {entry.name for entry in driver.all_entries}
             part = {name: saved for name, saved in weights.items() if name in mine}
             parts.append({**state_dict, "step": step, "awaiting": missing, "weights": part})
-            states.check_state(driver, parts[-1])
+            self._check_state(driver, parts[-1])
         for driver, part in zip(self._drivers, parts, strict=True):
             self._load_driver(driver, part)
 
@@ -97,7 +98,15 @@ class Resumable(Averages):
         with self._one_thread("optimizer.state_dict()"):
             self._refuse_inside("saving a state")
             self._repair(driver)
-            return states.saved_state(driver, complete=complete)
+            saved = states.saved_state(driver, complete=complete)
+            if self.activations and driver is self._drivers[0]:
+                saved["activations"] = self.activations.state()
+            return saved
+
+    def _check_state(self, driver: Driver, state: Mapping[str, Any]) -> None:
+        states.check_state(driver, state)
+        if driver is self._drivers[0]:
+            self.activations.check(state.get("activations"))
 
     def _load_riding(self, driver: Driver) -> None:
         with self._one_thread("optimizer.load_state_dict()"):
@@ -109,8 +118,10 @@ class Resumable(Averages):
             driver.stand_ins.load(given, driver.all_entries)
         if state is not None:
             self._load_driver(driver, state)
-        elif self.plan.recipe.stages or any(entry.mechanism.memory for entry in driver.entries):
-            kept = ", ".join(sorted({m for e in self._all for m in e.mechanism.memory}) or ["the stage it is in"])
+        elif self.plan.recipe.stages or self.activations or any(entry.mechanism.memory for entry in driver.entries):
+            memory = {m for e in self._all for m in e.mechanism.memory}
+            memory |= {"the grids of activations"} if self.activations else set()
+            kept = ", ".join(sorted(memory) or ["the stage it is in"])
             driver.awaiting = (
                 f"the optimizer's state was loaded without Detent's part, and this recipe keeps state ({kept}); load a "
                 "checkpoint saved with the run attached, or call run.rebind(adopt=True) to start it afresh"
@@ -118,6 +129,7 @@ class Resumable(Averages):
 
     def _load_driver(self, driver: Driver, state: Mapping[str, Any]) -> None:
         stage, step, awaiting = driver.stage, driver.step, driver.awaiting
+        rounded = self.activations.state()
         before = [(entry, entry.everything()) for entry in driver.all_entries if not entry.param.is_meta]
 
         def back() -> None:
@@ -128,10 +140,13 @@ class Resumable(Averages):
             sharding.reshard(self.model)
             driver.step, driver.awaiting = step, awaiting
             driver.enter(stage)
+            self.activations.load(rounded)
             self._refresh()
 
         with undone_unless_done(back):
             states.load_state(driver, state, self.model)
+            if driver is self._drivers[0] and self.activations:
+                self.activations.load(state["activations"])
             self._forget_lives()
             self._refresh()
 

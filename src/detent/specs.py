@@ -14,12 +14,13 @@ import pydantic
 
 from detent.grouping import Granularity
 from detent.mechanisms import Mechanism, MirrorMap
+from detent.quantizers import Quantizer
 from detent.schedules import Schedule
 from detent.targets import Held, Target
 
 __all__ = ["build", "check_size", "from_spec", "kind_of", "nearest", "short", "short_spec", "target_of", "to_spec"]
 
-_BASES: tuple[type, ...] = (Target, Mechanism, Schedule, Granularity, MirrorMap)
+_BASES: tuple[type, ...] = (Target, Mechanism, Schedule, Granularity, MirrorMap, Quantizer)
 _DEEPEST = 32  # what stands within what: a recipe is six deep
 _MOST_VALUES = 1 << 16  # of a recipe; what stands there twice by reference counts twice
 

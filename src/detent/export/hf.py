@@ -37,6 +37,9 @@ _BITS = (4, 8)
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 
 
+_ROUNDED = "the recipe rounds activations, and what is written here has weights alone; leave out its activations="
+
+
 @dataclass(frozen=True, kw_only=True)
 class HfReport:
     """What a folder holds.
@@ -135,7 +138,7 @@ def check_compressed_tensors(model: nn.Module, recipe: Recipe | Plan, *, load: b
     model = unwrap(model)
     plan = recipe.resolve(model) if isinstance(recipe, Recipe) else recipe
     layers = _layers(model)
-    why = _no_transformers(model)
+    why = _no_transformers(model) or (_ROUNDED if plan.inputs else "")
     refused = {"": why} if why else {}
     schemes: dict[str, _Scheme] = {}
     for claim in plan.claimed:
@@ -204,7 +207,7 @@ def to_compressed_tensors(
         ValueError: to_compressed_tensors: Linear is no transformers model, so no config.json can be written for it
     """
     model: Any = unwrap(run.model)
-    if why := _no_transformers(model):
+    if why := _no_transformers(model) or (_ROUNDED if run.activations else ""):
         raise ValueError(f"to_compressed_tensors: {why}")
     claims = {claim.name: claim for claim in run.standing.claims}
     layers = _layers(model)

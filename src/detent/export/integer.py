@@ -27,6 +27,7 @@ from detent.export.trace import Op, Padding, classify, padding_of, trace
 from detent.grouping import Channel, PerTensor, granularity_of
 from detent.lives import Encoded, Lives
 from detent.parameters import canonical_name
+from detent.roundings import Place, take_off
 from detent.specs import short
 
 __all__ = ["to_integer"]
@@ -66,8 +67,8 @@ def to_integer(
     Args:
         run: its compressed life is taken, with its BatchNorm statistics. Wrappers (torch.compile, DataParallel,
             AveragedModel) are taken off.
-        calibration: batches (inputs, or tuples that start with inputs) to find the ranges of activations with.
-            Arguments of `forward` beyond the input keep their defaults.
+        calibration: batches (inputs, or tuples that start with inputs) to find the ranges of activations with, but
+            for those that the run's recipe rounds. Arguments of `forward` beyond the input keep their defaults.
         activations: how ranges are found, and their bits; not method="batchnorm".
         bits: the width of this life, as in `run.compressed(bits=...)`.
 
@@ -94,13 +95,14 @@ def to_integer(
         encoded = {name: replace(item, form=item.form.to("cpu")) for name, item in run.encoded(bits=bits).items()}
         with run.compressed(bits=bits), unwrapped(run.model) as bare:
             model = copy.deepcopy(bare).cpu().eval()
+            trained = take_off(model)
     batches = iter(calibration)
     first = next(batches, None)
     if first is None:
         raise ValueError("calibration: the loader gave no batches")
     if batches is calibration:  # which can be read but once
         calibration = itertools.chain([first], batches)
-    return _Builder(model, encoded, settings, _inputs(first)).build(calibration)
+    return _Builder(model, encoded, settings, _inputs(first), trained).build(calibration)
 
 
 def _inputs(batch: Any) -> Tensor:
@@ -108,6 +110,9 @@ def _inputs(batch: Any) -> Tensor:
 
 
 # --- making them --------------------------------------------------------------------------------------------------
+
+
+_KEEP_THE_GRID = ("max", "clamp", "flatten", "pad")  # steps
 
 
 @dataclass(frozen=True)
@@ -159,8 +164,16 @@ class _Block:
 class _Builder:
     """Turns a traced model into steps."""
 
-    def __init__(self, model: nn.Module, encoded: Mapping[str, Encoded], settings: Activations, x: Tensor) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        encoded: Mapping[str, Encoded],
+        settings: Activations,
+        x: Tensor,
+        trained: Mapping[str, Place],
+    ) -> None:
         self.encoded = encoded
+        self.trained = trained
         self.settings = settings
         self.modules = dict(model.named_modules())
         found = trace(model, bind(model, x, "calibration"))
@@ -307,6 +320,34 @@ class _Builder:
             scale, zero = self.settings.grid(min(low, *values, low), max(high, *values, high))
             self.grids[node] = _Grid(float(scale), zero, 2**self.settings.bits - 1)
 
+    def _learned(self) -> dict[fx.Node, _Grid]:
+        """The grids that training found for what goes into layers.
+
+        Raises:
+            ValueError: inputs that are rounded without a fixed grid, or one activation rounded to two of them.
+        """
+        found: dict[fx.Node, tuple[str, _Grid]] = {}
+        for block in self.blocks:
+            name = str(block.node.target)
+            place = self.trained.get(name) if block.op in ("conv", "linear", "scale") else None
+            if place is None:
+                continue
+            to = place.to
+            if to is None:
+                kind = type(place.quantizer).__name__
+                raise ValueError(f"to_integer: what goes into {name!r} is rounded by {kind}, which has no fixed grid")
+            at = self._input(block.node)
+            while self._maker[at].op in _KEEP_THE_GRID:
+                at = self._input(self._maker[at].node)
+            grid = _Grid(float(to.scale), -to.low, to.high - to.low)
+            other, known = found.setdefault(at, (name, grid))
+            if known != grid:
+                raise ValueError(
+                    f"to_integer: {other!r} and {name!r} read one activation and round it to different grids, and "
+                    f"integers have one; train with dt.Activation(match={'^' + name + '$'!r}, keep=True) first"
+                )
+        return {node: grid for node, (_, grid) in found.items()}
+
     def _surroundings(self) -> dict[fx.Node, list[float]]:
         """What paddings put beside an activation other than 0, so that its grid holds it."""
         found: dict[fx.Node, list[float]] = {}
@@ -314,7 +355,7 @@ class _Builder:
             padding = padding_of(block.node, self.graph) if block.op == "pad" else None
             if padding is not None and padding.mode == "constant" and math.isfinite(padding.value):
                 at = self._input(block.node)
-                while self._maker[at].op in ("max", "clamp", "flatten", "pad"):  # steps that keep the grid
+                while self._maker[at].op in _KEEP_THE_GRID:
                     at = self._input(self._maker[at].node)
                 found.setdefault(at, []).append(padding.value)
         return found
@@ -329,7 +370,10 @@ class _Builder:
         if wide is not None and (wide.relu is not None or len(last.users) != 1):
             wide = None
         measured = ("input", "conv", "linear", "scale", "add", "average")
-        self._measure([block.last for block in blocks if block.op in measured and block is not wide], calibration)
+        learned = self._learned()
+        mine = [block.last for block in blocks if block.op in measured and block is not wide]
+        self._measure(mine, calibration)
+        self.grids |= learned
         for block in blocks:
             self._emit(block, block is wide)
         if self.steps[-1].name != last.name:

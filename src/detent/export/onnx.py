@@ -32,6 +32,7 @@ from detent.pack import Reader
 from detent.pack.atomic import destination, replace_file
 from detent.parameters import canonical_name
 from detent.recipe import Recipe
+from detent.roundings import rounding
 from detent.specs import short
 from detent.targets.forms import Codewords, Form, Grid, Levels
 
@@ -121,6 +122,9 @@ def to_onnx(
         )
     if not tolerance > 0:
         raise ValueError(f"to_onnx(tolerance={tolerance}): must be > 0")
+    model = source.model if isinstance(source, Lives) else source
+    if activations is not None and isinstance(model, nn.Module) and rounding(model):
+        raise ValueError("to_onnx(activations=...): the model rounds activations as it was trained to; leave it out")
     where = destination(path)
     with _one_thread(source), compressed_life(source, codes, bits, recipe) as (model, encoded):
         call = bind(model, example_inputs, "to_onnx(example_inputs=...)")

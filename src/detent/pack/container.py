@@ -78,6 +78,7 @@ class Writer:
         batchnorm: where the running statistics of the compressed life come from: "none", "own", "re-estimated",
             "corrected", the latter three also with ", rounded to" and float16, bfloat16, float8_e4m3fn or float8_e5m2.
         notes: plain JSON data to keep with the file.
+        activations: how inputs of modules are rounded in the compressed life, a row each.
         most: bytes that the file may have; of a larger one nothing is left. `None` for any number.
 
     Raises:
@@ -103,6 +104,7 @@ class Writer:
         coding: Coding | None = None,
         batchnorm: str = "none",
         notes: Mapping[str, Any] | None = None,
+        activations: Sequence[Mapping[str, Any]] = (),
         most: int | None = None,
     ) -> None:
         self._most = most
@@ -114,6 +116,7 @@ class Writer:
             life=life,
             batchnorm=batchnorm,
             notes=json.dumps(kept, separators=(",", ":"), ensure_ascii=False) if kept else "",
+            activations=json.dumps({"inputs": [*activations]}, separators=(",", ":")) if activations else "",
         )
         self._held: dict[Any, int] = {}
         self._file = Replacement(destination(path))

@@ -14,6 +14,7 @@ from detent.contents import DTYPES
 from detent.grouping import Layout
 from detent.pack.coding import Spec
 from detent.pack.dictionary import DICTIONARY
+from detent.quantizers import from_row
 from detent.specs import check_size
 from detent.targets.forms import Outline, outline_of
 from detent.targets.parts import FLOATS, Part
@@ -139,6 +140,7 @@ class Head:
     aliases: Mapping[str, str]
     blobs: tuple[Blob, ...]
     notes: Mapping[str, Any]
+    activations: tuple[Mapping[str, Any], ...]
 
 
 def specs_of(parts: Sequence[Part]) -> tuple[Spec, ...]:
@@ -207,6 +209,7 @@ class Columns:
     life: Life
     batchnorm: str = "none"
     notes: str = ""
+    activations: str = ""
     targets: list[tuple[str, str]] = field(default_factory=list)
     forms: dict[RawForm | CodedForm, int] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)
@@ -277,6 +280,8 @@ def _flat(c: Columns) -> Iterator[int | str]:
     for alias in c.aliases:
         yield from alias
     yield c.notes
+    if c.activations:  # last, so that a file without them is as it was before there were any
+        yield c.activations
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -325,6 +330,10 @@ class _Values:
 
     def shape(self) -> tuple[int, ...]:
         return tuple(self.number(_LENGTH, "a dimension") for _ in range(self.number(_RANK + 1, "a rank")))
+
+    @property
+    def is_over(self) -> bool:
+        return self._unpacker.tell() == self._size
 
     def end(self) -> None:
         if self._unpacker.tell() != self._size:
@@ -388,6 +397,8 @@ def _parsed(v: _Values, checks: list[int]) -> Head:
         raise ValueError("an alias stands twice, is a tensor itself or is no name")
     notes = v.text("the notes")
     v.charge(_A_JSON * len(notes))
+    activations = "" if v.is_over else v.text("the activations")
+    v.charge(_A_JSON * len(activations))
     v.end()
     return Head(
         writer=writer,
@@ -399,7 +410,19 @@ def _parsed(v: _Values, checks: list[int]) -> Head:
         aliases={alias: names[i] for alias, i in aliases},
         blobs=blobs,
         notes=_json(notes) if notes else {},
+        activations=_activations(activations),
     )
+
+
+def _activations(text: str) -> tuple[Mapping[str, Any], ...]:
+    given = _json(text) if text else {"inputs": []}
+    rows = given.get("inputs")
+    if set(given) != {"inputs"} or not isinstance(rows, list) or (text and not rows):
+        raise ValueError("no list of rounded activations")
+    names = [from_row(row)[0] for row in rows]
+    if len(set(names)) != len(names):
+        raise ValueError("the inputs of a module are rounded twice")
+    return tuple(rows)
 
 
 def _json(text: str) -> dict[str, Any]:

@@ -8,17 +8,19 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from detent import sharding
+from detent.activations import modules_of
 from detent.contents import DTYPES, Contents, contents_of, refuse_unsavable
 from detent.pack.container import Reader, opened
 from detent.pack.header import Head, Row
 from detent.pack.shown import Header
 from detent.parameters import canonical_name, refuse_no_model
+from detent.roundings import install
 
 __all__ = ["Loaded", "Rename", "load", "names_in_model"]
 
@@ -63,7 +65,8 @@ def load(
     Args:
         path: a file that `save` wrote, or a `Reader` of it.
         model: built by the same code.
-        life: "full" or "compressed".
+        life: "full" or "compressed", which also rounds what goes into layers, where the file says so: from then on
+            the model's modules have hooks for it.
         strict: whether every tensor of the model must come from the file, and every one of the file must go into the
             model. If not, what does not fit is left as it is and told in the result; see there.
         rename: from names in the file to names in the model: prefixes and what to put in their place, the first that
@@ -108,6 +111,7 @@ def load(
                     f"{name!r} is one tied tensor in the model and two in the file, {first!r} and {other!r}, which "
                     f"differ in the {life} life"
                 )
+        rounded = _roundings(match, file._head, model, strict) if life == "compressed" else []
         sharding.reshard(model)
         copies = []
         for name, (first, *_) in match.sources.items():
@@ -125,6 +129,7 @@ def load(
         except BaseException:  # all is decoded: broken off, it is written to the end all the same
             put()
             raise
+        install(model, rounded)
         header = file.header
         return Loaded(
             **{f.name: getattr(header, f.name) for f in fields(Header)},
@@ -133,6 +138,24 @@ def load(
             mismatched=tuple(match.mismatched),
             renamed=match.renamed,
         )
+
+
+def _roundings(match: _Match, head: Head, model: nn.Module, strict: bool) -> list[Mapping[str, Any]]:
+    """What the file says of rounded activations, by the modules of the model; without `strict` of those it has.
+
+    Raises:
+        ValueError: a module that the model does not have.
+    """
+    renamed = {file: name for name, files in match.sources.items() for file in files}
+    modules, rows = modules_of(model), []
+    for row in head.activations:
+        own = next((name for name in renamed if name.rpartition(".")[0] == row["module"]), None)
+        name = renamed[own].rpartition(".")[0] if own is not None else row["module"]
+        if name in modules:
+            rows.append({**row, "module": name})
+        elif strict:
+            match.refuse(f"the file rounds what goes into {row['module']!r}, which is no module of the model")
+    return rows
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

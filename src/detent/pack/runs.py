@@ -21,6 +21,7 @@ from detent.pack.container import Reader, Writer, check_form
 from detent.pack.header import BUFFER, Life
 from detent.pack.shown import Header
 from detent.recipe import Recipe
+from detent.roundings import stored
 from detent.specs import short
 from detent.targets.parts import Part
 
@@ -93,6 +94,7 @@ def save(
         is_sharded = any(sharding._is_sharded(p) for p in run.model.parameters())
         if not is_sharded:  # what is wrong with it shall be said before anything is fitted
             destination(path)
+        run.activations.refuse_unready("save")
         run._warn_early(f'save(life="{life}")')
         held = contents_of(run.model).without(run.leave_out)
         refuse_unsavable(held, "save", unready=False)
@@ -106,7 +108,8 @@ def save(
 
         def write() -> int:
             # Made here: of several processes only the one that writes looks at the path, which others may not have.
-            writer = Writer(path, life, coding=coding, batchnorm=batchnorm, notes=notes, most=most)
+            rounded = stored(run.activations.places)
+            writer = Writer(path, life, coding=coding, batchnorm=batchnorm, notes=notes, activations=rounded, most=most)
             return _write(writer, tensors, held.aliases)
 
         size = _on_first_rank(write, tensors) if is_sharded else write()

@@ -133,6 +133,7 @@ def _card(head: Head, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
         "weights": sum(math.prod(tensor["shape"]) for tensor in parameters),
         "full_precision": full_precision,
         "batchnorm": head.batchnorm,
+        "activations": [dict(row) for row in head.activations],
         "notes": dict(head.notes),
     }
 

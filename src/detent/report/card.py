@@ -40,6 +40,7 @@ class Card(pydantic.BaseModel, frozen=True, extra="forbid"):
         lives: what a file holds, "both" or "compressed"; "run" if it is the card of a run, which is no file yet.
         writer: version of Detent.
         notes: what the author said.
+        activations: how inputs of layers are rounded, and of which.
 
     Example:
         >>> import detent as dt
@@ -60,6 +61,7 @@ class Card(pydantic.BaseModel, frozen=True, extra="forbid"):
     lives: str
     writer: str
     notes: dict[str, JsonValue]
+    activations: dict[str, tuple[str, ...]] = {}
 
     def rows(self) -> list[tuple[str, str]]:
         """The card as (heading, sentence) pairs."""
@@ -75,8 +77,10 @@ class Card(pydantic.BaseModel, frozen=True, extra="forbid"):
         source, *rounding = self.batchnorm.split(", ")
         rows += [
             ("BatchNorm", "; ".join([_BATCHNORM.get(source, source), *rounding])),
-            ("activations", "floating point: this file holds no activation ranges"),
+            *(("activations", f"{said}: what goes into {_some(names)}") for said, names in self.activations.items()),
         ]
+        if not self.activations:
+            rows.append(("activations", "floating point: this file holds no activation ranges"))
         for key, what in _ASKED.items():
             said = self.notes.get(key)
             missing = f'not stated; say it with dt.save(..., notes={{"{key}": ...}})'
@@ -132,6 +136,9 @@ def card_of(header: Header, order: Sequence[str]) -> Card:
     card, becomes = header.card, {row["parameter"]: row["becomes"] for row in header.plan}
     kinds = [CardTarget(**kind) for kind in card["compressed"]]
     ranked = [name for name in order if name in becomes and len(header.tensors[name]["shape"]) > 1]
+    rounded: dict[str, tuple[str, ...]] = {}
+    for row in card["activations"]:
+        rounded[row["said"]] = (*rounded.get(row["said"], ()), row["module"])
     ends = [f"{name}: {becomes[name]}" for name in (ranked[:1] + ranked[-1:])] or ["none", "none"]
     return Card(
         weights=card["weights"],
@@ -144,4 +151,5 @@ def card_of(header: Header, order: Sequence[str]) -> Card:
         lives=header.life,
         writer=header.writer,
         notes=dict(card["notes"]),
+        activations=rounded,
     )

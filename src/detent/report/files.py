@@ -150,7 +150,8 @@ def alone(file: Reader, out: Path, coding: Coding, advance: Callable[[], None]) 
     reasons = _reasons(file)
     mechanisms = {row["parameter"]: row["mechanism"] for row in header.plan}
     batchnorm, notes = header.card["batchnorm"], header.card["notes"]
-    with Writer(out, "compressed", coding=coding, batchnorm=batchnorm, notes=notes) as writer:
+    rounded = header.card["activations"]
+    with Writer(out, "compressed", coding=coding, batchnorm=batchnorm, notes=notes, activations=rounded) as writer:
         coded = set(file.coded)
         for name in file.names:
             if name in coded:
