@@ -21,7 +21,7 @@ from torch import nn
 
 import detent as dt
 from benchmarks import recording
-from benchmarks.budget import CHECKPOINT, LOOK, accuracy, net
+from benchmarks.budget_training import CHECKPOINT, LOOK, accuracy, net
 from detent.data import Batches, ImageSet, load_images
 from detent.export import to_onnx
 from papers.models import load_checkpoint

@@ -18,12 +18,26 @@ import typer
 from torch import Tensor, nn
 
 import detent as dt
+from benchmarks import budget as untrained
 from benchmarks import recording
-from benchmarks.budget import CHECKPOINT, LOOK, accuracy, net
 from detent.data import Batches, ImageSet, load_images
 from papers.models import load_checkpoint
 
+CHECKPOINT = "checkpoints/cifar10_resnet20.safetensors"
+LOOK = untrained.NETWORKS["resnet20"].look
 RATE, DECAY, BATCH, TEMPERATURE, SHARE = 0.02, 1e-4, 128, 2.0, 0.7
+
+
+def net() -> nn.Module:
+    """ResNet-20 before its weights are read."""
+    return untrained.net("resnet20")
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: ImageSet) -> float:
+    """Percent right."""
+    batches = Batches(images.images, images.labels, 500, **LOOK)
+    return 100 * sum(int((model(x).argmax(1) == y).sum()) for x, y in batches) / len(images)
 
 
 def loss_of(logits: Tensor, taught: Tensor, labels: Tensor) -> Tensor:
