@@ -599,8 +599,9 @@ def main(
         notes="Allowed are FormatError, ValueError for another model, or the same weights to the bit; a forged file "
         "(wrong in a size, a value or a blob, right in every checksum) may be a sound file of other weights too. Every "
         "fourth file is also read tensor by tensor without a model. Files of another meaning "
-        "(benchmarks/fuzz_meaning.py) are refused, or give a tensor that is a member of its target's set: projected again it is the same to the bit. An "
-        "exception at a line of the engine (benchmarks/interrupts.py) leaves the old state or the new one, and "
+        "(benchmarks/fuzz_meaning.py) are refused, or give a tensor that is a member of its target's set: "
+        "projected again it is the same to the bit. An exception at a line of the engine "
+        "(benchmarks/interrupts.py) leaves the old state or the new one, and "
         "training goes on as the unbroken one; `moved`: after the optimizer's own step and before our first line.",
         out=out,
     ) as results:

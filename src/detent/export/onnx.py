@@ -81,7 +81,8 @@ def to_onnx(
             into its bias. Weights are then codes times a rounded product, no longer `project(w)` bitwise.
         matmul: "exact" keeps ONNX Runtime from fusing dequantized weights into `MatMulNBits`, which by default rounds
             activations to 8 bits; "nbits" lays them out so that it fuses.
-        activations: also round activations; folds BatchNorm. The difference to PyTorch is then told, not bounded.
+        activations: also round activations; folds BatchNorm. The difference to PyTorch is then told, not bounded, as it
+            is for a model that was trained with rounded activations, which rounds them itself.
         calibration: batches of inputs (tensors, tuples that start with inputs, mappings) that find their ranges.
         dynamic: names of axes that may have any size in the file, by input: `{"x": {2: "time"}}`. Axes of one name have
             one size.
@@ -122,8 +123,9 @@ def to_onnx(
         )
     if not tolerance > 0:
         raise ValueError(f"to_onnx(tolerance={tolerance}): must be > 0")
-    model = source.model if isinstance(source, Lives) else source
-    if activations is not None and isinstance(model, nn.Module) and rounding(model):
+    whole = source.model if isinstance(source, Lives) else source
+    trained = isinstance(whole, nn.Module) and rounding(whole)
+    if activations is not None and trained:
         raise ValueError("to_onnx(activations=...): the model rounds activations as it was trained to; leave it out")
     where = destination(path)
     with _one_thread(source), compressed_life(source, codes, bits, recipe) as (model, encoded):
@@ -140,7 +142,7 @@ def to_onnx(
         data = graph.serialized()
         difference, bound = {}, None
         if check:
-            difference, bound = _checked(data, model, example, tolerance, activations is not None)
+            difference, bound = _checked(data, model, example, tolerance, activations is not None or trained)
     kernels = kernels_of(data) if check else {}
     if activations is not None:
         graph.notes += _simulated(activations.bits, kernels)
