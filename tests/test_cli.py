@@ -82,7 +82,7 @@ SURFACE = {
         "--recipe -r": None,
         "--budget": None,
         "--choices": "step",
-        "--nearest": False,
+        "--places": None,
         "--data": None,
         "--calibrate": None,
         "--out -o": None,
@@ -707,10 +707,29 @@ def test_compress_to_a_budget(tmp_path: Path, weights: Path, choices: str, model
     assert said["error"] == pytest.approx(lost / energy)
 
 
+@pytest.mark.parametrize("model", [None, f"{HERE}:Net"])
+def test_places_of_a_recipe_by_a_prior(tmp_path: Path, weights: Path, model: str | None) -> None:
+    out, more = tmp_path / "x.detent", [] if model is None else ["--model", model]
+    result = call("compress", weights, "-r", "uniform-w3", "--places", "prior", "-o", out, *more)
+    assert result.exit_code == 0, result.output
+    assert read_header(out).card["notes"]["calibration"] == "none; places by a prior of inputs"
+    net, twin = Net(), Net()
+    net.load_state_dict(load_file(weights))
+    load(out, twin, "compressed")
+    nearest = dt.compress(net, Recipe.preset("uniform-w3"))
+    run = dt.compress(net, Recipe.preset("uniform-w3"), calibration="prior")
+    with nearest.compressed():
+        assert not all(torch.equal(value, twin.state_dict()[name]) for name, value in net.state_dict().items())
+    with run.compressed():
+        assert all(torch.equal(value, twin.state_dict()[name]) for name, value in net.state_dict().items())
+    with pytest.raises(ValueError, match='must be "prior" or None'):
+        dt.compress_state_dict(weights, out, Recipe.preset("uniform-w3"), calibration=[torch.ones(1)])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("more", "note", "card"),
     [
-        (["--nearest"], None, "none"),
+        (["--places", "nearest"], None, "none"),
         ([], "Places were chosen without data, by a prior", "none; places by a prior of inputs"),
         (["--data", "digits", "--calibrate", "64"], "Places of 3 tensors were chosen with the inputs given",
          "places by 64 training images of digits, pixels scaled by the training split's mean and deviation"),
@@ -729,7 +748,12 @@ def test_what_places_within_a_budget_are_chosen_with(
     assert said["bytes"] == out.stat().st_size <= 1000
     assert [text for text in said["notes"] if note and text.startswith(note)] == said["notes"]
     assert read_header(out).card["notes"]["calibration"] == card
-    options: dict[str, Any] = {"nearest": "--nearest" in more, "data": None, "calibrate": None, "model": "net:net"}
+    options: dict[str, Any] = {
+        "places": "nearest" if "nearest" in more else None,
+        "data": None,
+        "calibrate": None,
+        "model": "net:net",
+    }
     if "--data" in more:
         options |= {"data": "digits", "calibrate": 64}
     calibration, _ = cli_work.places_of("1 kB", **options)
@@ -746,11 +770,11 @@ def test_what_places_within_a_budget_are_chosen_with(
         (["--budget", "2 kB", "--choices", "bits"], "must be step or widths"),
         (["--budget", "2 kB", "--model", f"{HERE}:Net", "--example", "1,3,8,8"], "knows no first or last layer"),
         (["--budget", "2 K"], "must be a number of bytes"),
-        (["--nearest"], "--nearest: goes with --budget"),
-        (["-r", "uniform-w4", "--data", "digits"], "--data: goes with --budget"),
+        (["--places", "any"], "--places any: must be nearest or prior"),
+        (["-r", "uniform-w4", "--data", "digits"], "--data digits: goes with --budget"),
         (["--budget", "2 kB", "--data", "digits"], "goes with --model"),
         (["--budget", "2 kB", "--calibrate", "9"], "--calibrate 9: goes with --data"),
-        (["--budget", "2 kB", "--data", "digits", "--nearest"], "give one of the two"),
+        (["--budget", "2 kB", "--data", "digits", "--places", "nearest"], "give one of the two"),
         (["--budget", "2 kB", "--data", "digits", "--model", f"{HERE}:Net"], "does not take images of 1x8x8"),
         (["--budget", "2 kB", "--data", "digits", "--calibrate", "0", "--model", f"{HERE}:Net"], "must be 1 to"),
     ],

@@ -19,7 +19,7 @@ from detent.schedules import is_finite, is_whole
 from detent.specs import short
 from detent.targets import Params, Target
 
-__all__ = ["Batches", "Calibrated", "Calibration", "Found", "How", "by_prior", "calibrated"]
+__all__ = ["Batches", "Calibrated", "Calibration", "Found", "How", "by_prior", "calibrated", "looked_up"]
 
 _MOMENTS = 1 << 30  # bytes of moments held at a time, and those of one layer at least
 _NAMED = 5  # tensors that a sentence names
@@ -175,11 +175,7 @@ def by_prior(model: nn.Module, life: Life, full: Mapping[str, Tensor], how: How)
     if how != How(block=how.block):
         raise ValueError('calibrate(..., "prior"): feeds nothing, so it takes no switch but block=')
     _refuse_sharded(life)
-    tables = {
-        canonical_name(f"{name}.weight")
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-    }
+    tables = looked_up(model)
     places: dict[str, Tensor] = {}
     rows: list[Calibrated] = []
     left: dict[str, str] = {}
@@ -195,6 +191,15 @@ def by_prior(model: nn.Module, life: Life, full: Mapping[str, Tensor], how: How)
             places[entry.name] = chosen.places.to(full[entry.name].device)
             rows.append(_row(entry.name, 0, chosen))
     return Found(report=Calibration(tensors=tuple(rows), left=left), places=places, statistics=None)
+
+
+def looked_up(model: nn.Module) -> set[str]:
+    """Names of the tables whose rows are taken as they are: these have no inputs."""
+    return {
+        canonical_name(f"{name}.weight")
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    }
 
 
 def _refuse_sharded(life: Life) -> None:

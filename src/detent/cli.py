@@ -356,9 +356,10 @@ def compress(
     choices: Annotated[
         str, typer.Option(help="With --budget: step (least error), or widths of 2 to 8 bits a tensor (for hardware).")
     ] = "step",
-    nearest: Annotated[
-        bool, typer.Option("--nearest", help="With --budget: each weight on its nearest place, without error feedback.")
-    ] = False,
+    places: Annotated[
+        str | None,
+        typer.Option(help="nearest, or prior: errors cancel within kernels and channels. Else prior if --budget."),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -399,7 +400,7 @@ def compress(
             default = None if out else _beside(weights)
             inputs = [*opened.files, None if recipe is None else Path(recipe), code_of(model), code_of(example)]
             refuse_overwriting(named=[out], unnamed=[default], inputs=inputs, force=force)
-            places, words = places_of(budget, nearest=nearest, data=data, calibrate=calibrate, model=model)
+            chosen_by, words = places_of(budget, places=places, data=data, calibrate=calibrate, model=model)
             said: dict[str, Any] = {"data": "none", "epochs": 0, "calibration": words}
             said["made by"] = f"detent compress {weights.name or weights.resolve().name}"
             if model is None:
@@ -407,12 +408,12 @@ def compress(
                 said["order"] = f"{order}: which weight is really first or last is not known"
             net, place = None if model is None else model_of(model), out or _beside(weights)
             if net is not None:
-                refuse_images(net, places, data)
+                refuse_images(net, chosen_by, data)
             if budget is not None:
                 done = watch("finding what fits", 1)
                 wanted = budget_of(budget, recipe=recipe, choices=choices, life=life)
                 found = compress_to_budget(
-                    opened, place, budget, choices=wanted, calibration=places, coding=coding, model=net, notes=said
+                    opened, place, budget, choices=wanted, calibration=chosen_by, coding=coding, model=net, notes=said
                 )
                 done()
             else:
@@ -422,6 +423,7 @@ def compress(
                     place,
                     chosen,
                     life=life,
+                    calibration="prior" if chosen_by == "prior" else None,
                     coding=coding,
                     model=net,
                     example=example_of(example),

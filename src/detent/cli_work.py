@@ -183,22 +183,24 @@ def budget_of(budget: str, *, recipe: str | None, choices: str, life: str) -> Li
 
 
 def places_of(
-    budget: str | None, *, nearest: bool, data: str | None, calibrate: int | None, model: str | None
+    budget: str | None, *, places: str | None, data: str | None, calibrate: int | None, model: str | None
 ) -> tuple[calibration.Batches | None, str]:
-    """What places within a budget are chosen with, and words for it.
+    """What places are chosen with, and words for it.
 
     Raises:
         ValueError: options that do not go together, or whatever `--data` refuses.
     """
-    given = {"--nearest": nearest, "--data": data is not None, "--calibrate": calibrate is not None}
-    if budget is None and any(given.values()):
-        raise ValueError(f"{next(name for name, is_given in given.items() if is_given)}: goes with --budget")
+    if places not in (None, "nearest", "prior"):
+        raise ValueError(f"--places {places}: must be nearest or prior")
+    if data is not None and budget is None:
+        raise ValueError(f"--data {data}: goes with --budget")
     if calibrate is not None and data is None:
         raise ValueError(f"--calibrate {calibrate}: goes with --data")
     if data is None:
-        return (None, "none") if nearest or budget is None else ("prior", "none; places by a prior of inputs")
-    if nearest:
-        raise ValueError(f"--nearest beside --data {data}: nearest places need no images; give one of the two")
+        nearest = places == "nearest" or (places is None and budget is None)
+        return (None, "none") if nearest else ("prior", "none; places by a prior of inputs")
+    if places is not None:
+        raise ValueError(f"--places {places} beside --data {data}: images choose the places; give one of the two")
     if model is None:
         raise ValueError(f"--data {data}: goes with --model, which is run on its images")
     images = _drawn(data, calibrate, PLACES_IMAGES)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from detent import claimed
-from detent.calibration import Batches, Calibration, How
+from detent.calibration import Batches, Calibration, How, looked_up
 from detent.claimed import fit_target, refuse_stages
 from detent.contents import DTYPES, contents_of, refuse_unsavable
 from detent.engine import Run
+from detent.feedback import Prior, choose_places
 from detent.guards import refuse_empty
 from detent.lives import Encoded
 from detent.pack import Coding, Writer, sizes
@@ -23,7 +24,7 @@ from detent.pack.checkpoint import Checkpoint
 from detent.pack.header import Life
 from detent.pack.loading import Rename, names_in_model, same_bits
 from detent.parameters import by_numbers, canonical_name, refuse_no_model
-from detent.plan import Plan
+from detent.plan import Claim, Plan
 from detent.recipe import Recipe, refuse_no_recipe
 from detent.specs import short
 from detent.targets import Params
@@ -207,6 +208,7 @@ def compress_state_dict(
     recipe: Recipe,
     *,
     life: Life = "compressed",
+    calibration: Literal["prior"] | None = None,
     coding: Coding | None = None,
     model: nn.Module | None = None,
     example: Any = None,
@@ -221,6 +223,8 @@ def compress_state_dict(
         out: the file to write; no file of the source.
         recipe: rules whose mechanisms, if any, are ignored; without stages.
         life: "compressed" or "both".
+        calibration: "prior" chooses places as `calibrate(run, "prior")` does; `None` takes the nearest. Without
+            `model`, tables that are looked up cannot be told from linear layers, and are treated as these.
         coding: "entropy", "bitpacked" or "none"; by default what `save` takes for this name.
         model: for what names and shapes do not say: transposed convolutions, ties, buffers, which layer is first. Its
             own weights are not read, so it may lie on the meta device.
@@ -251,6 +255,7 @@ def compress_state_dict(
                 out,
                 recipe,
                 life=life,
+                calibration=calibration,
                 coding=coding,
                 model=model,
                 example=example,
@@ -262,12 +267,17 @@ def compress_state_dict(
         raise ValueError(f"compress_state_dict(out={str(out)!r}): is a file of the state dict; give another name")
     if model is None and example is not None:
         raise ValueError("compress_state_dict(example=...): goes with model=, which is run on it")
+    if calibration not in (None, "prior"):
+        raise ValueError('compress_state_dict(calibration=...): must be "prior" or None; with inputs, use compress')
     net = skeleton(source) if model is None else model
     refuse_stages(recipe, "compress")
     plan = recipe.without_mechanisms().resolve(net, example=example)
     norms = any(getattr(module, "running_mean", None) is not None for module in net.modules())
     writer = Writer(out, life, coding=coding, batchnorm="own" if norms else "none", notes=notes)
-    done = _write(writer, source, _stored(net, source, rename), plan, life == "both", watch)
+    codes = _encoded(
+        source, stored := _stored(net, source, rename), plan, None if calibration is None else looked_up(net)
+    )
+    done = _write(writer, codes, stored, life == "both", watch)
     left = f"Left in full precision: {plan.left()}." if plan.left() else ""
     said = [*(guesses(plan) if model is None else []), left, unused_mechanisms(recipe)]
     together = sorted({type(r.target).__name__ for r in plan.recipe.rules if r.target and r.target.fits_together})
@@ -287,11 +297,11 @@ def compress_state_dict(
     )
 
 
-def _write(writer: Writer, weights: Checkpoint, stored: list[_Stored], plan: Plan, both: bool, watch: Watch) -> _Done:
+def _write(writer: Writer, codes: Iterator[_Coded], stored: list[_Stored], both: bool, watch: Watch) -> _Done:
     """Write every tensor of a state dict under each of its names."""
     advance, done = watch("compressing", len(stored)), _Done()
     with writer:
-        for name, tensor, encoded, reason in _encoded(weights, stored, plan):
+        for name, tensor, encoded, reason in codes:
             done.add(tensor, encoded, is_buffer=reason == "buffer")
             writer.add(name, tensor if both or encoded is None else None, encoded=encoded, reason=reason)
             advance()
@@ -322,6 +332,8 @@ class _Done:
             self.lost += float((w - encoded.decode().double()).square().sum())
             self.energy += float(w.square().sum())
 
+
+_Coded = tuple[str, Tensor, Encoded | None, str]  # a tensor by name, its codes if it is claimed, and why not
 
 _COUNTER = "num_batches_tracked"  # old checkpoints lack it; PyTorch too takes the model's own then
 
@@ -380,10 +392,8 @@ def _stored(net: nn.Module, weights: Checkpoint, rename: Rename | None) -> list[
     return found
 
 
-def _encoded(
-    weights: Checkpoint, stored: list[_Stored], plan: Plan
-) -> Iterator[tuple[str, Tensor, Encoded | None, str]]:
-    """(name, tensor, its codes if it is claimed, why not) of every tensor, read one at a time."""
+def _encoded(weights: Checkpoint, stored: list[_Stored], plan: Plan, tables: set[str] | None) -> Iterator[_Coded]:
+    """Every tensor, read one at a time, on its nearest places or, given the names of tables, those of a prior."""
     claims = {claim.name: claim for claim in plan.claims}
     together: dict[str, Params] = {}
     sources = {entry.name: entry.source for entry in stored}
@@ -402,9 +412,16 @@ def _encoded(
                 fitted = target.fit_model(whole, [c.layout for c in mine], [None] * len(mine))
                 together |= {c.name: params for c, params in zip(mine, fitted, strict=True)}
             params = together[name] if name in together else target.fit(tensor, claim.layout)
+            places = tensor
+            if tables is not None and _has_inputs(claim, tables) and target.choice(params) is not None:
+                places = choose_places(tensor, target, params, Prior(kernel=claim.layout.kernel)).places
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from None
-        yield name, tensor, Encoded(target=target, form=target.form(tensor, params)), ""
+        yield name, tensor, Encoded(target=target, form=target.form(places, params)), ""
+
+
+def _has_inputs(claim: Claim, tables: set[str]) -> bool:
+    return claim.is_weight and not tables & {claim.name, *claim.aliases}
 
 
 # --- what only a state dict is known of ---------------------------------------------------------------------------
