@@ -15,11 +15,12 @@ from detent.claimed import Entry
 from detent.feedback import Chosen, Prior, choose_places
 from detent.inputs import Aim, Enough, Seen, Watch, Weight, calm
 from detent.parameters import canonical_name, named_parameters
+from detent.plan import Claim
 from detent.schedules import is_finite, is_whole
 from detent.specs import short
 from detent.targets import Params, Target
 
-__all__ = ["Batches", "Calibrated", "Calibration", "Found", "How", "by_prior", "calibrated", "looked_up"]
+__all__ = ["Batches", "Calibrated", "Calibration", "Found", "How", "by_prior", "calibrated", "looked_up", "placed"]
 
 _MOMENTS = 1 << 30  # bytes of moments held at a time, and those of one layer at least
 _NAMED = 5  # tensors that a sentence names
@@ -191,6 +192,13 @@ def by_prior(model: nn.Module, life: Life, full: Mapping[str, Tensor], how: How)
             places[entry.name] = chosen.places.to(full[entry.name].device)
             rows.append(_row(entry.name, 0, chosen))
     return Found(report=Calibration(tensors=tuple(rows), left=left), places=places, statistics=None)
+
+
+def placed(claim: Claim, target: Target, params: Params, w: Tensor, tables: Collection[str]) -> Tensor:
+    """One tensor on the places of a prior, or as it is, if it has no inputs or its weights move together."""
+    if not claim.is_weight or not {claim.name, *claim.aliases}.isdisjoint(tables) or target.choice(params) is None:
+        return w
+    return choose_places(w, target, params, Prior(kernel=claim.layout.kernel)).places
 
 
 def looked_up(model: nn.Module) -> set[str]:

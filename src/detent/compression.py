@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from detent import claimed
-from detent.calibration import Batches, Calibration, How, looked_up
+from detent.calibration import Batches, Calibration, How, looked_up, placed
 from detent.claimed import fit_target, refuse_stages
 from detent.contents import DTYPES, contents_of, refuse_unsavable
 from detent.engine import Run
-from detent.feedback import Prior, choose_places
 from detent.guards import refuse_empty
 from detent.lives import Encoded
 from detent.pack import Coding, Writer, sizes
@@ -24,7 +23,7 @@ from detent.pack.checkpoint import Checkpoint
 from detent.pack.header import Life
 from detent.pack.loading import Rename, names_in_model, same_bits
 from detent.parameters import by_numbers, canonical_name, refuse_no_model
-from detent.plan import Claim, Plan
+from detent.plan import Plan
 from detent.recipe import Recipe, refuse_no_recipe
 from detent.specs import short
 from detent.targets import Params
@@ -412,16 +411,10 @@ def _encoded(weights: Checkpoint, stored: list[_Stored], plan: Plan, tables: set
                 fitted = target.fit_model(whole, [c.layout for c in mine], [None] * len(mine))
                 together |= {c.name: params for c, params in zip(mine, fitted, strict=True)}
             params = together[name] if name in together else target.fit(tensor, claim.layout)
-            places = tensor
-            if tables is not None and _has_inputs(claim, tables) and target.choice(params) is not None:
-                places = choose_places(tensor, target, params, Prior(kernel=claim.layout.kernel)).places
+            places = tensor if tables is None else placed(claim, target, params, tensor, tables)
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from None
         yield name, tensor, Encoded(target=target, form=target.form(places, params)), ""
-
-
-def _has_inputs(claim: Claim, tables: set[str]) -> bool:
-    return claim.is_weight and not tables & {claim.name, *claim.aliases}
 
 
 # --- what only a state dict is known of ---------------------------------------------------------------------------
