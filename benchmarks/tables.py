@@ -649,6 +649,30 @@ def budget_trained(records: Path) -> str:
     return text + markdown(head, rows) + f"\nRecords `budget-trained-*`; one seed each; commits {commits}.\n"
 
 
+@table("activations")
+def activations(records: Path) -> str:
+    """Accuracy with rounded activations, calibrated and trained."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in records.glob("activations-w*.json")}
+    if not found:
+        return NOTHING
+    rows, calibrated = [], {}
+    for record in found.values():
+        calibrated |= record["results"]["calibrated"]
+    for bits, accuracy in sorted(calibrated.items(), key=lambda item: -int(item[0])):
+        rows.append([f"W{bits}A{bits}", "calibrated", f"{accuracy:.2f}", "", "", "", ""])
+    for name, record in sorted(found.items(), reverse=True):
+        results, config, onnx = record["results"], record["config"], record["results"]["onnx"]
+        same = f"{onnx['same_answer']:,} of {onnx['images']:,}"
+        cells = (f"{results['accuracy']:.2f}", str(config["epochs"]), f"{results['bytes']:,}", config["precision"], same)
+        rows.append([name.removeprefix("activations-").upper(), "trained", *cells])
+    head = ["width", "", "test accuracy (%)", "epochs", "bytes of the file", "trained in", "same answer in ONNX Runtime"]
+    config = next(iter(found.values()))["config"]
+    text = f"ResNet-20 on CIFAR-10 from its checkpoint of 91.73 %; first and last layer at {config['first and last layer']}"
+    text += f"; calibrated on {config['calibrated on']}; BatchNorm {config['BatchNorm']}.\n\n"
+    commits = ", ".join(sorted({record["environment"]["commit"][:9] for record in found.values()}))
+    return text + markdown(head, rows) + f"\nRecords `activations-*`; one seed each; commits {commits}.\n"
+
+
 @table("step-peers")
 def step_peers(records: Path) -> str:
     """Others beside ours, a whole training step."""

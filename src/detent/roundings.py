@@ -393,6 +393,9 @@ class Roundings:
             raise ValueError(
                 f"Detent state and recipe disagree: the rounding of what goes into {odd!r} is in only one of them"
             )
+        for name, numbers in state["places"].items() if self.places else ():
+            if not isinstance(numbers, Mapping) or set(numbers) != {"begun", "scale", "low", "high", "memory"}:
+                raise ValueError(f"Detent state: the rounding of what goes into {name!r} is not what state_dict() gave")
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that `check` let pass."""
