@@ -22,12 +22,14 @@ COLUMNS = {
     "md": ["full precision", "1 bit", "3 levels"],
     "kq": ["full precision", "W2", "W1", "16 kernels"],
     "budget": ["full precision", "3.5 kB", "8.8 kB"],
+    "int8": ["full precision", "W8A8", "W2A2"],
 }
 LINES = {
     "admm": ["dense", "pruned one shot", "pruned in four steps", "progressive ADMM"],
     "md": ["SGD, then rounded", "straight-through", "mirror descent"],
     "kq": ["at once, no training", "learned"],
     "budget": ["trained as ever", "a width a tensor", "one step", "one step, trained"],
+    "int8": ["trained as ever", "calibrated", "trained"],
 }
 
 
@@ -40,6 +42,7 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         patch.setattr(demos, "_SIZES", (16,))
         patch.setattr(demos, "_SHOWN_SIZE", 16)
         patch.setattr(demos, "_BITS", (1.0, 3.0))
+        patch.setattr(demos, "_WIDTHS", (8, 2))
         advanced: dict[str, int] = {}
 
         def watch(label: str, total: int) -> Any:
@@ -47,7 +50,9 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             return lambda: advanced.update({label: advanced[label] + 1})
 
         found = compare(request.param, Settings(out=tmp_path_factory.mktemp(request.param), epochs=4), watch)
-        assert len(advanced) >= (3 if request.param == "budget" else 4) and not any(advanced.values()), advanced
+        assert len(advanced) >= (3 if request.param in ("budget", "int8") else 4) and not any(advanced.values()), (
+            advanced
+        )
         return found
 
 
@@ -74,6 +79,12 @@ def test_what_is_saved_is_what_the_method_promises(outcome: Comparison) -> None:
         assert Path(outcome.files["model.detent"]).stat().st_size < 3500 + 700  # the card's notes are no part of it
         steps = {float(w[w > 0].min()) for w in weights}
         assert len(steps) == 1 or all(abs(s / min(steps) - round(s / min(steps))) < 1e-5 for s in steps)
+    elif outcome.method == "int8":
+        told = dt.pack.read_header(outcome.files["model.detent"]).card["activations"]
+        assert {row["bits"] for row in told} == {8} and len(told) == len(weights)
+        assert (Path(outcome.files["model.detent"]).parent / "model.onnx").exists()
+        said = next(note for note in outcome.notes if note.startswith("model.onnx"))
+        assert "256 of 256" in said or "255 of 256" in said, said
     else:
         inner = [w for w in weights if w.dim() == 4][1:]
         kernels = {tuple(kernel.tolist()) for w in inner for kernel in w.reshape(-1, 9)}

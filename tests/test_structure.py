@@ -86,7 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing": _CORE | {""},
     "integrations": _CORE | {""},
     "demo": _CORE | {"", "data", "report", "report.record"},
-    "demos": _CORE | {"", "data", "demo"},
+    "demos": _CORE | {"", "data", "demo", "export"},
     "__main__": {"cli"},
     "cli": _CORE | {"", "export", "report", "report.record", "data", "demo", "demos", "cli_work"},
     "cli_work": _CORE | {"", "export", "report", "report.record", "data"},

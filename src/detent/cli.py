@@ -200,7 +200,7 @@ def _watched(long: bool = False) -> Iterator[Callable[[str, int], Callable[[], N
 
 @app.command()
 def demo(
-    method: Annotated[str, typer.Option(help="psg, admm, md, kq or budget: what to show.")] = "psg",
+    method: Annotated[str, typer.Option(help="psg, admm, md, kq, budget or int8: what to show.")] = "psg",
     data: Annotated[
         Path | None, typer.Option(help="Folder of Parquet images (MNIST, CIFAR); the digits of scikit-learn if absent.")
     ] = None,

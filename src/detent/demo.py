@@ -9,7 +9,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -459,6 +459,11 @@ class Bench:
             seed=self.settings.seed,
             drop_last=training,
         )
+
+    def inputs(self, count: int) -> list[Tensor]:
+        """Training images as the network gets them, without labels and augmentation."""
+        some = replace(self.train_set, images=self.train_set.images[:count], labels=self.train_set.labels[:count])
+        return [x for x, _ in self._batches(some, 256, training=False)]
 
     def cell(
         self, run: Run, *, bits: int | None = None, recipe: Recipe | None = None, budget: int | None = None

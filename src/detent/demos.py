@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib.util
 import json
 import math
 import time
@@ -13,21 +14,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from detent.activations import Activation
 from detent.budget import allocate
 from detent.compression import compress
 from detent.demo import Bench, Cell, Settings, Watch, pyplot, threads
 from detent.engine import Run
+from detent.export import to_onnx
 from detent.mechanisms import ADMM, STE, CodebookLearning, Masked, Mechanism, MirrorDescent
 from detent.pack import save
+from detent.quantizers import LearnedStep
 from detent.recipe import Recipe, Rule, Stage
 from detent.targets import Binary, KernelCodebook, Target, Ternary, TopK, Uniform
 
 __all__ = ["METHODS", "Comparison", "Line", "Method", "compare"]
 
-Method = Literal["admm", "md", "kq", "budget"]
+Method = Literal["admm", "md", "kq", "budget", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +93,7 @@ def compare(method: Method, settings: Settings, watch: Watch) -> Comparison:
 
     Args:
         method: "admm" (progressive pruning), "md" (mirror descent to one and two bits), "kq" (kernel codebooks) or
-            "budget" (accuracy by bytes of the file).
+            "budget" (accuracy by bytes of the file), "int8" (weights and activations of few bits).
         settings: what to do; `bits` belongs to PSG's demo alone.
         watch: called with a label and a number of steps when a training starts; what it returns is called each step.
 
@@ -496,7 +501,109 @@ def _draw_budget(full: Cell, lines: Sequence[Line], path: Path) -> None:
     plt.close(figure)
 
 
-METHODS: dict[str, Callable[[Bench], _Found]] = {"admm": _admm, "md": _md, "kq": _kq, "budget": _budget}
+# --- integers for weights and activations ---------------------------------------------------------------------------
+
+_WIDTHS = (8, 4, 2)
+_SEEN = 256  # training images that ranges are found on without training
+
+
+def _both_of(bits: int, mechanism: Mechanism | None) -> Recipe:
+    """Weights a channel and inputs of layers of this width; the first and the last layer of 8 bits."""
+    ends = [
+        Rule(match=end, target=Uniform(bits=8, granularity="channel"), mechanism=mechanism)
+        for end in ("@first", "@last")
+    ]
+    inner = Rule(match="@weights", target=Uniform(bits=bits, granularity="channel"), mechanism=mechanism)
+    eight = [Activation(match=end, quantizer=LearnedStep(bits=8)) for end in ("@first", "@last")]
+    return Recipe([*ends, inner], activations=[*eight, Activation(quantizer=LearnedStep(bits=bits))])
+
+
+def _int8(bench: Bench) -> _Found:
+    decay, epochs = bench.task.decay, max(1, round(0.5 * bench.epochs))
+    dense, _ = bench.train("full precision", None, decay)
+    start, full = _kept(dense), _full(bench, dense)
+    calibrated, trained = dict[str, Cell](), dict[str, Cell]()
+    runs: dict[str, Run] = {}
+    for bits in _WIDTHS:
+        column = f"W{bits}A{bits}"
+        found = compress(dense, _both_of(bits, None))
+        found.observe(bench.inputs(_SEEN))
+        calibrated[column] = bench.cell(found)
+        rate = 0.3 * bench.task.rate
+        pull = _both_of(bits, STE())
+        _, run = bench.train(f"training at {column}", pull, decay, epochs=epochs, start=start, rate=rate)
+        assert run is not None
+        trained[column], runs[column] = bench.cell(run), run
+    shown = f"W{_WIDTHS[0]}A{_WIDTHS[0]}"
+    notes = [
+        "W4A4: weights and what goes into layers on 16 integers each; the first and the last layer on 256. Calibrated: "
+        f"scales found on {_SEEN} training images. Trained: {epochs} further epochs, scales learned with the weights.",
+        "Bytes of the whole file, scales of activations included.",
+        _in_onnx(bench, runs[shown], shown),
+    ]
+    draw = functools.partial(_draw_widths, full, {"calibrated": calibrated, "trained": trained})
+    lines = [
+        Line(name="trained as ever", cells={"full precision": full}),
+        Line(name="calibrated", cells=calibrated),
+        Line(name="trained", cells=trained),
+    ]
+    title = "Accuracy in % with weights and activations as integers"
+    columns = ["full precision", *calibrated]
+    return _Found(title=title, columns=columns, lines=lines, notes=notes, run=runs[shown], draw=draw)
+
+
+def _in_onnx(bench: Bench, run: Run, column: str) -> str:
+    """Write model.onnx, and say what ONNX Runtime makes of it."""
+    if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")):
+        return "No model.onnx: that needs pip install 'detent[export]'."
+    import onnxruntime as ort
+
+    file, x = bench.settings.out / "model.onnx", bench.inputs(256)[0]
+    report = to_onnx(run, file, x)
+    session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    feeds = {session.get_inputs()[0].name: x.cpu().numpy()}
+    with run.compressed(), torch.no_grad():
+        seconds = [_seconds(lambda: run.model(x)), _seconds(lambda: session.run(None, feeds))]
+        mine = run.model(x).argmax(1).cpu()
+    theirs = torch.from_numpy(np.asarray(session.run(None, feeds)[0])).argmax(1)
+    same = int((mine == theirs).sum())
+    return (
+        f"model.onnx ({column}, {report.nbytes / 1000:.1f} kB): ONNX Runtime gives the answer of PyTorch on {same} of "
+        f"{len(x)} training images, in {1000 * seconds[1]:.2f} ms a batch (PyTorch, simulated: "
+        f"{1000 * seconds[0]:.2f} ms)."
+    )
+
+
+def _seconds(act: Callable[[], object], times: int = 9) -> float:
+    """The median of a few."""
+    act()
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        act()
+        found.append(time.perf_counter() - start)
+    return sorted(found)[times // 2]
+
+
+def _draw_widths(full: Cell, lines: dict[str, dict[str, Cell]], path: Path) -> None:
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7.2, 4.4), dpi=130, layout="constrained")
+    for (name, cells), color in zip(lines.items(), ("tab:orange", "tab:green"), strict=True):
+        axes.plot(list(cells), [cell.accuracy for cell in cells.values()], "o-", label=name, color=color)
+    axes.axhline(full.accuracy, color="0.4", linestyle="--", label="full precision")
+    axes.set(xlabel="bits of weights and activations", ylabel="% right", title="Integers for both")
+    axes.legend(loc="lower left")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+METHODS: dict[str, Callable[[Bench], _Found]] = {
+    "admm": _admm,
+    "md": _md,
+    "kq": _kq,
+    "budget": _budget,
+    "int8": _int8,
+}
 
 
 def table_of(outcome: Comparison) -> list[Sequence[str]]:

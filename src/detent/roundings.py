@@ -316,21 +316,6 @@ class Roundings:
             yield
 
     @contextmanager
-    def asleep(self) -> Iterator[None]:
-        """Leave inputs as they are, and do not watch them."""
-        with self._watching(False):
-            before = [(place, place.training) for place in self.places.values()]
-
-            def back() -> None:
-                for place, was in before:
-                    place.training = was
-
-            with undone(back):
-                for place, _ in before:
-                    place.training = False
-                yield
-
-    @contextmanager
     def _watching(self, how: bool) -> Iterator[None]:
         def back() -> None:
             for place in self.places.values():
