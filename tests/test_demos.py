@@ -16,6 +16,7 @@ import detent as dt
 from detent import cli, demos
 from detent.demo import DigitsNet, Settings
 from detent.demos import METHODS, Comparison, compare
+from detent.pack import read_header
 
 COLUMNS = {
     "admm": ["dense", "20 %"],
@@ -80,7 +81,7 @@ def test_what_is_saved_is_what_the_method_promises(outcome: Comparison) -> None:
         steps = {float(w[w > 0].min()) for w in weights}
         assert len(steps) == 1 or all(abs(s / min(steps) - round(s / min(steps))) < 1e-5 for s in steps)
     elif outcome.method == "int8":
-        told = dt.pack.read_header(outcome.files["model.detent"]).card["activations"]
+        told = read_header(outcome.files["model.detent"]).card["activations"]
         assert {row["bits"] for row in told} == {8} and len(told) == len(weights)
         assert (Path(outcome.files["model.detent"]).parent / "model.onnx").exists()
         said = next(note for note in outcome.notes if note.startswith("model.onnx"))
