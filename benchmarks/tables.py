@@ -663,12 +663,13 @@ def activations(records: Path) -> str:
     for name, record in sorted(found.items(), reverse=True):
         results, config, onnx = record["results"], record["config"], record["results"]["onnx"]
         same = f"{onnx['same_answer']:,} of {onnx['images']:,}"
-        cells = (f"{results['accuracy']:.2f}", str(config["epochs"]), f"{results['bytes']:,}", config["precision"], same)
-        rows.append([name.removeprefix("activations-").upper(), "trained", *cells])
-    head = ["width", "", "test accuracy (%)", "epochs", "bytes of the file", "trained in", "same answer in ONNX Runtime"]
+        cells = (f"{results['accuracy']:.2f}", str(config["epochs"]), f"{results['bytes']:,}", config["precision"])
+        rows.append([name.removeprefix("activations-").upper(), "trained", *cells, same])
+    head = ["width", "", "test accuracy (%)", "epochs", "bytes of the file", "trained in", "same answers in ORT"]
     config = next(iter(found.values()))["config"]
-    text = f"ResNet-20 on CIFAR-10 from its checkpoint of 91.73 %; first and last layer at {config['first and last layer']}"
-    text += f"; calibrated on {config['calibrated on']}; BatchNorm {config['BatchNorm']}.\n\n"
+    text = "ResNet-20 on CIFAR-10 from its checkpoint of 91.73 %; first and last layer at "
+    text += f"{config['first and last layer']}; calibrated on {config['calibrated on']}; BatchNorm "
+    text += f"{config['BatchNorm']}; ORT: ONNX Runtime on test images.\n\n"
     commits = ", ".join(sorted({record["environment"]["commit"][:9] for record in found.values()}))
     return text + markdown(head, rows) + f"\nRecords `activations-*`; one seed each; commits {commits}.\n"
 
