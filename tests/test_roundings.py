@@ -162,6 +162,20 @@ def test_the_first_scale_has_the_least_error_of_those_tried() -> None:
     assert error(1.0) <= min(error(f) for f in (0.8, 0.9, 1.1, 1.25)) * 1.001
 
 
+def test_the_sample_is_no_row_or_border_of_the_images() -> None:
+    x = torch.zeros(64, 16, 32, 32)
+    x[..., 1:] = torch.randn(64, 16, 32, 31, generator=torch.Generator().manual_seed(0)).abs()
+    seen = Seen()
+    seen.add(x, sample=True)
+    share = float((seen.sample > 0).float().mean())
+    assert share == pytest.approx(31 / 32, abs=0.01)
+    whole = Seen()
+    whole.add(x, sample=False)
+    whole.parts.append(x.flatten()[torch.randperm(x.numel(), generator=torch.Generator().manual_seed(1))][:200_000])
+    quantizer = dt.LearnedStep(bits=4)
+    assert float(quantizer.start(seen).scale) == pytest.approx(float(quantizer.start(whole).scale), rel=0.1)
+
+
 def test_running_ranges_are_running_and_freeze() -> None:
     quantizer = dt.RunningRange(bits=4, momentum=0.5, freeze=0.5)
     model, optimizer, run = started(quantizer)

@@ -81,7 +81,10 @@ class Seen:
         self.low, self.high, self.mean, self.batches = low, high, mean, self.batches + 1
         if sample and len(self.parts) < _BATCHES:
             flat = x.flatten()
-            self.parts.append(flat[:: max(1, -(-flat.numel() // _SAMPLE))].float())
+            if flat.numel() > _SAMPLE:  # at random: every n-th value would be the border of an image, or one channel
+                drawn = torch.randint(flat.numel(), (_SAMPLE,), generator=torch.Generator().manual_seed(self.batches))
+                flat = flat[drawn.to(flat.device)]
+            self.parts.append(flat.float())
 
     @property
     def sample(self) -> Tensor:
