@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar, Literal
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from detent.mechanisms.base import Cadence, Clock, Mechanism, Slot
 from detent.mechanisms.gain import BEGIN, MOST, descent, kept_gain, measures, ramp, spread_of
-from detent.mechanisms.projection import clip_to_range, clipping, clipping_begins
+from detent.mechanisms.projection import box_of, clip_to_box, clip_to_range, clipping, clipping_begins
 from detent.schedules import Linear, Moment, Number, ends_of, is_finite, is_number, step_at, value_at
 from detent.targets import Params, Target, Uniform, Zero
 from detent.targets.base import Lines, compute_dtype
@@ -205,7 +205,7 @@ class PSG(Mechanism):
             return
         if self._scales_gradient(slot):
             gain = self._gain(slot, clock, slot.weight, slot.grad, lambda _, grad: grad)
-            for scale, _, grad in self._factors(slot, clock, gain, slot.weight, slot.grad):
+            for scale, _, grad in self._factors(slot, clock, gain, [slot.weight, slot.grad]):
                 grad.mul_(scale)
             # Finite before, and looked at then: what was scaled beyond the largest half-precision number would end at
             # the range's end, where clipping hides it.
@@ -220,12 +220,14 @@ class PSG(Mechanism):
 
     def after_step(self, slot: Slot, clock: Clock) -> None:
         before = slot.scratch.get("before")
+        clips = self.clip and clipping(self.clip_start, slot, clock)
         if before is not None:
             lost = slot.decay()
             gain = self._gain(slot, clock, before, slot.weight, lambda old, w: w.sub(old).add_(old, alpha=lost))
-            for i, (scale, old, w) in enumerate(self._factors(slot, clock, gain, before, slot.weight)):
-                slot.write_once(f"piece {i}", w, partial(_scaled_step, w, old, lost, scale))
-        if self.clip and clipping(self.clip_start, slot, clock):
+            pieces = self._factors(slot, clock, gain, [before, slot.weight], boxed=clips)
+            for i, (scale, old, w, *box) in enumerate(pieces):
+                slot.write_once(f"piece {i}", w, partial(_scaled_step, w, old, lost, scale, *box))
+        elif clips:
             clip_to_range(slot.weight, slot.pull, slot.pull_params)
 
     def undo(self, slot: Slot, clock: Clock) -> None:
@@ -255,7 +257,7 @@ class PSG(Mechanism):
     ) -> Tensor:
         """F of the whole tensor; weights that the target leaves free have no say."""
         parts = []
-        for factor, here, x in self._factors(slot, clock, 1.0, w, given, strength=1.0):
+        for factor, here, x in self._factors(slot, clock, 1.0, [w, given], strength=1.0):
             step = move(here, x)
             if slot.pull.leaves_free and (free := slot.pull_free(here)) is not None:
                 step = step.masked_fill(free, 0.0)
@@ -263,13 +265,20 @@ class PSG(Mechanism):
         return spread_of(slot.total(torch.stack(parts).sum(0)))
 
     def _factors(
-        self, slot: Slot, clock: Clock, gain: float | Tensor, *tensors: Tensor, strength: float | None = None
+        self,
+        slot: Slot,
+        clock: Clock,
+        gain: float | Tensor,
+        tensors: Sequence[Tensor],
+        strength: float | None = None,
+        boxed: bool = False,
     ) -> Iterator[tuple[Tensor, ...]]:
-        """(s, pieces of the tensors), piece by piece, of the weights that the first of them holds."""
+        """(s, pieces of the tensors, their range if `boxed`) of the weights that the first of them holds."""
         lined = Lines.of(slot.pull, slot.pull_params, *tensors)
+        box = box_of(slot.pull, lined.params, slot.weight.dtype) if boxed else None
         dtype = compute_dtype(slot.weight.dtype)
         slope, offset, cap = self._line(slot.pull, lined.params, clock, dtype, gain, strength)
-        for params, w, *piece, slope_here, cap_here in lined.pieces(slope, cap):
+        for params, w, *piece, slope_here, cap_here in lined.pieces(*(box or ()), slope, cap):
             q = slot.pull.project(w, params) if lined.apart else slot.pull_project(w)
             distance = slot.pull.distance(q.sub_(w), params)
             scale = self._scale(distance, slope_here, offset, cap_here)
@@ -440,7 +449,11 @@ class PSG(Mechanism):
         return inner, cell, span
 
 
-def _scaled_step(w: Tensor, old: Tensor, lost: float, scale: Tensor) -> Tensor:
-    """old + s (step + decay) - decay: only what the optimizer made of the gradient is scaled."""
+def _scaled_step(w: Tensor, old: Tensor, lost: float, scale: Tensor, *box: Tensor) -> Tensor:
+    """old + s (step + decay) - decay, in its range: only what the optimizer made of the gradient is scaled.
+
+    Written over the scale: memory that is new costs more than the arithmetic.
+    """
     start = old * (1 - lost) if lost else old
-    return torch.lerp(start, w, scale)
+    scaled = torch.lerp(start, w, scale, out=scale)
+    return clip_to_box(scaled, *box) if box else scaled

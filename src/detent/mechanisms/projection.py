@@ -27,20 +27,29 @@ def clip_to_range(w: Tensor, target: Target, params: Params) -> None:
     if type(target).limits is Target.limits:
         return
     lined = Lines.of(target, params, w)
+    box = box_of(target, lined.params, w.dtype)
+    for part, most, least in lined.cut(*box) if box is not None else ():
+        clip_to_box(part, most, least)
+
+
+def box_of(target: Target, params: Params, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """The largest and the smallest value that each weight may have, or `None` where there is no range."""
 
     def make() -> tuple[Tensor, Tensor] | None:
-        limits = target.limits(lined.params)
+        limits = target.limits(params)
         if limits is None:
             return None
-        most = limits.to(w.dtype)
+        most = limits.to(dtype)
         most = most.masked_fill(most == 0, math.inf)
         return most, -most
 
-    box = lined.params.once(("box", target), make, at=w.dtype)
-    for part, most, least in lined.cut(*box) if box is not None else ():
-        # The same as clamp_ with tensors for limits, which takes three times as long on a CPU.
-        torch.minimum(part, most, out=part)
-        torch.maximum(part, least, out=part)
+    return params.once(("box", target), make, at=dtype)
+
+
+def clip_to_box(w: Tensor, most: Tensor, least: Tensor) -> Tensor:
+    """In place. The same as clamp_ with tensors for limits, which takes three times as long on a CPU."""
+    torch.minimum(w, most, out=w)
+    return torch.maximum(w, least, out=w)
 
 
 def clipping_begins(start: Moment | None, clock: Clock) -> bool:
