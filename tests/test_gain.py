@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,105 @@ def test_at_first_the_base_optimizer_runs_untouched_and_then_not(make: Any) -> N
     assert same == [True] * (2 * STEPS // 5 + 1) + [False] * (3 * STEPS // 5 - 1)
 
 
+# An optimizer, and whether its weight decay (0.3) acts on the weights themselves.
+KINDS: dict[str, tuple[Callable[..., Any], bool]] = {
+    "SGD": (partial(torch.optim.SGD, momentum=0.9, nesterov=True), False),
+    "SGD, dampened": (partial(torch.optim.SGD, momentum=0.8, dampening=0.5), False),
+    "Adam": (torch.optim.Adam, False),
+    "AdamW": (partial(torch.optim.AdamW, amsgrad=True), True),
+    "NAdam": (partial(torch.optim.NAdam, decoupled_weight_decay=True), True),
+    "RMSprop": (partial(torch.optim.RMSprop, momentum=0.9), False),
+    "Muon": (torch.optim.Muon, True),
+    "Muon, rate of AdamW": (partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"), True),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_law_holds_for_the_step_of_any_optimizer(name: str) -> None:
+    """Against a plain copy of the optimizer that takes each step from the same weights, with the same memory."""
+    kind, decoupled = KINDS[name]
+    layer = layer_of()
+    optimizer = kind(layer.parameters(), lr=0.1, weight_decay=0.3)
+    attach(layer, optimizer)
+    begin, spread = 24, 1.0
+    project, r, c, limit = fit(layer.weight.detach().numpy())
+    for t, g in enumerate(gradients()):
+        w, rate = layer.weight.detach().numpy().copy(), half_cosine(t)
+        plain, copied = copy.deepcopy((layer, optimizer))
+        lost = rate * 0.3 if decoupled else 0.0
+        scales_gradient = isinstance(optimizer, torch.optim.SGD)
+        strength = min(max(t - begin, 0) / (0.5 * (STEPS - begin)), 1.0)
+        if t == begin + 1:
+            project, r, c, limit = fit(w)
+
+        def s_of(move: np.ndarray) -> np.ndarray:
+            nonlocal spread
+            eps = 0.05 * max(1 - t / (0.8 * STEPS), 0.0)  # noqa: B023 (called in this turn of the loop)
+            factor = reference.scale_free(w, project(w), r, c, 1.0, 1.0, eps)  # noqa: B023
+            if t == begin + 1 or (t - begin) % 10 == 0:  # noqa: B023
+                spread = reference.spread_of_itself(move, factor)
+            heat = max(map(half_cosine, range(t + 1))) / rate  # noqa: B023
+            return 1 - strength + strength * min(max(heat, 1 / spread), 4 / spread) * factor  # noqa: B023
+
+        on_gradient = s_of(g.numpy()) if scales_gradient and strength else np.ones(SHAPE)
+        go(plain, copied, [torch.from_numpy(on_gradient) * g], lambda _, rate=rate: rate)
+        wanted = plain.weight.detach().numpy()
+        if strength and not scales_gradient:
+            move = wanted - w + lost * w
+            wanted = w + s_of(move) * move - lost * w
+        wanted = np.clip(wanted, -limit, limit) if strength else wanted
+        go(layer, optimizer, [g], lambda _, rate=rate: rate)
+        off = np.abs(layer.weight.detach().numpy() - wanted).max() / np.abs(wanted).max()
+        assert off <= ROUNDING[torch.float64], f"step {t}: off by {off:.3g} of the largest weight"
+    assert spread != 1.0
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("Adam", "RMSprop")])
+def test_weight_decay_is_what_it_is_without_pulling(name: str) -> None:
+    """Weights without a gradient, on their levels or between them, shrink as under the base optimizer.
+
+    Not so where decay is part of the gradient and the step is scaled as a whole.
+    """
+    ends = []
+    for pulled in (False, True):
+        layer = layer_of()
+        optimizer = KINDS[name][0](layer.parameters(), lr=0.1, weight_decay=0.3)
+        if pulled:
+            attach(layer, optimizer, dt.PSG(start=0, strength=1.0, clip=False))
+        go(layer, optimizer, [torch.zeros(SHAPE, dtype=torch.float64)] * 5, half_cosine)
+        ends.append(layer.weight.detach())
+    assert torch.allclose(*ends, rtol=1e-13, atol=0)
+    assert bool((ends[0].abs() < layer_of().weight.abs()).all())
+
+
+def first_step(make: Callable[..., Any], most: float, **more: Any) -> tuple[float, Tensor]:
+    """F, and the step taken, with the norm of the gradient clipped in the loop."""
+    layer = layer_of()
+    optimizer = make(layer.parameters(), lr=0.1)
+    run = attach(layer, optimizer, dt.PSG(start=0, strength=1.0, clip=False, **more))
+    before = layer.weight.detach().clone()
+    layer.weight.grad = gradients()[0].clone()
+    nn.utils.clip_grad_norm_(layer.parameters(), most)
+    optimizer.step()
+    return run.state_dict()["weights"]["weight"]["found"]["spread"], layer.weight.detach() - before
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, partial(torch.optim.AdamW, eps=0.0), torch.optim.Muon])
+def test_a_gradient_clipped_in_the_loop_is_pulled_with_the_same_gain(make: Callable[..., Any]) -> None:
+    (free, step), (clipped, shorter) = (first_step(make, most) for most in (1e9, 1e-3))
+    assert clipped == pytest.approx(free, rel=1e-2 if make is torch.optim.Muon else 1e-9)  # it works in bfloat16
+    share = shorter.norm() / step.norm()
+    norm = 1e-3 / gradients()[0].norm() if make is torch.optim.SGD else torch.tensor(1.0)
+    assert float(share) == pytest.approx(float(norm), rel=1e-2)
+
+
+def test_a_norm_that_psg_clips_is_that_of_what_it_has_scaled() -> None:
+    (free, step), (same, shorter) = first_step(torch.optim.SGD, 1e9), first_step(torch.optim.SGD, 1e9, clip_norm=0.5)
+    assert free == same and float(step.norm()) > 0.1 * 0.5
+    assert float(shorter.norm()) == pytest.approx(0.1 * 0.5, rel=1e-5)
+    assert torch.allclose(shorter / shorter.norm(), step / step.norm(), rtol=1e-9)
+
+
 @pytest.mark.parametrize("heat", [1.0, 2.0, 100.0])
 def test_the_loss_falls_as_fast_as_without_factors_or_up_to_four_times(heat: float) -> None:
     """First order: sum g (s g) over sum g g is 1 where the rate is at its highest, and at most 4."""
@@ -163,6 +263,19 @@ def test_resumed_it_goes_on_bitwise_and_knows_the_highest_rate(at: int, make: An
         go(layer, optimizer, given[at:], half_cosine, at)
         ends.append(layer.weight.detach())
     assert torch.equal(*ends)
+
+
+def test_the_state_of_a_plain_optimizer_may_be_loaded() -> None:
+    """What PSG has found it can find again, so a training may go from plain to pulled."""
+    layer = layer_of()
+    plain = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    go(layer, plain, gradients()[:3], half_cosine)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    run = attach(layer, optimizer, dt.PSG(start=0, strength=1.0))
+    optimizer.load_state_dict(plain.state_dict())
+    go(layer, optimizer, gradients()[3:5], half_cosine, 3)
+    assert run.state_dict()["weights"]["weight"]["found"]["spread"] > 0
+    assert float(optimizer.state[layer.weight]["step"]) == 5
 
 
 def test_the_highest_rate_is_known_from_the_scheduler_before_it_comes() -> None:
