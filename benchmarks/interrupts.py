@@ -81,6 +81,7 @@ class Bench:
     optimizer: torch.optim.Optimizer
     recipe: dt.Recipe
     run: dt.Run | None = None
+    folder: tempfile.TemporaryDirectory[str] | None = None
 
     def attach(self) -> None:
         self.run = dt.attach(self.model, self.optimizer, self.recipe, total_steps=STEPS)
@@ -185,6 +186,37 @@ def _calibrated(it: Bench) -> None:
     dt.calibrate(it.run, [torch.randn(16, 6, generator=torch.Generator().manual_seed(8))])
 
 
+def _latents(it: Bench) -> None:
+    assert it.run is not None
+    with it.run.latents():
+        it.model(torch.ones(2, 6))
+
+
+def _recalibrate(it: Bench) -> None:
+    assert it.run is not None
+    it.run.recalibrate([torch.randn(16, 6, generator=torch.Generator().manual_seed(9))])
+
+
+def _skip(it: Bench) -> None:
+    assert it.run is not None
+    it.run.skip_step()
+
+
+def _filed(it: Bench) -> None:
+    other = copy.deepcopy(it.model)
+    with torch.no_grad():
+        for value in other.parameters():
+            value.mul_(0.5)
+    run = dt.compress(other, dt.Recipe([dt.Rule(match="(0|3).weight", target=dt.Uniform(bits=4))]))
+    it.folder = tempfile.TemporaryDirectory()
+    dt.save(run, f"{it.folder.name}/model.detent")
+
+
+def _open(it: Bench) -> None:
+    assert it.folder is not None
+    dt.load(f"{it.folder.name}/model.detent", it.model, life="compressed")
+
+
 def _nothing(it: Bench) -> None:
     pass
 
@@ -202,8 +234,12 @@ ACTS: dict[str, Act] = {
     "step": _step_at(1),
     "step with the turn of a stage": _step_at(2),
     "compressed": Act(before=_trained(2), act=_look, again=_look),
-    "save": Act(before=_trained(2), act=_save, again=_save),
+    "save": Act(before=_trained(2), act=_save, again=_save, sparse=8),
     "load": Act(before=_trained(2), act=_resume, again=_resume),
+    "latents": Act(before=_trained(2), act=_latents, again=_latents),
+    "recalibrate": Act(before=_trained(2), act=_recalibrate, again=_recalibrate),
+    "skipped step": Act(before=_trained(1), act=_skip, again=_skip),
+    "open a file": Act(before=_filed, act=_open, again=_open, sparse=40),
     "calibrate": Act(before=_trained(2), act=_calibrate, again=_calibrate, sparse=40),
     "calibrate again": Act(before=_calibrated, act=_calibrate, again=_calibrate, sparse=40),
     "finalize": Act(before=_trained(STEPS), act=_finalize, again=_finalize),

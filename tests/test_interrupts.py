@@ -13,10 +13,15 @@ from benchmarks.interrupts import ACTS, MECHANISMS, bench, broken, broken_at, ev
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["STE", "PSG", "ADMM fisher", "stages"])
 def test_what_is_broken_off_leaves_the_old_state_or_the_new_one(name: str) -> None:
-    acts = [act for act in ACTS if act != "save" and ACTS[act].sparse == 1]
+    acts = [act for act in ACTS if ACTS[act].sparse == 1]
     counts, wrong = everywhere([name], acts, stride=137)
     assert wrong == []
     assert counts["step"].get("old") and counts["step"].get("new"), "both halves were broken off"
+
+
+def test_latents_and_statistics_that_are_broken_off_go_back() -> None:
+    counts, wrong = everywhere(["STE"], ["latents", "recalibrate", "skipped step"], stride=23)
+    assert wrong == [] and counts["latents"]["same"] > 10
 
 
 @pytest.mark.parametrize("name", ["STE", "PSG gradient"])

@@ -10,7 +10,6 @@ from typing import TypeVar
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from detent import sharding
 from detent.claimed import Entry, fit_target
 from detent.lives import Lives
 from detent.parameters import refuse_no_model
@@ -64,12 +63,20 @@ class Averages(Lives):
         with self._one_thread("run.latents()"):
             self._refuse_inside("run.latents()")
             self._settle()
-            self._averages = self._inside = True
-            try:
-                with _with_latents(self.model, self._entries):
-                    yield
-            finally:
-                self._inside = False
+            moved = [entry for entry in self._entries if _hides(entry)]
+            with self._set_aside(moved, statistics=False):
+                with without_gradients():
+                    for entry in moved:
+                        entry.write(entry.hidden())
+                        entry.adopt()
+                self._averages = True
+                yield
+                written = [entry.name for entry in moved if not entry.is_ours]
+        if written:
+            raise RuntimeError(
+                f"{written[0]!r} was written inside run.latents(), which shows latents and keeps none: what was "
+                "written is gone; write weights outside"
+            )
 
     def averaged(self: _A, model: nn.Module | None = None) -> _A:
         """The lives of averaged weights: on the numbers of this training where those are final, else fitted to them.
@@ -108,37 +115,6 @@ class Averages(Lives):
             _take_over(run._entries, [(entry, self._is_over(entry)) for entry in self._entries])
             run._adopt()
         return run
-
-
-@contextmanager
-def _with_latents(model: nn.Module, entries: Sequence[Entry]) -> Iterator[None]:
-    """Let the weights be what the optimizer moves, and put them back.
-
-    Raises:
-        RuntimeError: on leaving, naming a weight that was written inside.
-    """
-    moved = [entry for entry in entries if _hides(entry)]
-    kept = [(entry, sharding.local(entry.param).clone()) for entry in moved]
-    sharding.reshard(model)
-    try:
-        with without_gradients():
-            for entry in moved:
-                entry.write(entry.hidden())
-                entry.adopt()
-        yield
-        written = [entry.name for entry in moved if not entry.is_ours]
-    finally:
-        sharding.reshard(model)
-        with without_gradients():
-            for entry, value in kept:
-                entry.write(value)
-                entry.adopt()
-        sharding.reshard(model)
-    if written:
-        raise RuntimeError(
-            f"{written[0]!r} was written inside run.latents(), which shows latents and keeps none: what was written is "
-            "gone; write weights outside"
-        )
 
 
 def _hides(entry: Entry) -> bool:

@@ -282,7 +282,7 @@ class Lives(abc.ABC):
         life = self._life(bits, recipe)
         statistics = self.statistics(bits=bits, recipe=recipe) if batchnorm else None
         written: list[str] = []
-        with self._set_aside(life):
+        with self._set_aside([entry for entry, _, _ in life]):
             with without_gradients():
                 for entry, target, params in life:
                     entry.write(entry.map_whole(target.project, target, params, entry.source(target, params)))
@@ -299,12 +299,13 @@ class Lives(abc.ABC):
             )
 
     @contextmanager
-    def _set_aside(self, life: list[tuple[Entry, Target, Params]]) -> Iterator[dict[str, Tensor]]:
-        """Let weights and running statistics be written inside; gives the weights as they are, by name."""
+    def _set_aside(self, entries: list[Entry], *, statistics: bool = True) -> Iterator[dict[str, Tensor]]:
+        """Let weights (and running statistics) be written inside; gives the weights as they are, by name."""
         sharding.reshard(self.model)
+        buffers = statistics_of(self.model).values() if statistics else ()
         aside = _Aside(
-            weights=[(entry, sharding.local(entry.param).clone()) for entry, _, _ in life],
-            buffers=[(buffer, buffer.clone()) for buffer in statistics_of(self.model).values()],
+            weights=[(entry, sharding.local(entry.param).clone()) for entry in entries],
+            buffers=[(buffer, buffer.clone()) for buffer in buffers],
             seals=[(entry, entry.seal) for entry in self._entries],
         )
         self._aside = aside
@@ -365,7 +366,8 @@ class Lives(abc.ABC):
             with undone_unless_done(self._as_now()):
                 self._forget_places()
                 life = self._life(None, None)
-                with self._set_aside(life) as kept, self.activations.shown():
+                entries = [entry for entry, _, _ in life]
+                with self._set_aside(entries) as kept, self.activations.shown():
                     hidden = {e.name: e.hidden_whole() if "latent" in e.state else kept[e.name] for e, _, _ in life}
                     if isinstance(batches, str):
                         found = by_prior(self.model, life, hidden, how)
