@@ -180,6 +180,7 @@ def test_every_record_has_a_table() -> None:
         "step_cost-peers",
         "cadence",
         "budget-trained-45kb",
+        "activations-w4a4",
         "demo-psg",
         "admm_quadratic",
         "fuzz",
