@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -322,6 +323,17 @@ def test_a_loaded_file_computes_the_compressed_life(kind: str, life: Any, form: 
     assert torch.equal(twin(batch(99)[0]), expected)
 
 
+def test_a_plain_state_dict_says_what_it_cannot_hold(tmp_path: Path) -> None:
+    model, optimizer, run = started(dt.PerToken())
+    train(model, optimizer, range(STEPS))
+    dt.save(run, tmp_path / "net.detent", "both")
+    with pytest.warns(UserWarning, match="also rounds what goes into 3 modules"):
+        dt.unpack(tmp_path / "net.detent", tmp_path / "net.safetensors", "compressed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dt.unpack(tmp_path / "net.detent", tmp_path / "full.safetensors", "full")
+
+
 def test_a_loaded_file_finds_renamed_modules(tmp_path: Path) -> None:
     model, optimizer, run = started(dt.LearnedStep(bits=4))
     train(model, optimizer, range(4))
@@ -550,3 +562,176 @@ def test_a_copy_of_the_model_shares_the_numbers() -> None:
     twin = copy.deepcopy(model)
     hooks = [hook for module in twin.modules() for hook in module._forward_pre_hooks.values()]
     assert {id(hook) for hook in hooks} == {id(place) for place in run.activations.places.values()}
+
+
+# --- situations of real loops -----------------------------------------------------------------------------------------
+
+
+def hooks_of(model: nn.Module) -> list[Any]:
+    return [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+
+
+def test_an_average_in_the_models_own_place_leaves_training_its_rounding() -> None:
+    model, optimizer, run = started(dt.LearnedStep(bits=3, rate=0.02), mechanism=dt.PSG())
+    twin, other, _ = started(dt.LearnedStep(bits=3, rate=0.02), mechanism=dt.PSG())
+    train(model, optimizer, range(3))
+    train(twin, other, range(3))
+    expected = outputs(run)
+    life = run.averaged()
+    assert torch.equal(outputs(life), expected)
+    with pytest.raises(ValueError, match="these ranges belong to the training"):
+        life.observe([batch(0)[0]])
+    life.detach()
+    model.train()
+    train(model, optimizer, range(3, 8))
+    train(twin, other, range(3, 8))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
+
+
+def test_a_run_that_is_over_shows_the_same_compressed_life() -> None:
+    model, optimizer, run = started(dt.LearnedStep(bits=2, rate=0.02), mechanism=dt.PSG())
+    train(model, optimizer, range(STEPS))
+    expected = outputs(run)
+    copied = copy.deepcopy(model)
+    run.detach()
+    assert not hooks_of(model)
+    assert torch.equal(outputs(run), expected) and not hooks_of(model)
+    second = torch.optim.SGD(copied.parameters(), lr=0.05)
+    dt.attach(copied, second, recipe(dt.LearnedStep(bits=4)), total_steps=STEPS)  # what the copy took along is nobody's
+    assert len(hooks_of(copied)) == 3
+
+
+@pytest.mark.parametrize("end", ["in training", "finalize", "load"])
+def test_a_model_can_be_pickled(end: str, tmp_path: Path) -> None:
+    model, optimizer, run = started(dt.LearnedStep(bits=3))
+    train(model, optimizer, range(STEPS))
+    if end == "finalize":
+        run.finalize()
+    elif end == "load":
+        dt.save(run, tmp_path / "net.detent", "compressed")
+        model = net()
+        dt.load(tmp_path / "net.detent", model, "compressed")
+    torch.save(model.eval(), tmp_path / "model.pt")
+    twin = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(twin(batch(99)[0]), model(batch(99)[0]))
+    other = torch.optim.SGD(twin.parameters(), lr=0.05)
+    if end == "in training":
+        dt.attach(twin, other, recipe(dt.LearnedStep(bits=4)), total_steps=STEPS)
+        assert len(hooks_of(twin)) == 3
+    else:
+        with pytest.raises(ValueError, match="rounded already"):
+            dt.attach(twin, other, recipe(dt.LearnedStep(bits=4)), total_steps=STEPS)
+
+
+class Branch(nn.Module):
+    """A residual branch that begins with zeros, as many do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.zero, self.b, self.head = (nn.Linear(8, 8) for _ in range(4))
+        nn.init.zeros_(self.zero.weight)
+        nn.init.zeros_(self.zero.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.head(h + self.b(self.zero(h)))
+
+
+def test_a_branch_that_begins_with_zeros_comes_alive() -> None:
+    model = Branch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rule = dt.Rule(match="^(a|b|head).weight", target=dt.Uniform(bits=4), mechanism=dt.STE())
+    given = dt.Recipe([rule], activations=[dt.Activation(quantizer=dt.LearnedStep(bits=4))])
+    run = dt.attach(model, optimizer, given, total_steps=20)
+    place = run.activations.places["b"]
+    inputs = torch.randn(20, 16, 8, generator=torch.Generator().manual_seed(1))
+    for step in range(20):
+        optimizer.zero_grad()
+        x = inputs[step]
+        (model(x) - x).square().mean().backward()
+        optimizer.step()
+        if step == 0:
+            assert place.to is None
+            with run.compressed(), torch.no_grad():
+                model(x)  # zeros stay zeros
+    assert place.to is not None and float(place.to.scale) > 1e-6
+    got: list[Tensor] = []
+    model.b.register_forward_pre_hook(lambda module, args: got.append(args[0]))
+    with run.compressed(), torch.no_grad():
+        model(inputs[0])
+    assert float(got[0].abs().max()) > 0
+
+
+def test_modules_that_run_without_gradients_are_named_and_can_be_shown_inputs() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    rule = dt.Rule(match="^6.weight", target=dt.Uniform(bits=4), mechanism=dt.STE())
+    given = dt.Recipe([rule], activations=[dt.Activation(quantizer=dt.LearnedStep(bits=4, rate=0.02))])
+    run = dt.attach(model, optimizer, given, total_steps=STEPS)
+
+    def step(i: int) -> None:
+        x, y = batch(i)
+        with torch.no_grad():
+            features = model[:6](x)
+        F.cross_entropy(model[6:](features), y).backward()
+        optimizer.step()
+
+    with pytest.warns(UserWarning, match=r"inputs of '0', '3' are not rounded: .*without gradients"):
+        step(0)
+    step(1)
+    learned = run.activations.places["6"].to
+    with pytest.raises(ValueError, match="what goes into '0' has not been seen yet"), run.compressed():
+        pass
+    run.observe([batch(0)[0]])
+    assert run.activations.places["6"].to is learned, "what was learned stays"
+    with run.compressed():
+        assert run.activations.is_ready
+
+
+@pytest.mark.parametrize("rates", ["first stands still", "none"])
+def test_scales_learn_whatever_the_groups_say_of_rates(rates: str) -> None:
+    class Own(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                group["lr"] = 0.05
+            super().step(closure)
+            for group in self.param_groups:
+                group["lr"] = None
+
+    model = net()
+    parts = [{"params": list(model[0].parameters()), "lr": 0.0}, {"params": list(model[1:].parameters())}]
+    optimizer = torch.optim.SGD(parts, lr=0.05) if rates != "none" else Own(model.parameters(), lr=0.05)
+    for group in optimizer.param_groups if rates == "none" else ():
+        group["lr"] = None
+    run = dt.attach(model, optimizer, recipe(dt.LearnedStep(bits=3, rate=0.02), dt.PSG()), total_steps=STEPS)
+    train(model, optimizer, range(1))
+    place = run.activations.places["3"]
+    assert place.to is not None
+    before = float(place.to.scale)
+    train(model, optimizer, range(1, 6))
+    assert abs(float(place.to.scale) / before - 1) > 1e-3
+
+
+def test_weights_taken_over_from_elsewhere_get_grids_of_their_own() -> None:
+    model, optimizer, run = started(dt.LearnedStep(bits=3))
+    train(model, optimizer, range(3))
+    model.load_state_dict(net().state_dict())
+    run.rebind(adopt=True)
+    with pytest.raises(ValueError, match="has not been seen yet"), run.compressed():
+        pass
+    train(model, optimizer, range(3, 4))
+    fresh, other, second = started(dt.LearnedStep(bits=3))
+    train(fresh, other, range(3, 4))
+    assert str(run.activations.places["0"].to) == str(second.activations.places["0"].to)
+
+
+def test_a_state_that_is_damaged_is_refused_before_anything_changes() -> None:
+    model, optimizer, run = started(dt.LearnedStep(bits=3))
+    train(model, optimizer, range(2))
+    state = run.state_dict()
+    for key, wrong in {"scale": 3, "memory": {}}.items():
+        broken = copy.deepcopy(state)
+        broken["activations"]["places"]["3"][key] = wrong
+        with pytest.raises(ValueError, match=r"into '3' is not what state_dict\(\) gave"):
+            run.load_state_dict(broken)

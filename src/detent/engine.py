@@ -526,7 +526,7 @@ class Run(Resumable):
             driver.hold()
         if driver is self._drivers[0] and self.activations:
             now = Clock(step=driver.step, total_steps=driver.total_steps)  # of the training: stages share them
-            rate = float(driver.optimizer.param_groups[0]["lr"])
+            rate = optimizers.highest_rate(driver.optimizer)
             driver.once("activations", [], partial(self.activations.land, now, rate))
         self._forget_lives()
         self._adopt(driver, passing=True)
@@ -651,6 +651,9 @@ class Run(Resumable):
     def _start_afresh(self) -> None:
         """Forget what was known of the weights as they were."""
         self._forget_lives()
+        if self._drivers and not self._closed:
+            first = self._drivers[0]
+            self.activations.forget(Clock(step=first.step, total_steps=first.total_steps))
         for driver in self._drivers:
             driver.end()
             driver.awaiting = ""
@@ -668,6 +671,11 @@ class Run(Resumable):
 
     def _alone(self, model: nn.Module) -> Run:
         guards.found_again(self._entries, model)
+        mine = {id(module) for module in self.model.modules()}
+        if any(id(module) in mine for module in model.modules()):  # the model in training, whose hooks stay
+            run = Run(model, replace(self.standing, inputs=()), [], None, self._nonfinite)
+            run.plan, run.activations = self.standing, self.activations.shared()
+            return run
         take_off(model, self.activations)
         run = Run(model, self.standing, [], None, self._nonfinite)
         run.activations.like(self.activations)
@@ -749,7 +757,7 @@ class Run(Resumable):
     def detach(self) -> None:
         """Remove all hooks: the optimizers are again what they were. The weights stay as they are."""
         self._closed = True  # hooks that are still there do nothing from here on
-        self.activations.unhook()
+        self.activations.end()
         OneThread.of(self.model).go(self)
         for driver in self._drivers:
             driver.stand_ins.end()

@@ -274,7 +274,7 @@ class Lives(abc.ABC):
         """
         with self._one_thread("run.compressed()"):
             self.activations.refuse_unready("run.compressed()")
-            with self._shown(bits, recipe, batchnorm), self.activations.shown():
+            with self._shown(bits, recipe, batchnorm), self.activations.shown(self.model):
                 yield self
 
     @contextmanager
@@ -316,7 +316,8 @@ class Lives(abc.ABC):
     def observe(self, batches: Iterable[Any], *, forward: Callable[[Any], Any] | None = None) -> None:
         """Find the ranges of rounded activations anew from a few inputs, as the compressed weights make them.
 
-        A training does so by itself, from its first step on.
+        A training does so by itself, from its first step on. There only the ranges that are still missing are found,
+        if any are: of modules that training calls without gradients.
 
         Args:
             batches: inputs without labels, as for `recalibrate`. The model is in eval mode.
@@ -351,7 +352,7 @@ class Lives(abc.ABC):
 
             with self._shown(None, None, True), undone(back), without_gradients():
                 self.model.eval()
-                self.activations.observe(passes, "observe")
+                self.activations.observe(self.model, passes, "observe")
 
     def _calibrate(self, batches: Batches, forward: Callable[[Any], Any] | None, how: How) -> Calibration:
         """Choose the places of the compressed life in the metric of each layer's inputs; see `detent.calibrate`."""
@@ -367,7 +368,7 @@ class Lives(abc.ABC):
                 self._forget_places()
                 life = self._life(None, None)
                 entries = [entry for entry, _, _ in life]
-                with self._set_aside(entries) as kept, self.activations.shown():
+                with self._set_aside(entries) as kept, self.activations.shown(self.model):
                     hidden = {e.name: e.hidden_whole() if "latent" in e.state else kept[e.name] for e, _, _ in life}
                     if isinstance(batches, str):
                         found = by_prior(self.model, life, hidden, how)

@@ -19,6 +19,7 @@ __all__ = [
     "clip_total_norm",
     "decay_is_decoupled",
     "decoupled_decay",
+    "highest_rate",
     "is_nested_step",
     "marked",
     "moments",
@@ -135,6 +136,12 @@ def peak_of(group: Mapping[str, Any]) -> float:
     """
     rates = (group.get(name) for name in ("lr", "initial_lr", "max_lr"))
     return max((float(rate) for rate in rates if rate is not None), default=0.0)
+
+
+def highest_rate(optimizer: Any) -> float | None:
+    """The highest rate of a step over all groups, some of which may stand still; `None` if it finds them by itself."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return max((float(rate) for rate in rates if rate is not None), default=None)
 
 
 # A group of a saved state says how many steps Detent had done: the one place where a plain optimizer keeps it.

@@ -92,6 +92,11 @@ class Seen:
         return torch.cat(self.parts)
 
     @property
+    def is_nothing(self) -> bool:
+        """Whether all of it was zero."""
+        return not self.batches or bool((self.low == 0) & (self.high == 0))
+
+    @property
     def is_finite(self) -> bool:
         """Whether all of it was."""
         return bool(torch.isfinite(self.low) & torch.isfinite(self.high))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +42,8 @@ class Place:
         shown: whether the compressed life is shown.
         watches: whether to look at inputs; `None`: in training.
         ran: whether it was called with something that can be rounded.
+        idle: whether that was nothing but zeros in the last step of training, which stay zeros.
+        owner: a weak reference to the roundings it belongs to; `None` if it rounds for good.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Place:
     shown: bool = False
     watches: bool | None = None
     ran: bool = False
+    idle: bool = False
     owner: Any = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -66,6 +70,11 @@ class Place:
 
     def __deepcopy__(self, memo: Any) -> Place:
         return self  # of a copy of the model, as an average: its numbers are these
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a pickled model, which rounds as this one does now and learns no more."""
+        owner = None if self.owner is None else _nobody
+        return {**self.__dict__, "seen": Seen(), "log_scale": None, "memory": {}, "watches": False, "owner": owner}
 
     @property
     def is_ready(self) -> bool:
@@ -123,6 +132,10 @@ class Place:
         self._set(to, held if learned else None, memory)
 
 
+def _nobody() -> None:
+    """The owner of what a run that is over left behind, as a weak reference would give it."""
+
+
 def _is_input(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
@@ -169,6 +182,8 @@ class Roundings:
         self._handles: list[Any] = []
         self._top = 0.0
         self._trained = trained
+        self._over = False  # whether only the compressed life rounds any more
+        self._lent = False  # whether the hooks are those of another
         self.hook(model)
 
     def __bool__(self) -> bool:
@@ -178,7 +193,8 @@ class Roundings:
     def _unready(self) -> list[str]:
         """Modules whose inputs wait to be seen; once training has begun, not those that the model never calls."""
         begun = any(place.to is not None for place in self.places.values())
-        return [n for n, place in self.places.items() if not place.is_ready and (place.ran or not begun)]
+        waiting = {n: place for n, place in self.places.items() if not place.is_ready and not place.idle}
+        return [n for n, place in waiting.items() if place.ran or not begun]
 
     @property
     def is_ready(self) -> bool:
@@ -194,9 +210,24 @@ class Roundings:
         for name, place in self.places.items():
             self._handles.append(modules[name].register_forward_pre_hook(place, with_kwargs=True))
 
+    def end(self) -> None:
+        """Training is over: only the compressed life of this run rounds from here on."""
+        if not self._lent:
+            self._over = True
+            self.unhook()
+            for place in self.places.values():
+                place.owner, place.watches = _nobody, False
+
+    def shared(self) -> Roundings:
+        """The same, for another run over the same modules, which ends nothing."""
+        twin = copy.copy(self)
+        twin._handles, twin._lent = [], True
+        return twin
+
     def fix(self, model: nn.Module) -> None:
         """Round what goes into the modules for good: the compressed life is the model's own now."""
         self.unhook()
+        self._over = False
         modules = modules_of(model)
         for name, place in self.places.items():
             fix(modules[name], replace(place))
@@ -209,19 +240,25 @@ class Roundings:
 
     # --- training -------------------------------------------------------------------------------------------------
 
-    def land(self, clock: Clock, rate: float) -> None:
+    def land(self, clock: Clock, rate: float | None) -> None:
         """Move the numbers after a step of training.
 
         Args:
             clock: of the step.
-            rate: the optimizer's rate.
+            rate: the optimizer's rate; `None` if it finds it by itself.
         """
-        self._top = max(self._top, rate)
-        share = rate / self._top if self._top > 0 else 0.0
+        self._top = max(self._top, rate or 0.0)
+        share = 1.0 if rate is None else rate / self._top if self._top > 0 else 0.0
         with without_gradients():
-            begins = [p for p in self.places.values() if p.quantizer.begins and p.to is None and p.seen.batches]
-            for place, seen in zip(begins, _agreed([place.seen for place in begins]), strict=True):
-                place.begin(_started(place, seen))
+            # What each process exchanges depends on the state, which is the same on all, and never on what it has seen.
+            waiting = [place for place in self.places.values() if place.quantizer.begins and place.to is None]
+            found = list(zip(waiting, _agreed([place.seen for place in waiting]), strict=True))
+            begins = {place.name: seen for place, seen in found if seen.batches and not seen.is_nothing}
+            for place, seen in found:
+                if place.name in begins:
+                    place.begin(_started(place, seen))
+                else:  # a grid of zeros would let nothing through ever again
+                    place.idle, place.seen = place.idle if not seen.batches else True, Seen()
             if begins:
                 self._name_unseen()
             self._learn(share)
@@ -235,18 +272,27 @@ class Roundings:
                 "these modules (torch's attention reads the weight of its output projection)",
                 stacklevel=2,
             )
+        still = [n for n, place in self.places.items() if place.ran and not place.is_ready and not place.idle]
+        if still:
+            warnings.warn(
+                f"the inputs of {', '.join(map(repr, still))} are not rounded: these modules were called without "
+                "gradients alone, as in validation; if that is how they are trained, show them some inputs with "
+                "run.observe(batches)",
+                stacklevel=2,
+            )
 
     def _learn(self, share: float) -> None:
-        mine = [p for p in self.places.values() if p.log_scale is not None and p.log_scale.grad is not None]
-        if not mine:
+        mine = [place for place in self.places.values() if place.log_scale is not None]
+        if not mine or (_ranks() == 1 and all(p.log_scale.grad is None for p in mine)):  # type: ignore[union-attr]
             return
         device = mine[0].log_scale.device  # type: ignore[union-attr]
+        zero = torch.zeros((), device=device)
 
         def stacked(values: Sequence[Tensor]) -> Tensor:
             return torch.stack([value.detach().reshape(()).to(device) for value in values])
 
-        grads = _summed(stacked([p.log_scale.grad for p in mine]))  # type: ignore[union-attr,misc]
-        zero = torch.zeros((), device=device)
+        told = [None if p.log_scale is None else p.log_scale.grad for p in mine]
+        grads, came = _averaged(stacked([zero if t is None else t for t in told]), [t is not None for t in told])
         mean, square, moves = (stacked([p.memory.get(name, zero) for p in mine]) for name in _MEMORY)
         fine = torch.isfinite(grads)  # an overflow of mixed precision moves nothing
         grads = torch.where(fine, grads, 0.0)
@@ -257,17 +303,18 @@ class Roundings:
         rates = torch.tensor([share * p.quantizer.pace for p in mine], device=device)
         change = torch.where((size > 0) & fine, rates * mean / (1 - _BETAS[0] ** moves.clamp_min(1)) / size, 0.0)
         logs = stacked([p.log_scale for p in mine]) - change  # type: ignore[misc]
-        for i, place in enumerate(mine):
+        for i in (i for i, some in enumerate(came) if some):
+            place = mine[i]
             memory = {"mean": mean[i], "square": square[i], "moves": moves[i]}
             place.move(logs[i].to(place.log_scale.device), memory)  # type: ignore[union-attr]
 
     def _follow(self, clock: Clock) -> None:
-        mine = [p for p in self.places.values() if p.quantizer.watches and p.to is not None and p.seen.batches]
+        mine = [place for place in self.places.values() if place.quantizer.watches and place.to is not None]
         for place, seen in zip(mine, _agreed([place.seen for place in mine]), strict=True):
             assert place.to is not None
-            until = place.quantizer.until
-            over = until is not None and clock.step >= step_at(until, clock.total_steps, "freeze")
-            scale = place.to.scale if over else place.quantizer.follow(place.to, seen)
+            if not seen.batches:
+                continue
+            scale = place.to.scale if self._is_frozen(place, clock) else place.quantizer.follow(place.to, seen)
             place.to, place.seen = replace(place.to, scale=scale), Seen()
 
     def drop(self) -> None:
@@ -276,6 +323,17 @@ class Roundings:
             place.seen = Seen()
             if place.log_scale is not None:
                 place.log_scale.grad = None
+
+    def forget(self, clock: Clock) -> None:
+        """Begin anew, as the weights are others, with all that is not frozen yet."""
+        for place in self.places.values():
+            if not self._is_frozen(place, clock):
+                place.restore({"begun": False})
+                place.ran = False
+
+    def _is_frozen(self, place: Place, clock: Clock) -> bool:
+        until = place.quantizer.until
+        return until is not None and clock.step >= step_at(until, clock.total_steps, "freeze")
 
     def check_moments(self, total_steps: int | None) -> None:
         """Refuse moments that cannot be resolved.
@@ -297,20 +355,30 @@ class Roundings:
         """
         for name in self._unready[:1]:
             raise ValueError(
-                f"{who}: what goes into {name!r} has not been seen yet, so nothing says how to round it; train a step, "
-                "or show some inputs with run.observe(batches)"
+                f"{who}: what goes into {name!r} has not been seen yet, so nothing says how to round it; train a step "
+                "(with gradients), or show some inputs with run.observe(batches)"
             )
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Round as the compressed life does, and watch nothing."""
+    def _hooked(self, model: nn.Module) -> Iterator[None]:
+        """With hooks on the modules, also of a run that is over."""
+        if not self._over:
+            yield
+            return
+        with undone(self.unhook):
+            self.hook(model)
+            yield
+
+    @contextmanager
+    def shown(self, model: nn.Module) -> Iterator[None]:
+        """Round as the compressed life of a model does, and watch nothing."""
         before = [(place, place.shown) for place in self.places.values()]
 
         def back() -> None:
             for place, was in before:
                 place.shown = was
 
-        with undone(back):
+        with self._hooked(model), undone(back):
             for place, _ in before:
                 place.shown = True
             yield
@@ -319,25 +387,30 @@ class Roundings:
     def _watching(self, how: bool) -> Iterator[None]:
         def back() -> None:
             for place in self.places.values():
-                place.watches = None if self._trained else False
+                place.watches = None if self._trained and not self._over else False
 
         with undone(back):
             for place in self.places.values():
                 place.watches = how
             yield
 
-    def observe(self, passes: Callable[[], object], who: str) -> None:
-        """Find every grid anew from what passes through the model.
+    def observe(self, model: nn.Module, passes: Callable[[], object], who: str) -> None:
+        """Find every grid anew from what passes through the model; in training those that are missing, if any are.
 
         Args:
-            passes: runs the model over the inputs.
+            model: the model.
+            passes: runs it over the inputs.
             who: asks, for errors.
 
         Raises:
-            ValueError: an input that nothing reached, or that is not finite.
+            ValueError: an input that nothing reached, or that is not finite; grids of a training, asked elsewhere.
         """
+        if self._lent:
+            raise ValueError(f"{who}: these ranges belong to the training; ask the run that trains")
         held = [(place, place.to, place.log_scale, place.seen) for place in self.places.values()]
-        mine = [place for place in self.places.values() if place.quantizer.begins]
+        every = [place for place in self.places.values() if place.quantizer.begins]
+        missing = [place for place in every if place.to is None and place.name in self._unready]
+        mine = missing if self._trained and missing else every  # what others have learned stays
 
         def back() -> None:
             for place, to, log_scale, seen in held:
@@ -346,7 +419,7 @@ class Roundings:
         try:
             for place in mine:
                 place.to, place.seen, place.ran = None, Seen(), False
-            with self._watching(True):
+            with self._hooked(model), self._watching(True):
                 passes()
             for place in mine:
                 if not place.seen.batches:
@@ -379,7 +452,7 @@ class Roundings:
                 f"Detent state and recipe disagree: the rounding of what goes into {odd!r} is in only one of them"
             )
         for name, numbers in state["places"].items() if self.places else ():
-            if not isinstance(numbers, Mapping) or set(numbers) != {"begun", "scale", "low", "high", "memory"}:
+            if not _is_state(numbers):
                 raise ValueError(f"Detent state: the rounding of what goes into {name!r} is not what state_dict() gave")
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -394,6 +467,16 @@ class Roundings:
         self.load(other.state())
 
 
+def _is_state(numbers: Any) -> bool:
+    if not isinstance(numbers, Mapping) or set(numbers) != {"begun", "scale", "low", "high", "memory"}:
+        return False
+    memory = numbers["memory"]
+    if not isinstance(memory, Mapping) or set(memory) != set(_MEMORY):
+        return False
+    tensors = [numbers["scale"], *memory.values()]
+    return all(isinstance(x, Tensor) and x.numel() == 1 and x.is_floating_point() for x in tensors)
+
+
 def _started(place: Place, seen: Seen) -> Integers:
     if not seen.is_finite:
         raise ValueError(f"what goes into {place.name!r} is not finite")
@@ -405,30 +488,34 @@ def _ranks() -> int:
     return torch.distributed.get_world_size() if there else 1
 
 
-def _summed(values: Tensor) -> Tensor:
-    """The mean over all processes."""
+def _averaged(values: Tensor, came: Sequence[bool]) -> tuple[Tensor, Sequence[bool]]:
+    """The mean over all processes, and what came on any of them."""
     if _ranks() == 1:
-        return values
-    device = values.device
-    given = values.cuda() if torch.distributed.get_backend() == "nccl" else values.cpu()
+        return values, came
+    both = torch.stack([values, values.new_tensor(came)])
+    given = both.cuda() if torch.distributed.get_backend() == "nccl" else both.cpu()
     torch.distributed.all_reduce(given)
-    return given.to(device) / _ranks()
+    return given[0].to(values.device) / _ranks(), (given[1] > 0).tolist()
 
 
 def _agreed(seen: Sequence[Seen]) -> list[Seen]:
     """What all processes together have seen; the same on each."""
     if _ranks() == 1 or not seen:
         return list(seen)
-    told = [(s.low.cpu(), s.high.cpu(), s.mean.cpu(), [part.cpu() for part in s.parts]) for s in seen]
+    told = [(s.batches, s.low.cpu(), s.high.cpu(), s.mean.cpu(), [part.cpu() for part in s.parts]) for s in seen]
     everywhere: list[Any] = [None] * _ranks()
     torch.distributed.all_gather_object(everywhere, told)
     found = []
     for mine, parts in zip(seen, zip(*everywhere, strict=True), strict=True):
-        lows, highs, means, samples = zip(*parts, strict=True)
+        parts = [part for part in parts if part[0]]  # of the processes on which the module was called
+        if not parts:
+            found.append(mine)
+            continue
+        batches, lows, highs, means, samples = zip(*parts, strict=True)
         device = mine.low.device
         ends = torch.stack(lows).amin().to(device), torch.stack(highs).amax().to(device)
         mean, values = torch.stack(means).mean().to(device), [x.to(device) for sample in samples for x in sample]
-        found.append(Seen(batches=mine.batches, low=ends[0], high=ends[1], mean=mean, parts=values))
+        found.append(Seen(batches=max(batches), low=ends[0], high=ends[1], mean=mean, parts=values))
     return found
 
 
@@ -507,6 +594,6 @@ def install(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def fix(module: nn.Module, place: Place) -> None:
     """Round what goes into a module from here on, in every life."""
-    place.shown, place.log_scale, place.watches = True, None, False
+    place.shown, place.log_scale, place.watches, place.owner = True, None, False, None
     handle = module.register_forward_pre_hook(place, with_kwargs=True)
     object.__setattr__(module, _MARK, (place, handle))

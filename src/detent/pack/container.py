@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -563,6 +564,8 @@ def unpack(
 ) -> int:
     """Write one life of a file as plain safetensors, for every other tool; the model's code is not needed.
 
+    Rounded activations of the compressed life are no tensors: a warning says that they are left behind.
+
     Tensor by tensor: memory for the largest one. Tied tensors stand under each of their names.
 
     Args:
@@ -594,6 +597,12 @@ def unpack(
     """
     with opened(path) as file:
         file.check_life(life)
+        if life == "compressed" and file._head.activations:
+            warnings.warn(
+                f"{file.path}: the compressed life also rounds what goes into {len(file._head.activations)} modules, which "
+                "a plain state dict cannot say; detent.load puts it on a model",
+                stacklevel=2,
+            )
         rows = {**file._head.rows, **{alias: file._head.rows[name] for alias, name in file.aliases.items()}}
         if shard_bytes is None:
             return _write_plain(file, rows, list(rows), destination(out), life, advance)
