@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -332,6 +333,15 @@ def test_a_plain_state_dict_says_what_it_cannot_hold(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dt.unpack(tmp_path / "net.detent", tmp_path / "full.safetensors", "full")
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+def test_a_state_dict_alone_is_not_rounded_for(with_model: bool, tmp_path: Path) -> None:
+    model = net() if with_model else None
+    safetensors.torch.save_file(net().state_dict(), tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match="activations= needs a model that is run"):
+        dt.compress_state_dict(tmp_path / "net.safetensors", tmp_path / "x.detent", recipe(dt.PerToken()), model=model)
+    assert not (tmp_path / "x.detent").exists()
 
 
 def test_a_loaded_file_finds_renamed_modules(tmp_path: Path) -> None:

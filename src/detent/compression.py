@@ -268,6 +268,11 @@ def compress_state_dict(
         raise ValueError("compress_state_dict(example=...): goes with model=, which is run on it")
     if calibration not in (None, "prior"):
         raise ValueError('compress_state_dict(calibration=...): must be "prior" or None; with inputs, use compress')
+    if recipe.activations:
+        raise ValueError(
+            "compress_state_dict(recipe=...): activations= needs a model that is run to find its grids; use compress, "
+            "run.observe and save, or leave it out"
+        )
     net = skeleton(source) if model is None else model
     refuse_stages(recipe, "compress")
     plan = recipe.without_mechanisms().resolve(net, example=example)

@@ -598,9 +598,10 @@ def unpack(
     with opened(path) as file:
         file.check_life(life)
         if life == "compressed" and file._head.activations:
+            inputs = f"{len(file._head.activations)} modules"
             warnings.warn(
-                f"{file.path}: the compressed life also rounds what goes into {len(file._head.activations)} modules, which "
-                "a plain state dict cannot say; detent.load puts it on a model",
+                f"{file.path}: the compressed life also rounds what goes into {inputs}, which a state dict cannot "
+                "say; detent.load puts it on a model",
                 stacklevel=2,
             )
         rows = {**file._head.rows, **{alias: file._head.rows[name] for alias, name in file.aliases.items()}}
