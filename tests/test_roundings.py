@@ -517,6 +517,10 @@ def test_plan_and_yaml_say_it() -> None:
         (lambda: dt.Sign(bits=2), "is 1 bit"),
         (lambda: dt.Recipe([dt.Rule(match="x", keep=True)], activations=[STE]), "must be an Activation, not STE"),
         (lambda: recipe(dt.PerToken(), match="convs").resolve(net()), "matches no module of this model"),
+        (
+            lambda: recipe(dt.PerToken(), match="@first").resolve(nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))),
+            "of this model: '0.weight' belongs to no linear layer or convolution",
+        ),
     ],
 )
 def test_mistakes_are_named(make: Callable[[], object], why: str) -> None:

@@ -134,6 +134,9 @@ def inputs_of(entries: Sequence[Activation], model: nn.Module, ends: Mapping[str
     for i, entry in enumerate(entries):
         if not matched[i]:
             hint = nearest(entry.match, modules)
+            if at_end.get(entry.match):
+                names = ", ".join(map(repr, sorted(ends[entry.match])))
+                hint = f": {names} belongs to no linear layer or convolution; leave this entry out"
             raise ValueError(f"activations[{i}] (match={entry.match!r}) matches no module of this model{hint}")
     return tuple(found)
 
