@@ -514,30 +514,3 @@ def test_with_nothing_to_round_it_refuses(tmp_path: Path) -> None:
     x = torch.randn(2, 8)
     with pytest.raises(ValueError, match="no layer of this graph takes part"):
         to_onnx(run, tmp_path / "m.onnx", x, activations=Activations(), calibration=[x])
-
-
-class Readers(nn.Module):
-    """A ReLU that two layers read, as the strided blocks of a ResNet do; one of them sees the half of its range."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.body, self.side = (nn.Conv2d(3, 3, 1) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.conv(x))
-        return self.body(x) + 2 * self.side(x.clamp(max=0.25)) + x.clamp(max=0.5)
-
-
-def test_clips_of_one_relu_keep_their_own_limits(tmp_path: Path) -> None:
-    torch.manual_seed(2)
-    model, x = Readers().eval(), torch.randn(4, 3, 6, 6)
-    rounded = [
-        dt.Activation(match=name, quantizer=dt.LearnedStep(bits=bits)) for name, bits in (("body", 3), ("side", 2))
-    ]
-    run = dt.compress(model, dt.Recipe([dt.Rule(match="weight", target=dt.Uniform(bits=8))], activations=rounded))
-    run.observe([x])
-    to_onnx(run, tmp_path / "m.onnx", x)
-    with run.compressed(), torch.no_grad():
-        wanted = model(x).numpy()
-    found = run_ort(tmp_path / "m.onnx", [x.numpy()])[0]
-    assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()

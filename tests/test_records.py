@@ -184,6 +184,7 @@ def test_every_record_has_a_table() -> None:
         "budget-resnet32",
         "budget-trained-45kb",
         "activations-w4a4",
+        "activations-w2a2",
         "demo-psg",
         "admm_quadratic",
         "fuzz",

@@ -263,6 +263,38 @@ def test_a_discarded_step_leaves_no_gradient_behind() -> None:
     assert str(run.activations.state()) == str(second.activations.state())
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_backward_pass_without_a_step_moves_nothing(to_none: bool) -> None:
+    """As of a generator through its discriminator, whose gradients are cleared: those of the scales are, too."""
+    model, optimizer, run = started(dt.LearnedStep(bits=3, rate=0.02))
+    twin, other, second = started(dt.LearnedStep(bits=3, rate=0.02))
+    train(model, optimizer, range(2))
+    train(twin, other, range(2))
+    x, y = batch(7)
+    model.eval(), twin.eval()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.zero_grad(set_to_none=to_none)
+    model.train(), twin.train()
+    train(model, optimizer, range(2, 5))
+    train(twin, other, range(2, 5))
+    assert str(run.activations.state()) == str(second.activations.state())
+
+
+def test_gradients_of_several_passes_add_up() -> None:
+    model, optimizer, run = started(dt.LearnedStep(bits=3, rate=0.02))
+    train(model, optimizer, range(2))
+    told = []
+    for passes in (1, 2):
+        optimizer.zero_grad()
+        for _ in range(passes):
+            x, y = batch(7)
+            F.cross_entropy(model(x), y).backward()
+        grads = [place.log_scale.grad for place in run.activations.places.values() if place.log_scale is not None]
+        told.append(torch.stack([grad for grad in grads if grad is not None]))
+    model.eval()
+    torch.testing.assert_close(told[1], 2 * told[0], rtol=0.2, atol=1e-3)  # BatchNorm's batch is the same
+
+
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 

@@ -630,8 +630,8 @@ class Run(Resumable):
         owners = self._owners(params) if attached else []
         plan = claimed.retyped(self.plan, named_parameters(model)) if adopt else self.plan
         # Nothing is taken over before everything has been looked at: a refused call leaves the run as it was.
-        if model is not self.model and not self._closed:
-            self.activations.hook(model)
+        if not self._closed:
+            self.activations.hook(model)  # also on the same model, whose parameters may be others now
         self.model, self.plan = model, plan
         for entry in (*self._all, *self._frozen):
             entry.follow(params[entry.name])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detent import sharding
 from detent.activations import Activation, Input, modules_of
 from detent.mechanisms import Clock
 from detent.quantizers import Integers, Quantizer, Seen, from_row, row_of
@@ -44,6 +45,7 @@ class Place:
         ran: whether it was called with something that can be rounded.
         idle: whether that was nothing but zeros in the last step of training, which stay zeros.
         owner: a weak reference to the roundings it belongs to; `None` if it rounds for good.
+        beside: the parameters of the module, whose gradients are cleared when training is to forget them.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Place:
     ran: bool = False
     idle: bool = False
     owner: Any = None
+    beside: tuple[Tensor, ...] = ()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for i, x in enumerate(args):
@@ -74,7 +77,8 @@ class Place:
     def __getstate__(self) -> dict[str, Any]:
         """Of a pickled model, which rounds as this one does now and learns no more."""
         owner = None if self.owner is None else _nobody
-        return {**self.__dict__, "seen": Seen(), "log_scale": None, "memory": {}, "watches": False, "owner": owner}
+        left = {"seen": Seen(), "log_scale": None, "memory": {}, "watches": False, "owner": owner, "beside": ()}
+        return {**self.__dict__, **left}
 
     @property
     def is_ready(self) -> bool:
@@ -91,7 +95,20 @@ class Place:
             self.seen.add(x, sample=self.to is None)
         if not self.is_ready or not (self.shown or self.training) or self.watches:
             return x
+        if not self.shown:
+            self._forget_stale()
         return self.quantizer.view(x, self.to, None if self.shown else self.log_scale)
+
+    def _forget_stale(self) -> None:
+        """Clear the gradient of the scale where that of the layer is cleared: no `zero_grad` reaches it.
+
+        Else a backward pass without a step would move it later, as that of a generator through its discriminator.
+        """
+        scale = self.log_scale
+        if scale is None or scale.grad is None or not self.beside:
+            return
+        if all(p.grad is None or not bool(sharding.local(p.grad).any()) for p in self.beside):
+            scale.grad = None
 
     def begin(self, to: Integers) -> None:
         """Round to a grid from here on."""
@@ -208,6 +225,7 @@ class Roundings:
         for name in self.places:
             _refuse_rounded(modules[name], name)
         for name, place in self.places.items():
+            place.beside = tuple(modules[name].parameters())
             self._handles.append(modules[name].register_forward_pre_hook(place, with_kwargs=True))
 
     def end(self) -> None:

@@ -165,28 +165,12 @@ class Graph:
             value.const_value = None
             self.graph.inputs.append(value)
         onnxscript.optimizer.optimize(self.model)
-        self._adopt()
         del self.graph.inputs[:]
         self.graph.inputs.extend(real)
         for value, constant in zip(held, constants, strict=True):
             value.const_value = constant
             if value.uses():
                 self.graph.register_initializer(value)
-
-    def _adopt(self) -> None:
-        """Register constants that the optimizer lost.
-
-        Where two clips read one ReLU, a rule calls the limits of both alike, and the second takes the first's place.
-        """
-        names = self.graph.initializers
-        for value in [value for node in self.graph for value in node.inputs if value is not None]:
-            if value.const_value is None or value.producer() is not None or names.get(str(value.name)) is value:
-                continue
-            name, count = str(value.name), 0
-            while value.name is None or value.name in names:
-                count += 1
-                value.name = f"{name}_{count}"
-            self.graph.register_initializer(value)
 
     def _drop(self, value: ir.Value) -> None:
         """Take a value out of the initializers."""
