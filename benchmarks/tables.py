@@ -859,7 +859,7 @@ def headlines(records: Path) -> str:
         "dense": "admm-lenet-dense",
         "lenet": "lenet_bytes",
         "squeezenet": "squeezenet",
-        "layer": "layer_bytes",
+        "budget": "budget",
     }
     found = {short: read(records, name) for short, name in names.items()}
     if not all(found.values()):
@@ -880,7 +880,15 @@ def headlines(records: Path) -> str:
     small = of["lenet"]["rows"]
     sizes = " and ".join(f"{row['bytes_entropy']:,}" for row in small)
     goods = " and ".join(f"{row['rounded']:.2f}" for row in small)
-    layer = of["layer"]
+    ours = {(row["places"], row.get("images", 256), row.get("budget")): row for row in of["budget"]["rows"]}
+    budgets = ("50 kB", "70 kB")
+    by_place = {
+        places: " / ".join(f"{ours[places, 256, budget]['accuracy']:.1f}" for budget in budgets)
+        for places in ("prior", "inputs")
+    }
+    near = [min(of["budget"]["nncodec"], key=lambda row: abs(row["bytes"] - size)) for size in (50_000, 70_000)]
+    codec = " / ".join(f"{row['accuracy']:.1f}" for row in near)
+    kilobytes = " / ".join(f"{row['bytes'] / 1000:.1f}" for row in near)
     rows = [
         [
             f"ResNet-32, CIFAR-100, {(found['psg'] or {})['config']['epochs']} epochs from a trained network: "
@@ -905,9 +913,9 @@ def headlines(records: Path) -> str:
             f"the authors' Huffman-coded file: {of['squeezenet']['authors_bytes']:,}",
         ],
         [
-            "one 1024 x 1024 layer at 2 bits, file (bytes)",
-            f"{layer['tensor']['entropy']:,}; {layer['group']['entropy']:,} with a scale for 32 weights",
-            f"quanto {layer['quanto']['bytes']:,}; torchao {layer['torchao']['bytes']:,}",
+            f"ResNet-20, CIFAR-10, in {' / '.join(budgets)} without training, whole file (%)",
+            f"without data: {by_place['prior']}; with 256 unlabelled images: {by_place['inputs']}",
+            f"NNCodec (ISO/IEC 15938-17): {codec} in {kilobytes} kB",
         ],
     ]
     seeds = {short: len(record["seeds"]) for short, record in found.items() if record is not None}
