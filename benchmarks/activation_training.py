@@ -8,25 +8,24 @@ and one setting serves all widths. A run that was broken off goes on exactly whe
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from torch import nn
+from torch import Tensor, nn
 
 import detent as dt
 from benchmarks import recording
-from benchmarks.budget_training import CHECKPOINT, LOOK, accuracy, net
+from benchmarks.budget_training import CHECKPOINT, DECAY, LOOK, RATE, accuracy, fine_tuned, net
 from detent.data import Batches, ImageSet, load_images
 from detent.export import to_onnx
+from detent.export.onnx import session
 from papers.models import load_checkpoint
 
-RATE, DECAY, BATCH = 0.02, 1e-4, 128
 SEEN = 512  # training images that 8 bits are calibrated on
 IN_ONNX = 2000  # test images on which ONNX Runtime is compared
 
@@ -47,62 +46,26 @@ def calibrated(start: Path, train_set: ImageSet, test: ImageSet, bits: int) -> f
     model = net()
     load_checkpoint(model, start)
     model.eval()
-    plain = dt.Recipe(recipe(bits).without_mechanisms().rules, activations=recipe(bits).activations)
-    run = dt.compress(model, plain)
+    run = dt.compress(model, recipe(bits))
     run.observe([x for x, _ in Batches(train_set.images[:SEEN], train_set.labels[:SEEN], 256, **LOOK)])
     with run.compressed():
         return accuracy(model, test)
 
 
-def train(bits: int, train_set: ImageSet, start: Path, epochs: int, precision: str, seed: int, folder: Path) -> dt.Run:
-    """The run after its last epoch; its state is kept after each."""
-    torch.manual_seed(seed)
-    model = net()
-    load_checkpoint(model, start)
-    batches = Batches(
-        train_set.images, train_set.labels, BATCH, shuffle=True, seed=seed, crop=4, flip=True, drop_last=True, **LOOK
-    )
-    total = epochs * len(batches)
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=DECAY, nesterov=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-    run = dt.attach(model, optimizer, recipe(bits), total_steps=total)
-    kept, done = folder / "state.pt", 0
-    if kept.exists():
-        state = torch.load(kept, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        done = state["epochs"]
-    low: Any = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
-    for epoch in range(done, epochs):
-        batches.set_epoch(epoch)
-        model.train()
-        for x, y in batches:
-            with low:
-                logits = model(x.to(memory_format=torch.channels_last))
-            optimizer.zero_grad()
-            F.cross_entropy(logits.float(), y).backward()
-            optimizer.step()
-            schedule.step()
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-        torch.save(state | {"epochs": epoch + 1}, kept)
-        print(f"W{bits}A{bits}: epoch {epoch + 1} of {epochs}", flush=True)
-    model.eval()
-    return run
+def _loss(logits: Tensor, _: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels)
 
 
 def in_onnx(run: dt.Run, test: ImageSet) -> dict[str, float]:
     """How far ONNX Runtime's answers are from PyTorch's compressed life, on test images."""
-    import onnxruntime as ort
-
     batches = Batches(test.images[:IN_ONNX], test.labels[:IN_ONNX], 100, **LOOK)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         to_onnx(run, Path(folder) / "net.onnx", next(iter(batches))[0])
-        session = ort.InferenceSession(str(Path(folder) / "net.onnx"))
-        name, same, gap = session.get_inputs()[0].name, 0, 0.0
+        running = session(str(Path(folder) / "net.onnx"), optimize=True)
+        name, same, gap = running.get_inputs()[0].name, 0, 0.0
         with run.compressed():
             for x, _ in batches:
-                mine, theirs = run.model(x).numpy(), np.asarray(session.run(None, {name: x.numpy()})[0])
+                mine, theirs = run.model(x).numpy(), np.asarray(running.run(None, {name: x.numpy()})[0])
                 same += int((mine.argmax(1) == theirs.argmax(1)).sum())
                 gap = max(gap, float(np.abs(mine - theirs).max()))
     return {"images": IN_ONNX, "same_answer": same, "largest_difference": gap}
@@ -142,7 +105,9 @@ def main(
         notes="Last epoch; all 10,000 test images, once. A run that was resumed counts its last part's seconds alone.",
     ) as results:
         results["calibrated"] = {str(b): calibrated(start, train_set, test_set, b) for b in dict.fromkeys((8, bits))}
-        run = train(bits, train_set, start, epochs, precision, seed, folder)
+        run = fine_tuned(
+            f"W{bits}A{bits}", lambda _: recipe(bits), _loss, train_set, start, epochs, precision, seed, folder
+        )
         path = folder / "model.detent"
         results["bytes"] = dt.save(run, path, life="compressed")
         twin: nn.Module = net()

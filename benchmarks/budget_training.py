@@ -9,6 +9,8 @@ counts, and one setting serves all budgets. A run that was broken off goes on ex
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,22 +53,42 @@ def loss_of(logits: Tensor, taught: Tensor, labels: Tensor) -> Tensor:
     return (1 - SHARE) * F.cross_entropy(logits, labels) + SHARE * TEMPERATURE**2 * soft
 
 
-def train(
-    budget: str, train_set: ImageSet, start: Path, epochs: int, precision: str, seed: int, folder: Path
+def fine_tuned(
+    label: str,
+    recipe: Callable[[nn.Module], dt.Recipe],
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    train_set: ImageSet,
+    start: Path,
+    epochs: int,
+    precision: str,
+    seed: int,
+    folder: Path,
+    teacher: nn.Module | None = None,
 ) -> dt.Run:
-    """The run after its last epoch; its state is kept after each."""
+    """The run of a network from its checkpoint after its last epoch; its state is kept after each.
+
+    Args:
+        label: shown after each epoch.
+        recipe: of the network with its weights.
+        loss: of its answers, the teacher's (its own, if there is none) and the labels.
+        train_set: images.
+        start: the checkpoint.
+        epochs: how many.
+        precision: "bf16" for autocast.
+        seed: of the batches.
+        folder: keeps the state, from which a run that was broken off goes on exactly.
+        teacher: answers beside it, if any.
+    """
     torch.manual_seed(seed)
-    model, teacher = net(), net()
+    model = net()
     load_checkpoint(model, start)
-    load_checkpoint(teacher, start)
     batches = Batches(
         train_set.images, train_set.labels, BATCH, shuffle=True, seed=seed, crop=4, flip=True, drop_last=True, **LOOK
     )
     total = epochs * len(batches)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=DECAY, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-    recipe = dt.allocate(model, budget, mechanism=dt.STE())
-    run = dt.attach(model, optimizer, recipe, total_steps=total)
+    run = dt.attach(model, optimizer, recipe(model), total_steps=total)
     kept, done = folder / "state.pt", 0
     if kept.exists():
         state = torch.load(kept, weights_only=True)
@@ -82,15 +104,15 @@ def train(
             x = x.to(memory_format=torch.channels_last)
             with low:
                 with torch.no_grad():
-                    taught = teacher(x)
+                    taught = None if teacher is None else teacher(x)
                 logits = model(x)
             optimizer.zero_grad()
-            loss_of(logits.float(), taught.float(), y).backward()
+            loss(logits.float(), (logits.detach() if taught is None else taught).float(), y).backward()
             optimizer.step()
             schedule.step()
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
         torch.save(state | {"epochs": epoch + 1}, kept)
-        print(f"{budget}: epoch {epoch + 1} of {epochs}", flush=True)
+        print(f"{label}: epoch {epoch + 1} of {epochs}", flush=True)
     model.eval()
     return run
 
@@ -127,7 +149,10 @@ def main(
         },
         notes="Last epoch; all 10,000 test images, once. A run that was resumed counts its last part's seconds alone.",
     ) as results:
-        run = train(budget, train_set, data_dir / CHECKPOINT, epochs, precision, seed, folder)
+        start, teacher = data_dir / CHECKPOINT, net()
+        load_checkpoint(teacher, start)
+        pull = partial(dt.allocate, budget=budget, mechanism=dt.STE())
+        run = fine_tuned(budget, pull, loss_of, train_set, start, epochs, precision, seed, folder, teacher)
         recipe = dt.allocate(run, budget)
         path = folder / "model.detent"
         results["bytes"] = dt.save(run, path, life="compressed", recipe=recipe, budget=budget)

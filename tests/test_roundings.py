@@ -195,6 +195,22 @@ def test_running_ranges_are_running_and_freeze() -> None:
     assert float(place.to.scale) == frozen
 
 
+def test_a_frozen_range_is_not_watched_and_one_that_is_thawed_by_an_earlier_state_is() -> None:
+    quantizer = dt.RunningRange(bits=4, momentum=0.5, freeze=0.5)
+    model, optimizer, run = started(quantizer)
+    train(model, optimizer, range(6))
+    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, range(6, 9))
+    scale = str(run.activations.state())
+    train(model, optimizer, range(9, STEPS - 1))
+    model(batch(0)[0])
+    assert all(not place.seen.batches for place in run.activations.places.values())
+    model.load_state_dict(kept[0])
+    optimizer.load_state_dict(kept[1])
+    train(model, optimizer, range(6, 9))
+    assert str(run.activations.state()) == scale
+
+
 # --- training, lives --------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +226,8 @@ def test_the_full_life_stays_in_floating_point_where_asked() -> None:
     train(twin, other, range(STEPS))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
     x = batch(99)[0]
-    model.eval(), twin.eval()
+    model.eval()
+    twin.eval()
     assert torch.equal(model(x), twin(x))
     assert not torch.equal(outputs(run), twin(x))
 
@@ -271,10 +288,12 @@ def test_a_backward_pass_without_a_step_moves_nothing(to_none: bool) -> None:
     train(model, optimizer, range(2))
     train(twin, other, range(2))
     x, y = batch(7)
-    model.eval(), twin.eval()
+    model.eval()
+    twin.eval()
     F.cross_entropy(model(x), y).backward()
     optimizer.zero_grad(set_to_none=to_none)
-    model.train(), twin.train()
+    model.train()
+    twin.train()
     train(model, optimizer, range(2, 5))
     train(twin, other, range(2, 5))
     assert str(run.activations.state()) == str(second.activations.state())

@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from detent.parameters import canonical_name
+from detent.parameters import canonical_name, multiplies
 from detent.quantizers import Quantizer
-from detent.specs import nearest, short
+from detent.specs import and_more, check_pattern, nearest, short
 
-__all__ = ["Activation", "Input", "inputs_of", "is_layer", "modules_of", "said_of"]
+__all__ = ["Activation", "Input", "inputs_of", "modules_of", "said_of"]
 
-_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 _KNOWN = ("@layers", "@first", "@last")
 
 
@@ -58,15 +57,7 @@ class Activation:
             given = self.quantizer
             called = f"{given.__name__}(...), not the class" if isinstance(given, type) else f"not {given!r}"
             raise ValueError(f"Activation(match={self.match!r}, quantizer=...): must be a Quantizer, {called}")
-        if not isinstance(self.match, str):
-            raise ValueError(f"Activation(match={self.match!r}): must be a string")
-        if self.match.startswith("@") and self.match not in _KNOWN:
-            names = " and ".join(f'"{each}"' for each in _KNOWN)
-            raise ValueError(f"Activation(match={self.match!r}): names with @ are {names}{nearest(self.match, _KNOWN)}")
-        try:
-            re.compile(self.match)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"Activation(match={self.match!r}): not a regular expression: {error}") from None
+        check_pattern(self.match, "Activation(match", _KNOWN)
         for name in ("keep", "training"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"Activation({name}={getattr(self, name)!r}): must be True or False")
@@ -93,11 +84,6 @@ class Input:
     entry: int
 
 
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module is a linear layer or a convolution, of torch or of transformers."""
-    return isinstance(module, _LAYERS) or type(module).__name__ == "Conv1D"
-
-
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """Modules by canonical name; of a wrapper and what it wraps the latter."""
     return {canonical_name(name): module for name, module in model.named_modules()}
@@ -114,6 +100,8 @@ def inputs_of(entries: Sequence[Activation], model: nn.Module, ends: Mapping[str
     Raises:
         ValueError: an entry that matches no module.
     """
+    if not entries:
+        return ()
     at_end = {end: {name.rpartition(".")[0] for name in names} for end, names in ends.items()}
     patterns = [re.compile(entry.match) for entry in entries]
     matched = [0] * len(entries)
@@ -121,7 +109,7 @@ def inputs_of(entries: Sequence[Activation], model: nn.Module, ends: Mapping[str
     modules = modules_of(model)
     for name, module in modules.items():
         speaks = [
-            is_layer(module) and (entry.match == "@layers" or name in at_end.get(entry.match, ()))
+            multiplies(module) and (entry.match == "@layers" or name in at_end.get(entry.match, ()))
             if entry.match.startswith("@")
             else bool(name) and pattern.search(name) is not None
             for entry, pattern in zip(entries, patterns, strict=True)
@@ -148,7 +136,6 @@ def said_of(inputs: Sequence[Input], entries: Sequence[Activation]) -> list[str]
         by_entry.setdefault(each.entry, []).append(each.name)
     lines = []
     for i, names in sorted(by_entry.items()):
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         when = "" if entries[i].training else ", outside training"
-        lines.append(f"inputs of {names[0] or 'the model'}{more}: {short(entries[i].quantizer)}{when}")
+        lines.append(f"inputs of {names[0] or 'the model'}{and_more(names)}: {short(entries[i].quantizer)}{when}")
     return lines

@@ -183,10 +183,8 @@ def by_prior(model: nn.Module, life: Life, full: Mapping[str, Tensor], how: How)
     for entry, target, params in life:
         if not entry.claim.is_weight:
             continue
-        if target.choice(params) is None:
-            left[entry.name] = f"{short(target)} moves weights together"
-        elif tables & {entry.name, *entry.claim.aliases}:
-            left[entry.name] = "a table that is looked up"
+        if why := _why_plain(entry.claim, target, params, tables):
+            left[entry.name] = why
         else:
             chosen = _chosen(entry, target, params, full[entry.name], Prior(kernel=entry.claim.layout.kernel), how)
             places[entry.name] = chosen.places.to(full[entry.name].device)
@@ -196,9 +194,16 @@ def by_prior(model: nn.Module, life: Life, full: Mapping[str, Tensor], how: How)
 
 def placed(claim: Claim, target: Target, params: Params, w: Tensor, tables: Collection[str]) -> Tensor:
     """One tensor on the places of a prior, or as it is, if it has no inputs or its weights move together."""
-    if not claim.is_weight or not {claim.name, *claim.aliases}.isdisjoint(tables) or target.choice(params) is None:
+    if not claim.is_weight or _why_plain(claim, target, params, tables):
         return w
     return choose_places(w, target, params, Prior(kernel=claim.layout.kernel)).places
+
+
+def _why_plain(claim: Claim, target: Target, params: Params, tables: Collection[str] = ()) -> str:
+    """Why a weight keeps plain rounding, whatever its inputs are; empty if it need not."""
+    if target.choice(params) is None:
+        return f"{short(target)} moves weights together"
+    return "" if {claim.name, *claim.aliases}.isdisjoint(tables) else "a table that is looked up"
 
 
 def looked_up(model: nn.Module) -> set[str]:
@@ -273,8 +278,8 @@ class _Work:
         for entry, target, params in life:
             if not entry.claim.is_weight:
                 continue  # biases and gains have no inputs
-            if target.choice(params) is None:
-                self._left[entry.name] = f"{short(target)} moves weights together"
+            if why := _why_plain(entry.claim, target, params):
+                self._left[entry.name] = why
             else:
                 held = sharding.local(entry.param)
                 mine.append(Weight(name=entry.name, tensor=held, layout=entry.claim.layout))

@@ -363,17 +363,14 @@ class Entry:
         """What is held here of the weights that are fitted and projected, in the dtype of the weight."""
         return self.state.get("latent", sharding.local(self.param)).to(self.param.dtype)
 
-    def source(self, target: Target, params: Params) -> Tensor:
-        """What is held here of what a compressed life is projected from: the chosen places, where it is their life."""
-        if self.chosen is not None and target is self.target and params is self.params:
-            return self.chosen
-        return self.hidden()
+    def source(self, target: Target, params: Params, *, whole: bool = False) -> Tensor:
+        """What a compressed life is projected from: the places that a calibration chose, if it is theirs, else weights.
 
-    def source_whole(self, target: Target, params: Params) -> Tensor:
-        """The same as a whole tensor (a collective under sharding, where no places are chosen)."""
+        What is held here of it, or the whole tensor (a collective under sharding, where no places are chosen).
+        """
         if self.chosen is not None and target is self.target and params is self.params:
             return self.chosen
-        return self.hidden_whole()
+        return self.hidden_whole() if whole else self.hidden()
 
     def write(self, value: Tensor) -> None:
         """Write what is held here of the weight."""

@@ -141,7 +141,7 @@ class Lives(abc.ABC):
         """Note what a compressed life leaves nothing of. A collective under sharding."""
         for entry, target, params in life:
             if not entry.param.is_meta:
-                whole, source = entry.hidden_whole(), entry.source_whole(target, params)
+                whole, source = entry.hidden_whole(), entry.source(target, params, whole=True)
                 self._losses.note(entry.name, whole, target.project(source, params), target)
 
     def _say_losses(self, who: str, bits: int | None = None, recipe: Recipe | None = None) -> None:
@@ -510,7 +510,7 @@ class Lives(abc.ABC):
         rows = []
         with self._one_thread("run.measure()"):
             for entry, target, params in self._life(bits, recipe):
-                places = entry.source_whole(target, params)
+                places = entry.source(target, params, whole=True)
                 rows.append(distance_row(entry.name, entry.hidden_whole(), target, params, places))
         return rows
 
@@ -523,7 +523,7 @@ class Lives(abc.ABC):
         """What `encoded` gives, one call a tensor, so that one is held at a time; collectives under sharding."""
 
         def encode(entry: Entry, target: Target, params: Params) -> Encoded:
-            whole, source = entry.hidden_whole(), entry.source_whole(target, params)
+            whole, source = entry.hidden_whole(), entry.source(target, params, whole=True)
             refuse_nonfinite(entry.name, whole, target)
             form = target.form(source, params)
             self._losses.note(entry.name, whole, form.dense(), target)

@@ -19,6 +19,7 @@ __all__ = [
     "by_numbers",
     "canonical_name",
     "census",
+    "multiplies",
     "named_parameters",
     "own_name",
     "refuse_no_model",
@@ -60,6 +61,7 @@ _KNOWN: Mapping[str, tuple[int, tuple[int, ...]]] = {
     **{f"XLNetRelativeAttention.{own}": (2, (1,)) for own in "qkvr"},
     "XLNetRelativeAttention.o": (0, ()),
 }
+_LINEAR = ("Conv1D",)  # those of them that are linear layers and nothing else
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
 
@@ -81,6 +83,11 @@ def by_numbers(name: str) -> list[str | int]:
         ['7.weight', '12.weight']
     """
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))]
+
+
+def multiplies(module: nn.Module) -> bool:
+    """Whether a module is a linear layer or a convolution, of torch or known of transformers."""
+    return isinstance(module, (nn.Linear, _CONVOLUTIONS)) or type(module).__name__ in _LINEAR
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -6,7 +6,7 @@ import difflib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from detent.activations import Input, inputs_of, said_of
 from detent.ends import by_execution, by_registration
 from detent.grouping import NEAR_DEAD, Layout, near_dead
 from detent.parameters import Parameter, canonical_name, census, refuse_no_model
-from detent.specs import short
+from detent.specs import and_more, short
 
 if TYPE_CHECKING:
     from detent.recipe import Recipe, Rule
@@ -167,17 +167,9 @@ class Plan:
             >>> dt.Recipe([rule]).resolve(torch.nn.Linear(4, 4)).fits()
             ['scales, levels and masks: fitted every 10 steps (100 after step 1,000)']
         """
-        found: dict[str, list[Claim]] = {}
-        for _, claim in self._shown():
-            cadence = self.rule_of(claim).cadence if claim.claimed and not claim.frozen else None
-            if cadence is not None:
-                found.setdefault(str(cadence), []).append(claim)
-        lines = []
-        for cadence, claims in found.items():
-            more = f" and {len(claims) - 1} more" if len(claims) > 1 else ""
-            whose = f" of {claims[0].name}{more}" if len(found) > 1 else ""
-            lines.append(f"scales, levels and masks{whose}: {cadence}")
-        return lines
+        found = self._whose(lambda rule: "" if rule.cadence is None else str(rule.cadence))
+        one = len(found) == 1
+        return [f"scales, levels and masks{'' if one else f' of {whose}'}: {said}" for said, whose in found.items()]
 
     def pulls(self) -> list[str]:
         """What mechanisms find for themselves, a sentence for each way.
@@ -188,15 +180,22 @@ class Plan:
             >>> dt.Recipe([rule]).resolve(torch.nn.Linear(4, 4)).pulls()
             ['PSG: sets its gain by itself; the base optimizer runs untouched until 0.4 of training']
         """
-        found: dict[str, list[Claim]] = {}
+
+        def own(rule: Rule) -> str:
+            said = "" if rule.mechanism is None else rule.mechanism.said
+            return f"{type(rule.mechanism).__name__}: {said}" if said else ""
+
+        found = self._whose(own)
+        return list(found) if len(found) == 1 else [f"{said} ({whose})" for said, whose in found.items()]
+
+    def _whose(self, say: Callable[[Rule], str]) -> dict[str, str]:
+        """What is said of the rules that are trained, and of whose tensors: the first one's name, and how many more."""
+        found: dict[str, list[str]] = {}
         for _, claim in self._shown():
-            mechanism = self.rule_of(claim).mechanism if claim.claimed and not claim.frozen else None
-            if mechanism is not None and mechanism.said:
-                found.setdefault(f"{type(mechanism).__name__}: {mechanism.said}", []).append(claim)
-        if len(found) == 1:
-            return list(found)
-        more = {said: f" and {len(claims) - 1} more" if len(claims) > 1 else "" for said, claims in found.items()}
-        return [f"{said} ({claims[0].name}{more[said]})" for said, claims in found.items()]
+            said = say(self.rule_of(claim)) if claim.claimed and not claim.frozen else ""
+            if said:
+                found.setdefault(said, []).append(claim.name)
+        return {said: names[0] + and_more(names) for said, names in found.items()}
 
     def rule_of(self, claim: Claim) -> Rule:
         """The rule that claimed a parameter."""

@@ -111,9 +111,8 @@ class _Round(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_scale: Tensor, scale: Tensor, low: int, high: int, learns: str) -> Tensor:
-        step = scale.to(x.dtype)
-        out = torch.div(x, step).round_().clamp_(low, high).mul_(step)
-        ctx.save_for_backward(x, out, step)
+        out = rounded(x, Integers(scale=scale, low=low, high=high))
+        ctx.save_for_backward(x, out, scale.to(x.dtype))
         ctx.ends, ctx.learns = (low, high), learns
         return out
 
@@ -411,8 +410,7 @@ class PerToken(Quantizer):
         most = 2 ** (self.bits - 1) - 1
         scale = x.detach().abs().amax(-1, keepdim=True).div_(most)
         scale = torch.where(scale > 0, scale, 1.0)
-        out = torch.div(x.detach(), scale).round_().clamp_(-most, most).mul_(scale)
-        return _Through.apply(x, out)
+        return _Through.apply(x, rounded(x.detach(), Integers(scale=scale, low=-most, high=most)))
 
 
 @dataclass(frozen=True, kw_only=True)

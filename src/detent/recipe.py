@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
@@ -19,7 +18,7 @@ from detent.parameters import canonical_name
 from detent.plan import Plan, resolve
 from detent.presets import PRESETS
 from detent.schedules import Moment, check_moment, is_number, is_whole, moments_of
-from detent.specs import build, check_size, nearest, to_spec
+from detent.specs import build, check_pattern, check_size, nearest, to_spec
 from detent.targets import Target
 
 __all__ = ["Plan", "Recipe", "Rule", "Stage", "refuse_no_recipe"]
@@ -83,15 +82,7 @@ class Rule:
             pattern = getattr(self, name)
             if pattern is None and name == "include":
                 continue
-            if not isinstance(pattern, str):
-                raise ValueError(f"Rule({name}={pattern!r}): must be a string")
-            if pattern.startswith("@") and pattern not in known:
-                names, hint = " and ".join(f'"{each}"' for each in known), nearest(pattern, known)
-                raise ValueError(f"Rule({name}={pattern!r}): names with @ are {names}{hint}")
-            try:
-                re.compile(pattern)
-            except (re.error, OverflowError, RecursionError) as error:  # a repetition of 2^32, a thousand brackets
-                raise ValueError(f"Rule({name}={pattern!r}): not a regular expression: {error}") from None
+            check_pattern(pattern, f"Rule({name}", known)
         for name in ("keep", "pinned", "optional"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"Rule({name}={getattr(self, name)!r}): must be True or False")

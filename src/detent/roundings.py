@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from detent import sharding
 from detent.activations import Activation, Input, modules_of
 from detent.mechanisms import Clock
-from detent.quantizers import Integers, Quantizer, Seen, from_row, row_of
+from detent.quantizers import Integers, Quantizer, Seen, from_row, rounded, row_of
 from detent.schedules import step_at
 from detent.specs import short
 from detent.undoing import undone, without_gradients
 
-__all__ = ["Place", "Roundings", "install", "installed", "rounding", "stored", "take_off"]
+__all__ = ["Place", "Roundings", "install", "rounding", "stored", "take_off"]
 
 _BETAS = (0.9, 0.999)  # of Adam, which moves the logarithms of learned scales
 _MEMORY = ("mean", "square", "moves")
@@ -43,6 +43,7 @@ class Place:
         shown: whether the compressed life is shown.
         watches: whether to look at inputs; `None`: in training.
         ran: whether it was called with something that can be rounded.
+        frozen: whether its range stays as it is from here on, so that nothing is gained by watching.
         idle: whether that was nothing but zeros in the last step of training, which stay zeros.
         owner: a weak reference to the roundings it belongs to; `None` if it rounds for good.
         beside: the parameters of the module, whose gradients are cleared when training is to forget them.
@@ -58,6 +59,7 @@ class Place:
     shown: bool = False
     watches: bool | None = None
     ran: bool = False
+    frozen: bool = False
     idle: bool = False
     owner: Any = None
     beside: tuple[Tensor, ...] = ()
@@ -91,7 +93,7 @@ class Place:
         if torch.compiler.is_exporting():
             return _exported(x, self) if self.is_ready and (self.shown or self.training) else x
         watches = torch.is_grad_enabled() and not self.shown if self.watches is None else self.watches
-        if watches and self.quantizer.begins and (self.to is None or self.quantizer.watches):
+        if watches and self.quantizer.begins and (self.to is None or (self.quantizer.watches and not self.frozen)):
             self.seen.add(x, sample=self.to is None)
         if not self.is_ready or not (self.shown or self.training) or self.watches:
             return x
@@ -139,6 +141,7 @@ class Place:
 
     def restore(self, numbers: Mapping[str, Any]) -> None:
         """Go on with what `numbers` gave."""
+        self.frozen = False  # the clock of the next step says
         if not numbers["begun"]:
             self.to, self.log_scale, self.memory, self.seen = None, None, {}, Seen()
             return
@@ -163,7 +166,7 @@ def _exported(x: Tensor, place: Place) -> Tensor:
     if to is None:
         return place.quantizer.view(x.detach(), None, None)
     if to.high - to.low > 255:
-        return torch.div(x, to.scale).round().clamp(to.low, to.high) * to.scale
+        return rounded(x, to)
     zero = torch.tensor(-to.low, dtype=torch.uint8)
     scale = to.scale.detach().cpu()
     if to.high - to.low < 255:
@@ -221,7 +224,7 @@ class Roundings:
     def hook(self, model: nn.Module) -> None:
         """Round what goes into the modules of this model."""
         self.unhook()
-        modules = modules_of(model)
+        modules = modules_of(model) if self.places else {}  # a walk through the model, for nothing in most runs
         for name in self.places:
             _refuse_rounded(modules[name], name)
         for name, place in self.places.items():
@@ -327,13 +330,15 @@ class Roundings:
             place.move(logs[i].to(place.log_scale.device), memory)  # type: ignore[union-attr]
 
     def _follow(self, clock: Clock) -> None:
-        mine = [place for place in self.places.values() if place.quantizer.watches and place.to is not None]
+        for place in self.places.values():
+            place.frozen = self._is_frozen(place, clock)
+            if place.frozen and place.to is not None:
+                place.seen = Seen()
+        mine = [p for p in self.places.values() if p.quantizer.watches and p.to is not None and not p.frozen]
         for place, seen in zip(mine, _agreed([place.seen for place in mine]), strict=True):
             assert place.to is not None
-            if not seen.batches:
-                continue
-            scale = place.to.scale if self._is_frozen(place, clock) else place.quantizer.follow(place.to, seen)
-            place.to, place.seen = replace(place.to, scale=scale), Seen()
+            if seen.batches:
+                place.to, place.seen = replace(place.to, scale=place.quantizer.follow(place.to, seen)), Seen()
 
     def drop(self) -> None:
         """Forget what a step that did not happen left."""
@@ -555,9 +560,14 @@ def take_off(model: nn.Module, of: Roundings | None = None) -> dict[str, Place]:
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, Place) and (mine is None or id(hook) in mine):
                 found[name] = hook
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                _remove(module, key)
     return found
+
+
+def _remove(module: nn.Module, key: int) -> None:
+    """Take away a hook whose handle is not at hand."""
+    del module._forward_pre_hooks[key]
+    module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -569,12 +579,6 @@ def stored(places: Mapping[str, Place]) -> list[dict[str, Any]]:
     return [row_of(name, place.quantizer, place.to, short(place.quantizer)) for name, place in ready.items()]
 
 
-def installed(model: nn.Module) -> dict[str, Place]:
-    """The roundings that a file, or a run that is over, left on a model, by module."""
-    found = {name: getattr(module, _MARK, None) for name, module in modules_of(model).items()}
-    return {name: held[0] for name, held in found.items() if held is not None}
-
-
 def _refuse_rounded(module: nn.Module, name: str) -> None:
     """Refuse to round twice, and clear away what a run left that nobody has any more."""
     if getattr(module, _MARK, None) is not None:
@@ -584,8 +588,7 @@ def _refuse_rounded(module: nn.Module, name: str) -> None:
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, Place) and hook.owner is not None:
             if hook.owner() is None:
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                _remove(module, key)
             elif hook.training:
                 raise ValueError(
                     f"what goes into {name!r} is rounded by another run in training; detach that one first"

@@ -7,7 +7,7 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
 import pydantic
@@ -18,7 +18,19 @@ from detent.quantizers import Quantizer
 from detent.schedules import Schedule
 from detent.targets import Held, Target
 
-__all__ = ["build", "check_size", "from_spec", "kind_of", "nearest", "short", "short_spec", "target_of", "to_spec"]
+__all__ = [
+    "and_more",
+    "build",
+    "check_pattern",
+    "check_size",
+    "from_spec",
+    "kind_of",
+    "nearest",
+    "short",
+    "short_spec",
+    "target_of",
+    "to_spec",
+]
 
 _BASES: tuple[type, ...] = (Target, Mechanism, Schedule, Granularity, MirrorMap, Quantizer)
 _DEEPEST = 32  # what stands within what: a recipe is six deep
@@ -231,6 +243,44 @@ def build(cls: type, values: Any, where: str) -> Any:
         if isinstance(value, str) and not isinstance(getattr(made, key), str):
             raise ValueError(f"{where}: {cls.__name__}.{key}: must not be the text {value!r}; leave out its quotes")
     return made
+
+
+def and_more(names: Sequence[Any]) -> str:
+    """How many there are besides the first, in words.
+
+    Example:
+        >>> and_more(["a"]), and_more(["a", "b", "c"])
+        ('', ' and 2 more')
+    """
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def check_pattern(pattern: Any, where: str, known: Sequence[str]) -> None:
+    """Refuse what is neither a regular expression nor one of the names with @ that a field knows.
+
+    Args:
+        pattern: the value of the field.
+        where: the class and the field, for errors, such as "Rule(match".
+        known: names with @.
+
+    Raises:
+        ValueError: saying which it is.
+
+    Example:
+        >>> check_pattern("@weight", "Rule(match", ["@weights"])
+        Traceback (most recent call last):
+        ...
+        ValueError: Rule(match='@weight'): names with @ are "@weights"; did you mean '@weights'?
+    """
+    if not isinstance(pattern, str):
+        raise ValueError(f"{where}={pattern!r}): must be a string")
+    if pattern.startswith("@") and pattern not in known:
+        names = " and ".join(f'"{each}"' for each in known)
+        raise ValueError(f"{where}={pattern!r}): names with @ are {names}{nearest(pattern, known)}")
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:  # a repetition of 2^32, a thousand brackets
+        raise ValueError(f"{where}={pattern!r}): not a regular expression: {error}") from None
 
 
 def nearest(word: str, known: Any) -> str:

@@ -25,7 +25,7 @@ from detent.pack.atomic import destination, replace_file
 from detent.parameters import canonical_name
 from detent.plan import Plan
 from detent.recipe import Recipe, Rule
-from detent.specs import short
+from detent.specs import and_more, short
 from detent.targets import Target
 from detent.targets.forms import Grid, Outline
 
@@ -316,8 +316,7 @@ def _fused_notes(schemes: Mapping[str, _Scheme], layers: Mapping[str, nn.Module]
                 said = ", ".join(f"{own.rpartition('.')[2]} {_said(schemes.get(own))}" for own in mine)
                 alike.setdefault(said, []).append(parent)
     end = "vLLM fuses these layers and wants one format for them (transformers does not)"
-    more = {said: f" and {len(parents) - 1} more" if len(parents) > 1 else "" for said, parents in alike.items()}
-    return tuple(f"{parents[0]}{more[said]}: {said}; {end}" for said, parents in alike.items())
+    return tuple(f"{parents[0]}{and_more(parents)}: {said}; {end}" for said, parents in alike.items())
 
 
 def _said(scheme: _Scheme | None) -> str:

@@ -336,9 +336,7 @@ class _Builder:
             if to is None:
                 kind = type(place.quantizer).__name__
                 raise ValueError(f"to_integer: what goes into {name!r} is rounded by {kind}, which has no fixed grid")
-            at = self._input(block.node)
-            while self._maker[at].op in _KEEP_THE_GRID:
-                at = self._input(self._maker[at].node)
+            at = self._origin(block)
             grid = _Grid(float(to.scale), -to.low, to.high - to.low)
             other, known = found.setdefault(at, (name, grid))
             if known != grid:
@@ -354,11 +352,15 @@ class _Builder:
         for block in self.blocks:
             padding = padding_of(block.node, self.graph) if block.op == "pad" else None
             if padding is not None and padding.mode == "constant" and math.isfinite(padding.value):
-                at = self._input(block.node)
-                while self._maker[at].op in _KEEP_THE_GRID:
-                    at = self._input(self._maker[at].node)
-                found.setdefault(at, []).append(padding.value)
+                found.setdefault(self._origin(block), []).append(padding.value)
         return found
+
+    def _origin(self, block: _Block) -> fx.Node:
+        """The activation whose grid a block reads, before the steps that keep it."""
+        at = self._input(block.node)
+        while self._maker[at].op in _KEEP_THE_GRID:
+            at = self._input(self._maker[at].node)
+        return at
 
     def build(self, calibration: Iterable[Any]) -> IntegerModel:
         """The whole."""
